@@ -1,0 +1,34 @@
+"""Installs the library, `tarsier_jax`. The programs in convert, infer and their neighbours run from a checkout."""
+
+from setuptools import find_packages, setup
+
+DEMO = ["imageio[ffmpeg]>=2.34"]  # renders the demo's clip
+
+setup(
+    name="tarsier_jax",
+    version="0.1.0",
+    description="Tarsier video-description models in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["tarsier_jax", "tarsier_jax.*"]),
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12",
+        "jaxtyping>=0.3",
+        "numpy",
+        "orbax-checkpoint>=0.12",
+        "tensorstore>=0.1.80",
+        "transformers>=5,<6",
+        "jinja2>=3.1",
+        "huggingface_hub",
+        "pillow",
+        "decord2>=3.4",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "demo": DEMO,
+        # jax[tpu] brings the TPU compiler, which needs no TPU.
+        "test": [*DEMO, "jax[tpu]", "torch==2.13.0", "pytest>=8", "ruff>=0.14", "pyright>=1.1.400"],
+    },
+)
