@@ -1,0 +1,160 @@
+"""One attention function with three implementations.
+
+xla     matrix products and a softmax, in pieces that fit a cache; runs everywhere and is the reference.
+cudnn   cuDNN's fused attention, for NVIDIA GPUs; float16 or bfloat16.
+splash  the Pallas splash kernel, for TPUs.
+
+Softmax is float32 in all of them. Under a mesh, xla and splash run inside `jax.shard_map` over batch and heads.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from tarsier_jax.sharding import BATCH, HEADS, current_mesh, fit_spec
+
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+
+_MAX_SCORES = 2**20  # scores that the xla implementation holds at once: 4 MiB, so that a CPU keeps them in its cache
+_SPLASH_BLOCK = 512
+_LANES = 128  # splash wants sequence lengths in whole vector lanes
+_MASKED = -1e30  # finite, so that a row with nothing to see gives no NaN
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    causal: bool = False,
+    kv_lengths: Int[Array, " B"] | None = None,
+    implementation: str = "xla",
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v with grouped queries: query head n reads key-value head n // (N // K).
+
+    Args:
+        causal: query t sees keys 0..t only (T must equal S).
+        kv_lengths: how many leading keys of each row are valid; all of them when None.
+        implementation: one of IMPLEMENTATIONS. A single query (T = 1) always runs as xla: it is bound by reading the
+            cache, and fused kernels do not help.
+
+    Raises:
+        ValueError: the implementation is not known.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention is {implementation!r}; it is one of {', '.join(IMPLEMENTATIONS)}.")
+    if kv_lengths is None:
+        kv_lengths = jnp.full(q.shape[0], k.shape[1], jnp.int32)
+    if q.shape[1] == 1:
+        return _single_query(q, k, v, kv_lengths)
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=causal, key_value_seq_lengths=kv_lengths, implementation="cudnn"
+        )
+    local = _splash if implementation == "splash" else _xla
+    return _over_mesh(lambda *x: local(*x, causal), q, k, v, kv_lengths)
+
+
+def _over_mesh(local: Callable[..., Array], q: Array, k: Array, v: Array, kv_lengths: Array) -> Array:
+    """Runs `local` on each device's rows and heads."""
+    mesh = current_mesh()
+    if mesh is None:
+        return local(q, k, v, kv_lengths)
+    q_spec, k_spec = (fit_spec(x.shape, (BATCH, None, HEADS, None), mesh) for x in (q, k))
+    if q_spec != k_spec:  # the axis divides the query heads only
+        q_spec = k_spec
+    specs = (q_spec, k_spec, k_spec, fit_spec(kv_lengths.shape, (BATCH,), mesh))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=q_spec, check_vma=False)(q, k, v, kv_lengths)
+
+
+def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array) -> Array:
+    B, _, N, H = q.shape
+    S, K = k.shape[1:3]
+    q = (q * H**-0.5).reshape(B, K, N // K, H)
+    scores = jnp.einsum("bkgh,bskh->bkgs", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(jnp.arange(S) < kv_lengths[:, None, None, None], scores, _MASKED)
+    out = jnp.einsum("bkgs,bskh->bkgh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return out.reshape(B, 1, N, H)
+
+
+def _xla(q: Array, k: Array, v: Array, kv_lengths: Array, causal: bool) -> Array:
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    G = N // K
+    # One matrix product serves a key-value head and all queries that read it: its rows are (query, head of the group).
+    q = (q * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B * K, T * G, H)
+    k, v = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k, v))
+    lengths = jnp.repeat(kv_lengths, K)  # [B * K]
+
+    def attend_rows(q: Array, k: Array, v: Array, length: Array, start: Any) -> Array:  # q: [rows, H]; k, v: [S, H]
+        scores = jnp.einsum("rh,sh->rs", q, k, preferred_element_type=jnp.float32)
+        visible = jnp.arange(S) < length
+        if causal:
+            visible &= jnp.arange(S) <= (start + jnp.arange(q.shape[0])[:, None]) // G
+        scores = jnp.where(visible, scores, _MASKED)
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        out = jnp.einsum("rs,sh->rh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
+
+    if q.shape[0] * q.shape[1] * S <= _MAX_SCORES:
+        out = jax.vmap(attend_rows, (0, 0, 0, 0, None))(q, k, v, lengths, 0)
+    else:
+        pieces = math.gcd(T, 2 ** max(0, math.ceil(math.log2(T * G * S / _MAX_SCORES))))
+        starts = jnp.arange(0, T * G, T * G // pieces)
+
+        def attend_head(x: tuple) -> Array:
+            q, *rest = x
+            blocks = q.reshape(pieces, -1, H)
+            return lax.map(lambda block: attend_rows(block[0], *rest, block[1]), (blocks, starts))
+
+        out = lax.map(attend_head, (q, k, v, lengths))
+    return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+
+
+def _splash(q: Array, k: Array, v: Array, kv_lengths: Array, causal: bool) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T = q.shape[1]
+    # [B, T, N, H] -> [B, N, T, H], scaled here because the kernel does not, and padded to whole lanes.
+    q, k, v = (_pad_to_lanes(x.swapaxes(1, 2)) for x in (q * q.shape[-1] ** -0.5, k, v))
+    shape = (q.shape[2], k.shape[2])
+    mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
+    block_q, block_kv = (_splash_block(length) for length in shape)
+    sizes = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
+    heads = masks.MultiHeadMask([mask] * q.shape[1])
+    kernel = splash.make_splash_mha(mask=heads, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    # Padded keys are a segment of their own, which no query is in.
+    kv_segment = (jnp.arange(shape[1]) >= kv_lengths[:, None]).astype(jnp.int32)
+    segments = splash.SegmentIds(q=jnp.zeros((q.shape[0], shape[0]), jnp.int32), kv=kv_segment)
+    out = jax.vmap(kernel)(q, k, v, segment_ids=segments)
+    return out[:, :, :T].swapaxes(1, 2).astype(v.dtype)
+
+
+def _pad_to_lanes(x: Array) -> Array:  # [B, N, T, H]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _LANES), (0, 0)))
+
+
+def _splash_block(length: int) -> int:
+    return next(b for b in (_SPLASH_BLOCK, 384, 256, _LANES) if length % b == 0)
+
+
+def default_implementation(platform: str, dtype: str) -> str:
+    """The fastest implementation for a platform ("cpu", "gpu", "tpu") and compute dtype."""
+    if platform == "tpu":
+        return "splash"
+    return "cudnn" if platform == "gpu" and dtype in ("bfloat16", "float16") else "xla"

@@ -1,0 +1,46 @@
+"""The key-value cache of the decoder."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tarsier_jax.config import TextConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers, and how many entries of each row are valid. Every update returns a new cache.
+
+    Row b's token i lies in slot i; whatever stands at or beyond `lengths[b]` is never read.
+    """
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    lengths: Int[Array, " B"]
+
+    @classmethod
+    def empty(cls, config: TextConfig, batch: int, size: int, dtype: str) -> Self:
+        shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+    def fill(self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> Self:
+        """Writes one layer's first T slots."""
+        start = (layer, 0, 0, 0, 0)
+        return dataclasses.replace(
+            self,
+            k=jax.lax.dynamic_update_slice(self.k, k[None].astype(self.k.dtype), start),
+            v=jax.lax.dynamic_update_slice(self.v, v[None].astype(self.v.dtype), start),
+        )
+
+    def append(self, layer: Int[Array, ""], k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"]) -> Self:
+        """Writes one token of one layer into each row's next free slot; `lengths` is advanced by the caller, once."""
+        rows = jnp.arange(k.shape[0])
+        return dataclasses.replace(
+            self,
+            k=self.k.at[layer, rows, self.lengths].set(k[:, 0].astype(self.k.dtype)),
+            v=self.v.at[layer, rows, self.lengths].set(v[:, 0].astype(self.v.dtype)),
+        )

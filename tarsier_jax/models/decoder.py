@@ -1,0 +1,117 @@
+"""Qwen2's decoder with multimodal RoPE and grouped queries, as in Qwen2-VL."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.models.attention import attend
+from tarsier_jax.models.cache import KVCache
+from tarsier_jax.models.layers import Embedding, Linear, RMSNorm, apply_layers, stack_layers
+from tarsier_jax.models.rope import mrope_tables, rotate
+from tarsier_jax.sharding import BATCH, HEADS, constrain
+
+
+class Attention(nnx.Module):
+    """Causal attention with N query heads over K key-value heads. HF modeling_qwen2_vl.Qwen2VLAttention."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        text, dtypes = config.text, {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        D, H = text.hidden_size, text.head_dim
+        self.head_dim, self.implementation = H, config.attention
+        self.q = Linear(D, text.num_heads * H, bias=True, rngs=rngs, **dtypes)
+        self.k = Linear(D, text.num_kv_heads * H, bias=True, rngs=rngs, **dtypes)
+        self.v = Linear(D, text.num_kv_heads * H, bias=True, rngs=rngs, **dtypes)
+        self.o = Linear(text.num_heads * H, D, bias=False, rngs=rngs, **dtypes)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], cos: Array, sin: Array, cache: KVCache | None, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        B, T, _ = x.shape
+        q, k, v = (f(x).reshape(B, T, -1, self.head_dim) for f in (self.q, self.k, self.v))  # [B, T, N or K, H]
+        q, k, v = (constrain(y, BATCH, None, HEADS, None) for y in (q, k, v))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None and T == 1:
+            cache = cache.append(layer, k, v)
+            out = attend(q, cache.k[layer], cache.v[layer], kv_lengths=cache.lengths + 1)
+        else:
+            cache = cache.fill(layer, k, v) if cache is not None else None
+            out = attend(q, k, v, causal=True, implementation=self.implementation)
+        return self.o(out.reshape(B, T, -1)), cache
+
+
+class Mlp(nnx.Module):
+    """Gated with silu. HF modeling_qwen2_vl.Qwen2MLP."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        text, dtypes = config.text, {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        D, F = text.hidden_size, text.mlp_dim
+        self.gate = Linear(D, F, bias=False, rngs=rngs, **dtypes)
+        self.up = Linear(D, F, bias=False, rngs=rngs, **dtypes)
+        self.down = Linear(F, D, bias=False, rngs=rngs, **dtypes)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+    """HF modeling_qwen2_vl.Qwen2VLDecoderLayer."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        text = config.text
+        self.input_norm = RMSNorm(text.hidden_size, text.norm_eps, config.param_dtype)
+        self.attn = Attention(config, rngs)
+        self.post_norm = RMSNorm(text.hidden_size, text.norm_eps, config.param_dtype)
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], cos: Array, sin: Array, cache: KVCache | None, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        with jax.named_scope("attn"):
+            out, cache = self.attn(self.input_norm(x), cos, sin, cache, layer)
+            x = x + out
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.post_norm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """Token embeddings in, hidden states or logits out. HF modeling_qwen2_vl.Qwen2VLTextModel and its lm_head."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        text = config.text
+        self.config = config
+        self.embed = Embedding(text.vocab_size, text.hidden_size, config.param_dtype, rngs)
+        self.layers = stack_layers(lambda r: DecoderLayer(config, r), text.num_layers, rngs)
+        self.norm = RMSNorm(text.hidden_size, text.norm_eps, config.param_dtype)
+        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        tied = text.tie_embeddings
+        self.lm_head = None if tied else Linear(text.hidden_size, text.vocab_size, bias=False, rngs=rngs, **dtypes)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], position_ids: Int[Array, "3 B T"], cache: KVCache | None = None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Final hidden states, after the last norm.
+
+        Without a cache, or with T > 1, the T tokens are the rows' first ones and attend among themselves (T > 1 also
+        writes them into the cache). With T = 1 the token follows what the cache holds. The caller sets the lengths.
+        """
+        text = self.config.text
+        cos, sin = mrope_tables(position_ids, text.head_dim, text.rope_theta, text.mrope_section)
+
+        # The cache travels in the carry: as scanned input and output it would be copied whole at every layer.
+        def block(carry: tuple, layer: DecoderLayer) -> tuple:
+            x, cache, i = carry
+            x, cache = layer(x, cos, sin, cache, i)
+            return constrain(x, BATCH, None, None), cache, i + 1
+
+        carry = (constrain(x, BATCH, None, None), cache, jnp.int32(0))
+        x, cache, _ = apply_layers(block, carry, self.layers, self.config.remat)
+        return self.norm(x), cache
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores of the next token, in float32."""
+        if self.lm_head is not None:
+            return self.lm_head(x, out_dtype=jnp.float32)
+        table = self.embed.weight[...].astype(self.config.dtype)
+        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)

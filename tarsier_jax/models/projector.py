@@ -1,0 +1,26 @@
+"""From vision features to tokens of the decoder's width."""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.models.layers import LayerNorm, Linear
+
+
+class PatchMerger(nnx.Module):
+    """Joins each 2 x 2 block of patches into one token. HF modeling_qwen2_vl.PatchMerger."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        vision, dtypes = config.vision, {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        self.merge_factor = vision.merge_factor
+        width = vision.embed_dim * vision.merge_factor
+        self.norm = LayerNorm(vision.embed_dim, vision.norm_eps, config.param_dtype)
+        self.fc1 = Linear(width, width, bias=True, rngs=rngs, **dtypes)
+        self.fc2 = Linear(width, vision.out_dim, bias=True, rngs=rngs, **dtypes)
+
+    def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F P/4 D"]:
+        F, P, E = x.shape
+        # Patches come in block order, so that the four of a block are neighbours.
+        x = self.norm(x).reshape(F, P // self.merge_factor, E * self.merge_factor)
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

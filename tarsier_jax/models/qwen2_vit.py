@@ -1,0 +1,103 @@
+"""Qwen2-VL's vision transformer, with frames as the batch.
+
+The reference runs all patches as one sequence and lets each attend only within its temporal patch (a frame, here).
+Frames as batch entries, padded to a common number of patches, compute the same in static shapes.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.models.attention import attend
+from tarsier_jax.models.layers import LayerNorm, Linear, apply_layers, stack_layers
+from tarsier_jax.models.projector import PatchMerger
+from tarsier_jax.models.rope import rotate, vision_tables
+from tarsier_jax.sharding import BATCH, HEADS, constrain
+
+
+def patch_coordinates(frame_hw: Int[Array, "F 2"], patches: int, merge: int) -> Int[Array, "F P 2"]:
+    """Row and column of each patch, for patches in block order: 2 x 2 blocks row by row, each block row by row.
+
+    Source: the position ids in HF modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel. Values at padding are
+    arbitrary.
+    """
+    block, within = jnp.divmod(jnp.arange(patches), merge * merge)  # (P,)
+    blocks_a_row = jnp.maximum(frame_hw[:, 1:] // merge, 1)  # (F, 1)
+    row = block // blocks_a_row * merge + within // merge
+    column = block % blocks_a_row * merge + within % merge
+    return jnp.stack([row, column], axis=-1)
+
+
+class VisionAttention(nnx.Module):
+    """Full attention among the patches of a frame. HF modeling_qwen2_vl.VisionAttention."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        vision, dtypes = config.vision, {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        E = vision.embed_dim
+        self.head_dim, self.implementation = vision.head_dim, config.attention
+        self.qkv = Linear(E, 3, E, bias=True, rngs=rngs, **dtypes)
+        self.proj = Linear(E, E, bias=True, rngs=rngs, **dtypes)
+
+    def __call__(self, x: Float[Array, "F P E"], cos: Array, sin: Array, n_patches: Int[Array, " F"]) -> Array:
+        F, P, E = x.shape
+        qkv = self.qkv(x).reshape(F, P, 3, E // self.head_dim, self.head_dim)
+        q, k, v = (constrain(qkv[:, :, i], BATCH, None, HEADS, None) for i in range(3))  # [F, P, N, H]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = attend(q, k, v, kv_lengths=n_patches, implementation=self.implementation)
+        return self.proj(out.reshape(F, P, E))
+
+
+class VisionMlp(nnx.Module):
+    """HF modeling_qwen2_vl.VisionMlp; the activation is quick_gelu, x * sigmoid(1.702 x)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        vision, dtypes = config.vision, {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        self.fc1 = Linear(vision.embed_dim, vision.mlp_dim, bias=True, rngs=rngs, **dtypes)
+        self.fc2 = Linear(vision.mlp_dim, vision.embed_dim, bias=True, rngs=rngs, **dtypes)
+
+    def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F P E"]:
+        x = self.fc1(x)
+        return self.fc2(x * jax.nn.sigmoid(1.702 * x))
+
+
+class VisionBlock(nnx.Module):
+    """HF modeling_qwen2_vl.Qwen2VLVisionBlock."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        vision = config.vision
+        self.norm1 = LayerNorm(vision.embed_dim, vision.norm_eps, config.param_dtype)
+        self.attn = VisionAttention(config, rngs)
+        self.norm2 = LayerNorm(vision.embed_dim, vision.norm_eps, config.param_dtype)
+        self.mlp = VisionMlp(config, rngs)
+
+    def __call__(self, x: Float[Array, "F P E"], cos: Array, sin: Array, n_patches: Int[Array, " F"]) -> Array:
+        with jax.named_scope("attn"):
+            x = x + self.attn(self.norm1(x), cos, sin, n_patches)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nnx.Module):
+    """Patches in, tokens of the decoder's width out. HF modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        vision, dtypes = config.vision, {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        self.config = config
+        self.patch_embed = Linear(vision.patch_dim, vision.embed_dim, bias=False, rngs=rngs, **dtypes)
+        self.blocks = stack_layers(lambda r: VisionBlock(config, r), vision.depth, rngs)
+        self.merger = PatchMerger(config, rngs)
+
+    def __call__(self, patches: Float[Array, "F P C"], frame_hw: Int[Array, "F 2"]) -> Float[Array, "F P/4 D"]:
+        """frame_hw: height and width of each frame in patches; features at padded patches are arbitrary."""
+        vision = self.config.vision
+        patches = constrain(patches, BATCH, None, None)
+        coordinates = patch_coordinates(frame_hw, patches.shape[1], vision.spatial_merge_size)
+        cos, sin = vision_tables(coordinates, vision.head_dim, vision.rope_theta)
+        n_patches = frame_hw[:, 0] * frame_hw[:, 1]
+
+        def block(x: Array, layer: VisionBlock) -> Array:
+            return constrain(layer(x, cos, sin, n_patches), BATCH, None, None)
+
+        return self.merger(apply_layers(block, self.patch_embed(patches), self.blocks, self.config.remat))

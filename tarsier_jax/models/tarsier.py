@@ -1,0 +1,64 @@
+"""The whole model: vision tower and projector, visual tokens in their places among the text, decoder."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.models.cache import KVCache
+from tarsier_jax.models.decoder import Decoder
+from tarsier_jax.models.layers import unstack_layers
+from tarsier_jax.models.qwen2_vit import VisionTransformer
+from tarsier_jax.processing.batch import Batch
+
+
+class Tarsier(nnx.Module):
+    """Tarsier2 and Qwen2-VL. HF modeling_qwen2_vl.Qwen2VLForConditionalGeneration."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = VisionTransformer(config, rngs)
+        self.decoder = Decoder(config, rngs)
+
+    def embed(self, batch: Batch) -> Float[Array, "B S D"]:
+        """Token embeddings, with the vision tower's features where the visual tokens stand."""
+        x = self.decoder.embed(batch.input_ids).astype(self.config.dtype)
+        if batch.patches.shape[0] == 0:  # text only: a shape, known when tracing
+            return x
+        features = self.vision(batch.patches, batch.frame_hw)  # [F, P/4, D]
+        features = features.reshape(-1, features.shape[-1])  # [F * P/4, D]
+        index = batch.visual_index
+        return jnp.where((index >= 0)[..., None], jnp.take(features, jnp.maximum(index, 0), axis=0), x)
+
+    def __call__(self, batch: Batch) -> Float[Array, "B S V"]:
+        """Logits of the next token at every position, float32; those at padding are arbitrary."""
+        x, _ = self.decoder(self.embed(batch), batch.position_ids)
+        return self.decoder.logits(x)
+
+    def prefill(self, batch: Batch, cache_size: int) -> tuple[Float[Array, "B V"], KVCache]:
+        """Runs the prompts; gives the logits after each row's last token, and a cache of `cache_size` slots a row."""
+        B, _ = batch.input_ids.shape
+        cache = KVCache.empty(self.config.text, B, cache_size, self.config.dtype)
+        x, cache = self.decoder(self.embed(batch), batch.position_ids, cache)
+        assert cache is not None
+        last = jnp.take_along_axis(x, (batch.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
+        return self.decoder.logits(last)[:, 0], dataclasses.replace(cache, lengths=jnp.asarray(batch.lengths))
+
+    def step(
+        self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """One more token a row, at the given M-RoPE position (the same on all three axes)."""
+        x = self.decoder.embed(tokens[:, None]).astype(self.config.dtype)
+        position_ids = jnp.broadcast_to(positions[None, :, None], (3, *positions.shape, 1))
+        x, cache = self.decoder(x, position_ids, cache)
+        assert cache is not None
+        return self.decoder.logits(x)[:, 0], dataclasses.replace(cache, lengths=cache.lengths + 1)
+
+
+def unstack(model: Tarsier) -> Tarsier:
+    """The model with its layers one by one, which CPUs and GPUs run faster. Consumes `model`."""
+    model.vision.blocks = unstack_layers(model.vision.blocks)
+    model.decoder.layers = unstack_layers(model.decoder.layers)
+    return model

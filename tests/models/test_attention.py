@@ -1,0 +1,87 @@
+"""Every attention implementation that runs here against softmax(q k^T) v written out in numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+import tarsier_jax.models.attention
+from tarsier_jax.models.attention import IMPLEMENTATIONS, attend, default_implementation
+
+
+def written_out(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, lengths: np.ndarray) -> np.ndarray:
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    out = np.zeros_like(q)
+    for b in range(B):
+        for n in range(N):
+            scores = q[b, :, n] @ k[b, :, n // (N // K)].T / np.sqrt(H)
+            scores[:, lengths[b] :] = -np.inf
+            if causal:
+                scores[np.triu_indices(T, 1, S)] = -np.inf
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[b, :, n] = weights / weights.sum(axis=1, keepdims=True) @ v[b, :, n // (N // K)]
+    return out
+
+
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture
+def interpreted_splash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The TPU kernel, run by Pallas's interpreter."""
+    make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
+
+
+@pytest.mark.usefixtures("interpreted_splash")
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("max_scores", [2**20, 2**12])  # whole, and in pieces
+def test_grouped_queries(implementation: str, causal: bool, max_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tarsier_jax.models.attention, "_MAX_SCORES", max_scores)
+    q, k, v = random(0, 2, 136, 6, 16), random(1, 2, 136, 2, 16), random(2, 2, 136, 2, 16)
+    lengths = np.array([136, 77])
+    got = attend(q, k, v, causal=causal, kv_lengths=jnp.asarray(lengths), implementation=implementation)
+    np.testing.assert_allclose(got, written_out(q, k, v, causal, lengths), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_query_reads_the_valid_part_of_the_cache(implementation: str) -> None:
+    q, k, v = random(0, 3, 1, 6, 16), random(1, 3, 40, 2, 16), random(2, 3, 40, 2, 16)
+    lengths = np.array([1, 40, 13])
+    got = attend(q, k, v, kv_lengths=jnp.asarray(lengths), implementation=implementation)
+    np.testing.assert_allclose(got, written_out(q, k, v, False, lengths), atol=1e-5, rtol=0)
+
+
+def test_a_row_with_nothing_to_see_is_finite() -> None:
+    q = random(0, 1, 8, 2, 4)
+    assert np.isfinite(attend(q, q, q, kv_lengths=jnp.zeros(1, jnp.int32))).all()
+
+
+def test_gradients_do_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = random(0, 2, 32, 4, 8), random(1, 2, 32, 2, 8), random(2, 2, 32, 2, 8)
+
+    def gradients() -> tuple[jax.Array, ...]:
+        return jax.grad(lambda *x: jnp.sum(attend(*x, causal=True) ** 2), argnums=(0, 1, 2))(q, k, v)
+
+    whole = gradients()
+    monkeypatch.setattr(tarsier_jax.models.attention, "_MAX_SCORES", 2**8)
+    for a, b in zip(gradients(), whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+
+
+def test_unknown_implementation() -> None:
+    q = random(0, 1, 2, 2, 4)
+    with pytest.raises(ValueError, match="'flash'.*xla, cudnn, splash"):
+        attend(q, q, q, implementation="flash")
+
+
+def test_default_implementation() -> None:
+    assert default_implementation("tpu", "bfloat16") == "splash"
+    assert default_implementation("gpu", "bfloat16") == "cudnn"
+    assert default_implementation("gpu", "float32") == "xla"  # cuDNN takes no float32
+    assert default_implementation("cpu", "bfloat16") == "xla"

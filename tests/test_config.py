@@ -1,0 +1,131 @@
+"""Every layout of config.json gives the same kind of configuration, and nothing it says is run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig, load_config, parse_config
+from tarsier_jax.errors import CheckpointError
+
+QWEN2_VL_2B = {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "sliding_window": 32768,
+    "vocab_size": 151936,
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "mlp_ratio": 4,
+        "num_heads": 16,
+        "in_chans": 3,
+        "hidden_size": 1536,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+    },
+}
+
+
+def test_2b_in_the_old_flat_layout() -> None:
+    config = parse_config(QWEN2_VL_2B)
+    assert config.text == TextConfig(
+        vocab_size=151936, hidden_size=1536, mlp_dim=8960, num_heads=12, num_kv_heads=2, tie_embeddings=True
+    )
+    assert config.vision == VisionConfig(out_dim=1536)
+
+
+def test_72b_in_the_new_nested_layout() -> None:
+    text = {
+        "model_type": "qwen2_vl_text",
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [16, 24, 24]},
+        "vocab_size": 152064,
+    }
+    config = parse_config({"model_type": "qwen2_vl", "text_config": text, "vision_config": {"hidden_size": 8192}})
+    assert config.text == TextConfig(
+        hidden_size=8192, mlp_dim=29568, num_layers=80, num_heads=64, num_kv_heads=8, rope_theta=500000.0
+    )
+    assert config.vision.out_dim == 8192
+
+
+def test_what_transformers_writes_reads_like_the_old_layout() -> None:
+    from transformers import Qwen2VLConfig
+
+    written = Qwen2VLConfig(**QWEN2_VL_2B).to_dict()
+    assert parse_config(written) == parse_config(QWEN2_VL_2B)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_tarsier2_wrapper_with_missing_fields_is_7b(nested: bool) -> None:
+    half: dict[str, Any] = {"model_type": "qwen2_vl"}
+    text, vision = {**half, "hidden_size": 3584}, {**half, "embed_dim": 1280}
+    if nested:  # both halves are whole Qwen2-VL configurations
+        text = {**half, "text_config": text, "vision_config": vision}
+        vision = text
+    raw = {"model_type": "llava", "image_token_index": 151655, "text_config": text, "vision_config": vision}
+    assert parse_config(raw) == ModelConfig()
+
+
+def test_auto_map_is_ignored() -> None:
+    half = {"model_type": "qwen2_vl", "auto_map": {"AutoConfig": "someone/else--evil.Config"}}
+    raw = {"model_type": "llava", "text_config": half, "vision_config": half, "auto_map": {"AutoModel": "evil.Model"}}
+    assert parse_config(raw) == ModelConfig()
+
+
+def test_token_ids_of_the_wrapper() -> None:
+    half = {"model_type": "qwen2_vl", "vision_start_token_id": 7, "image_token_id": 3}
+    raw = {"model_type": "llava", "image_token_index": 5, "text_config": half, "vision_config": half}
+    config = parse_config(raw)
+    assert (config.image_token_id, config.vision_start_token_id, config.vision_end_token_id) == (5, 7, 151_653)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', which is not supported. Supported are Qwen2-VL"),
+        ({"vision_config": None}, "has no vision_config"),
+        ({"use_sliding_window": True}, "sliding-window attention is not supported"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope type is 'yarn'"),
+        ({"num_key_value_heads": 5}, "12 attention heads do not divide among 5"),
+        ({"rope_scaling": {"mrope_section": [1, 2, 3]}}, "does not sum to half the head width 128"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        parse_config({**QWEN2_VL_2B, **change}, source="somewhere/config.json")
+
+
+def test_tarsier2_of_another_kind_is_named() -> None:
+    raw = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {"model_type": "qwen2_vl"}}
+    with pytest.raises(CheckpointError, match="text_config.model_type is 'llama'"):
+        parse_config(raw)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config.json does not exist. Give the directory"):
+        load_config(tmp_path)
+    for text in ("{", "[1, 2]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="Download the file again"):
+            load_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_VL_2B))
+    assert load_config(tmp_path) == parse_config(QWEN2_VL_2B)

@@ -1,0 +1,51 @@
+"""One rule for every parameter."""
+
+import jax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.sharding import constrain, fit_spec, make_mesh, parameter_path, parameter_shardings, parameter_spec
+
+
+def abstract_7b() -> nnx.State:
+    return nnx.state(nnx.eval_shape(lambda: Tarsier(ModelConfig(), nnx.Rngs(0))))
+
+
+def test_every_parameter_of_the_7b_has_one_rule_that_fits_it() -> None:
+    for path, leaf in nnx.to_flat_state(abstract_7b()):
+        assert len(parameter_spec(parameter_path(path))) <= leaf.ndim
+
+
+def test_large_parameters_are_split_both_ways() -> None:
+    for path, leaf in nnx.to_flat_state(abstract_7b()):
+        if leaf.size * 4 > 2**24 and "patch_embed" not in path:
+            assert {"fsdp", "tensor"} <= set(parameter_spec(parameter_path(path))), path
+
+
+def test_unknown_parameter() -> None:
+    with pytest.raises(ValueError, match="0 sharding rules match parameter decoder/lora/weight"):
+        parameter_spec("decoder/lora/weight")
+
+
+def test_mesh_has_to_match_the_devices() -> None:
+    with pytest.raises(ValueError, match="data=2, fsdp=1, tensor=4 does not match 1 devices"):
+        make_mesh(data=2, tensor=4, devices=jax.devices()[:1])
+
+
+def test_axis_that_does_not_divide_is_named() -> None:
+    mesh = jax.sharding.AbstractMesh((1, 1, 3), ("data", "fsdp", "tensor"))
+    with pytest.raises(ValueError, match="tensor=3 does not divide dimension 512 of decoder/layers/attn/k"):
+        parameter_shardings(abstract_7b(), mesh)
+
+
+def test_fit_spec_leaves_out_what_does_not_divide() -> None:
+    mesh = jax.sharding.AbstractMesh((2, 2, 4), ("data", "fsdp", "tensor"))
+    assert fit_spec((8, 6), (("data", "fsdp"), "tensor"), mesh) == P(("data", "fsdp"), None)
+
+
+def test_constrain_without_a_mesh_does_nothing() -> None:
+    x = jax.numpy.ones(3)
+    assert constrain(x, "tensor") is x
