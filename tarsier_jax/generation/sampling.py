@@ -1,0 +1,92 @@
+"""From logits to the next token: greedy, or sampled with temperature, top-k and top-p, after a repetition penalty."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tarsier_jax.errors import InputError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How each row of a batch is sampled; arrays, so that other values compile nothing anew.
+
+    A row with temperature 0 is greedy. top_k 0 and top_p 1 filter nothing; repetition_penalty 1 changes nothing.
+    `greedy` and `penalised` are static: they leave out work that no row needs.
+    """
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    repetition_penalty: Float[Array, " B"]
+    greedy: bool = dataclasses.field(metadata={"static": True})
+    penalised: bool = dataclasses.field(metadata={"static": True})
+
+
+def make_sampling(
+    rows: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0
+) -> Sampling:
+    """The same options for every row.
+
+    Raises:
+        InputError: an option is outside its range.
+    """
+    ranges = (
+        ("temperature", temperature, temperature >= 0, "at least 0 (0 is greedy)"),
+        ("top_k", top_k, top_k >= 0, "at least 0 (0 keeps every token)"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (1 keeps every token)"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0 (1 is no penalty)"),
+    )
+    for name, value, good, rule in ranges:
+        if not good:
+            raise InputError(f"{name} is {value}; it must be {rule}.")
+    return Sampling(
+        temperature=np.full(rows, temperature, np.float32),
+        top_k=np.full(rows, top_k, np.int32),
+        top_p=np.full(rows, top_p, np.float32),
+        repetition_penalty=np.full(rows, repetition_penalty, np.float32),
+        greedy=temperature == 0,
+        penalised=repetition_penalty != 1,
+    )
+
+
+def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]) -> Array:
+    """Makes tokens already in the prompt or the answer less likely.
+
+    Source: HF logits_process.RepetitionPenaltyLogitsProcessor; CTRL (arXiv 1909.05858), section 4.1.
+    """
+    penalty = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def filter_sorted(logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]) -> Array:
+    """Puts -inf where a token falls to top-k, then top-p (the smallest set whose probability reaches top_p).
+
+    `logits` are sorted, highest first. Source: HF logits_process.TopKLogitsWarper and TopPLogitsWarper.
+    """
+    V = logits.shape[-1]
+    kept = jnp.arange(V) < jnp.where(top_k > 0, top_k, V)[:, None]
+    probabilities = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept &= (before < top_p[:, None]) | (jnp.arange(V) == 0)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def next_tokens(
+    logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"], keys: Array
+) -> Int[Array, " B"]:
+    """One token a row; each row has a key of its own, so that its draw does not depend on its neighbours."""
+    if sampling.penalised:
+        logits = penalise(logits, seen, sampling.repetition_penalty)
+    greedy = jnp.argmax(logits, axis=-1)
+    if sampling.greedy:
+        return greedy
+    logits, order = jax.lax.top_k(logits / jnp.maximum(sampling.temperature, 1e-6)[:, None], logits.shape[-1])
+    logits = filter_sorted(logits, sampling.top_k, sampling.top_p)
+    rank = jax.vmap(jax.random.categorical)(keys, logits)
+    drawn = jnp.take_along_axis(order, rank[:, None], axis=1)[:, 0]
+    return jnp.where(sampling.temperature == 0, greedy, drawn)
