@@ -1,5 +1,7 @@
 """Rotary position embeddings: two axes (row, column) in the vision tower, three (time, row, column) in the decoder.
 
+A table holds one angle for each pair of a head's values, so H/2 of them; Hugging Face's tables repeat them once.
+
 Angles are float32 whatever the compute dtype: bfloat16 cannot hold position 257.
 """
 
@@ -14,7 +16,7 @@ def _inverse_frequencies(dim: int, theta: float) -> np.ndarray:
 
 def mrope_tables(
     position_ids: Int[Array, "3 B S"], head_dim: int, theta: float, sections: tuple[int, int, int]
-) -> tuple[Float[Array, "B S H"], Float[Array, "B S H"]]:
+) -> tuple[Float[Array, "B S H/2"], Float[Array, "B S H/2"]]:
     """cos and sin of multimodal RoPE: the first sections[0] frequencies turn with time, the next with row, then column.
 
     Source: HF modeling_qwen2_vl.Qwen2VLRotaryEmbedding; Qwen2-VL report (arXiv 2409.12191), section 2.1.
@@ -22,27 +24,24 @@ def mrope_tables(
     axis = np.repeat(np.arange(3), sections)  # (H/2,) which position turns each frequency
     positions = jnp.moveaxis(position_ids.astype(jnp.float32)[axis], 0, -1)  # (B, S, H/2)
     angles = positions * _inverse_frequencies(head_dim, theta)
-    angles = jnp.concatenate([angles, angles], axis=-1)  # (B, S, H)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def vision_tables(
     coordinates: Int[Array, "F P 2"], head_dim: int, theta: float
-) -> tuple[Float[Array, "F P H"], Float[Array, "F P H"]]:
+) -> tuple[Float[Array, "F P H/2"], Float[Array, "F P H/2"]]:
     """cos and sin for patches at (row, column): half of the frequencies turn with each.
 
     Source: HF modeling_qwen2_vl.Qwen2VLVisionRotaryEmbedding.
     """
     frequencies = _inverse_frequencies(head_dim // 2, theta)  # (H/4,)
     angles = coordinates.astype(jnp.float32)[..., None] * frequencies  # (F, P, 2, H/4)
-    angles = angles.reshape(*coordinates.shape[:-1], head_dim // 2)
-    angles = jnp.concatenate([angles, angles], axis=-1)  # (F, P, H)
+    angles = angles.reshape(*coordinates.shape[:-1], head_dim // 2)  # (F, P, H/2)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B S N H"], cos: Float[Array, "B S H"], sin: Float[Array, "B S H"]) -> Array:
+def rotate(x: Float[Array, "B S N H"], cos: Float[Array, "B S H/2"], sin: Float[Array, "B S H/2"]) -> Array:
     """Turns each pair (x[i], x[i + H/2]) by its angle, in float32; the result has x's dtype."""
-    y = x.astype(jnp.float32)
-    first, second = jnp.split(y, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (y * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]  # the same for every head
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -58,16 +58,21 @@ class Buckets:
     """The sizes that batches are padded to, smallest first. Each combination that occurs is compiled once.
 
     patches: of a frame.  frames: of all samples of a batch together.  tokens: of a row.
-    Sizes from 128 on are multiples of 128, which attention kernels want. Steps grow with the size, so that padding
-    adds an eighth or so at most; 2304 patches and 9472 tokens hold 16 frames of 16:9 video at the default budget, with
-    room for a prompt and an answer.
+    Neighbours differ by an eighth at most from 8 frames, 128 patches and 128 tokens on; sizes from 512 on are multiples of
+    64, those of full-size video of 128. 2304 patches and 9472 tokens hold 16 frames of 16:9 video at the default budget,
+    with room for a prompt.
     """
 
-    patches: tuple[int, ...] = (64, *_every((128, 896, 128), (1024, 2560, 256), (3072, 4096, 512)), 6144, 8192, 16384)
-    frames: tuple[int, ...] = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    patches: tuple[int, ...] = (
+        *_every((16, 320, 16), (352, 512, 32), (576, 1024, 64), (1152, 2560, 128), (3072, 4096, 512)),
+        *(6144, 8192, 16384),
+    )
+    frames: tuple[int, ...] = (
+        *_every((1, 8, 1), (10, 16, 2), (20, 32, 4), (40, 64, 8), (80, 128, 16), (160, 256, 32), (320, 512, 64)),
+    )
     tokens: tuple[int, ...] = (
-        *_every((128, 1024, 128), (1280, 2048, 256), (2560, 4096, 512), (5120, 9216, 1024)),
-        *(9472, 9984, *_every((10240, 16384, 1024)), 20480, 24576, 32768),
+        *_every((16, 512, 16), (576, 1024, 64), (1152, 2048, 128), (2304, 4096, 256), (4608, 9216, 512)),
+        *(9472, 9984, 10240, *_every((11264, 16384, 1024)), 20480, 24576, 32768),
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,207 @@
+"""Resizing images and cutting them into the patches that the vision tower takes.
+
+The original resizes twice: first to its pixel budget, then Qwen2-VL's image processor resizes to whole patches within
+limits of its own. Both are bicubic with PIL, and both are kept, because one resize gives other pixels.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tarsier_jax.config import VisionConfig
+from tarsier_jax.errors import CheckpointError, InputError
+
+_MAX_ASPECT = 200
+_BICUBIC = 3  # PIL's number, as preprocessor_config.json has it
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOptions:
+    """What a checkpoint's preprocessor_config.json fixes. The defaults are those of the released Qwen2-VL models."""
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 12_845_056
+    patch_size: int = 14
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    rescale: float = 1 / 255
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def factor(self) -> int:
+        """Height and width of a resized image are multiples of this many pixels."""
+        return self.patch_size * self.merge_size
+
+
+def load_image_options(directory: str | Path, vision: VisionConfig) -> ImageOptions:
+    """Reads preprocessor_config.json, or the `image_processor` of processor_config.json where transformers 5 puts it.
+
+    Raises:
+        CheckpointError: the file cannot be read, contradicts config.json, or asks for other steps than Qwen2-VL's.
+    """
+    default = ImageOptions(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+    )
+    path = Path(directory) / "preprocessor_config.json"
+    raw = read_json(path)
+    if raw is None:
+        path = Path(directory) / "processor_config.json"
+        raw = (read_json(path) or {}).get("image_processor")
+    return default if raw is None else _parse_options(raw, default, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no such file. Raises CheckpointError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read as JSON ({e}). Download the file again.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object. Download the file again.")
+    return content
+
+
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, name: str = "The image"
+) -> tuple[int, int]:
+    """Height and width, multiples of `factor`, near the given ones, of min_pixels to max_pixels in all.
+
+    Source: HF qwen2_vl.image_processing_qwen2_vl.smart_resize as of transformers 4.47, which also refuses a side
+    shorter than `factor`.
+
+    Raises:
+        InputError: a side is shorter than `factor`, or one is more than 200 times the other. `name` begins it.
+    """
+    if min(height, width) < 1 or max(height, width) > _MAX_ASPECT * min(height, width):
+        raise InputError(
+            f"{name} is {width} x {height} pixels: one side is more than {_MAX_ASPECT} times the other. Crop it."
+        )
+    if min(height, width) < factor:
+        needed = math.ceil(height * width * (factor / min(height, width)) ** 2)
+        raise InputError(
+            f"{name} is {width} x {height} pixels after fitting the pixel budget; each side needs {factor}. Set "
+            f"min_pixels, and max_pixels if it is lower, to {needed} or more; show fewer frames if their number is "
+            "what lowers max_pixels; or crop the longer side."
+        )
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def fit_budget(image: Image.Image, min_pixels: int, max_pixels: int, name: str = "The image") -> Image.Image:
+    """The first of the two resizes: keeps the shape of the image, brings its area within the budget."""
+    height, width = smart_resize(image.height, image.width, 1, min_pixels, max_pixels, name)
+    return _resize(image, height, width)
+
+
+def patch_frames(
+    frames: Iterable[Image.Image], count: int, options: ImageOptions, double: bool, name: str = "The image"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Second resize, normalisation and patches of one visual, in the order of HF's Qwen2VLImageProcessor.
+
+    Args:
+        frames: `count` RGB images; all are resized to what the first one needs.
+        double: every frame fills a temporal patch by itself. If not, consecutive frames share one, and the last
+            frame is repeated to fill up the last.
+
+    Returns:
+        float32 (N, C*T*14*14) with T frames a temporal patch, and the grid int32 (3,): time, height, width in patches.
+    """
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise InputError(f"{name} has no frames. Check its indices, and its start and end.")
+    limits = options.min_pixels, options.max_pixels
+    T, patch, merge, factor = options.temporal_patch_size, options.patch_size, options.merge_size, options.factor
+    height, width = smart_resize(first.height, first.width, factor, *limits, name)
+    t = count if double else -(-count // T)
+    out = np.empty((t, height // factor, width // factor, merge, merge, 3, T, patch, patch), np.float32)
+    scale, shift = _normalisation(options)
+    for i, frame in zip(range(count), itertools.chain([first], frames), strict=True):
+        values = _normalised_patches(_resize(frame, height, width), patch, merge, scale, shift)[..., None, :, :]
+        if double:
+            out[i] = values
+        else:
+            end = T if i == count - 1 else i % T + 1  # the last frame fills what remains of its temporal patch
+            out[i // T, ..., i % T : end, :, :] = values
+    grid = np.array([t, height // patch, width // patch], np.int32)
+    return out.reshape(int(grid.prod()), -1), grid
+
+
+def _normalisation(options: ImageOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Rescaling and normalising as one multiplication and one addition, float32 (C, 1, 1) each."""
+    mean, std = np.array(options.mean), np.array(options.std)
+    scale, shift = options.rescale / std, -mean / std
+    return scale.astype(np.float32)[:, None, None], shift.astype(np.float32)[:, None, None]
+
+
+def _normalised_patches(image: Image.Image, patch: int, merge: int, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """float32 (H/28, W/28, 2, 2, C, 14, 14): blocks of patches that the merger joins, row by row."""
+    rows, columns = image.height // (patch * merge), image.width // (patch * merge)
+    pixels = np.asarray(image).reshape(rows, merge, patch, columns, merge, patch, 3)
+    # Transposing bytes and then converting is several times faster than the other way round.
+    values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 4, 6, 2, 5)).astype(np.float32)
+    values *= scale
+    values += shift
+    return values
+
+
+def _resize(image: Image.Image, height: int, width: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _parse_options(raw: Mapping[str, Any], default: ImageOptions, path: Path) -> ImageOptions:
+    low = _limit(raw, "min_pixels", "shortest_edge")
+    high = _limit(raw, "max_pixels", "longest_edge")
+    options = dataclasses.replace(
+        default,
+        min_pixels=default.min_pixels if low is None else int(low),
+        max_pixels=default.max_pixels if high is None else int(high),
+        rescale=raw.get("rescale_factor") or default.rescale,
+        mean=tuple(raw.get("image_mean") or default.mean),
+        std=tuple(raw.get("image_std") or default.std),
+    )
+    for key in ("patch_size", "merge_size", "temporal_patch_size"):
+        expected = getattr(default, key)
+        if raw.get(key, expected) != expected:
+            raise CheckpointError(
+                f"{path} has {key} {raw[key]}, but vision_config in {path.with_name('config.json')} has {expected}. "
+                "The two come from different models: copy both from one."
+            )
+    steps = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+    odd = [key for key in steps if not raw.get(key, True)]
+    if raw.get("resample", _BICUBIC) != _BICUBIC:
+        odd.append("resample")
+    if odd or options.min_pixels > options.max_pixels or len(options.mean) != 3 or len(options.std) != 3:
+        raise CheckpointError(
+            f"{path} asks for other steps than Qwen2-VL's ({', '.join(odd) or 'sizes, mean or std'}), which are not "
+            "supported. Copy the file from the released model again."
+        )
+    return options
+
+
+def _limit(raw: Mapping[str, Any], name: str, edge: str) -> Any:
+    """A limit may stand at the top level, or in `size` under an old or a new name."""
+    size = raw.get("size") or {}
+    return next((v for v in (raw.get(name), size.get(name), size.get(edge)) if v is not None), None)

@@ -1,0 +1,210 @@
+"""The processor: a sample in the annotation format in, arrays for the model out."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.errors import CheckpointError, InputError
+from tarsier_jax.processing.batch import Batch, Buckets, Example, make_batch
+from tarsier_jax.processing.chat import CHATML, encode_messages, load_chat_template, load_tokenizer
+from tarsier_jax.processing.image import ImageOptions, fit_budget, load_image_options, patch_frames, read_json
+from tarsier_jax.processing.positions import mrope_positions
+from tarsier_jax.processing.sample import Visual, open_visuals, read_messages
+from tarsier_jax.processing.sampling import SAMPLERS
+from tarsier_jax.processing.video import kind_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNSUPPORTED_STEPS = ("do_crop", "do_padding", "do_resize")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessorOptions:
+    """What a user chooses. The defaults are those of the original's default configuration.
+
+    n_frames: frames a sample shows, shared by its videos; max_n_frames bounds them where `fps` asks for more.
+    max_pixels, min_pixels: of a frame or image, before rounding to whole patches.
+    max_pixels_per_sample: bounds all frames together, each counted twice if doubled; many frames are shown smaller.
+    max_seq_len: tokens of a sample, visual ones included.  video_sampler: "v1" evenly spaced with both ends, "v2" the
+    middle of equal segments.  force_frames_n_divisible: frames of a video are made a multiple of this, with black
+    ones at the end.  double_frames: every frame is a temporal patch of its own.
+    """
+
+    n_frames: int = 16
+    max_n_frames: int = 256
+    max_pixels: int = 460_800
+    min_pixels: int = 0
+    max_pixels_per_sample: int = 128 * 384 * 384
+    max_seq_len: int = 16_384
+    video_sampler: str = "v1"
+    force_frames_n_divisible: int = 1
+    double_frames: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("n_frames", "max_pixels", "max_pixels_per_sample", "max_seq_len", "force_frames_n_divisible"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} has to be at least 1, not {getattr(self, name)}.")
+        if self.n_frames > self.max_n_frames:
+            raise InputError(f"n_frames {self.n_frames} is above max_n_frames {self.max_n_frames}. Raise max_n_frames.")
+        if not 0 <= self.min_pixels <= self.max_pixels:
+            raise InputError(f"min_pixels {self.min_pixels} has to be between 0 and max_pixels {self.max_pixels}.")
+        if self.video_sampler not in SAMPLERS:
+            raise InputError(f"video_sampler is {self.video_sampler!r}, but has to be one of {', '.join(SAMPLERS)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Turns samples into examples, and examples into batches. `load_processor` makes one."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    config: ModelConfig
+    chat_template: str = CHATML
+    image: ImageOptions = dataclasses.field(default_factory=ImageOptions)
+    eos_token_ids: tuple[int, ...] = ()
+    options: ProcessorOptions = ProcessorOptions()
+    buckets: Buckets = dataclasses.field(default_factory=Buckets)
+
+    def replace(self, **options: Any) -> "Processor":
+        """A processor with other options, such as n_frames=8. Raises InputError for an unknown or unfit one."""
+        unknown = options.keys() - {field.name for field in dataclasses.fields(self.options)}
+        if unknown:
+            known = ", ".join(field.name for field in dataclasses.fields(self.options))
+            raise InputError(f"There is no option {', '.join(sorted(unknown))}. The options are {known}.")
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, **options))
+
+    def __call__(
+        self, sample: Mapping[str, Any], training: bool = False, rng: np.random.Generator | None = None
+    ) -> Example:
+        """Decodes, resizes, tokenizes. The sample is left as it is.
+
+        Args:
+            training: keeps the last answer closed, cuts text beyond max_seq_len, and lets sampler v2 draw frames.
+            rng: what sampler v2 draws from; without it, each call draws anew.
+
+        Raises:
+            InputError: says what is wrong with the sample or its files, or that it is too long.
+        """
+        messages, options = read_messages(sample), self.options
+        if training and rng is None:
+            rng = np.random.default_rng()
+        visuals = open_visuals(
+            messages,
+            options.n_frames,
+            options.max_n_frames,
+            options.video_sampler,
+            options.force_frames_n_divisible,
+            rng if training else None,
+        )
+        pixel_values, grid_thw = self._patches(visuals, self._pixel_limits(sample, visuals))
+        counts = iter(grid_thw.prod(axis=1) // self.config.vision.merge_factor)
+        for item in (item for m in messages for item in m["content"] if item["type"] != "text"):
+            item["num_vision_tokens"] = int(next(counts))
+        input_ids, labels = encode_messages(
+            self.tokenizer, self.chat_template, messages, self._placeholder_ids, training
+        )
+        n = self._kept_tokens(input_ids, training)
+        position_ids = mrope_positions(
+            input_ids[:n], grid_thw, self.config.vision.spatial_merge_size, self._placeholder_ids
+        )
+        return Example(input_ids[:n], labels[:n], pixel_values, grid_thw, position_ids)
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Pads examples to buckets; see `make_batch`."""
+        return make_batch(examples, self.config, self.buckets, self.pad_token_id)
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if isinstance(pad, int) else next(iter(self.eos_token_ids), 0)
+
+    @property
+    def _placeholder_ids(self) -> tuple[int, int]:
+        return self.config.image_token_id, self.config.video_token_id
+
+    def _pixel_limits(self, sample: Mapping[str, Any], visuals: Sequence[Visual]) -> tuple[int, int]:
+        """min_pixels and max_pixels of every frame of this sample: its own, or the options', within its budget."""
+        own = sample.get("image_processing_config") or {}
+        asked = [key for key in _UNSUPPORTED_STEPS if own.get(key)]
+        if asked:
+            raise InputError(f"image_processing_config: {', '.join(asked)} is not supported. Leave it out.")
+        low, high = own.get("min_pixels", self.options.min_pixels), own.get("max_pixels", self.options.max_pixels)
+        if not 0 <= low <= high:
+            raise InputError(f"image_processing_config: min_pixels {low} is not between 0 and max_pixels {high}.")
+        T = self.config.vision.temporal_patch_size
+        times = {"image": T, "video": T if self.options.double_frames else 1}
+        shown = sum(visual.count * times[visual.kind] for visual in visuals)
+        high = min(int(high), self.options.max_pixels_per_sample // max(shown, 1))
+        return min(int(low), high), high
+
+    def _patches(self, visuals: Sequence[Visual], limits: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """pixel_values and grid_thw of all visuals."""
+        if not visuals:
+            return np.zeros((0, self.config.vision.patch_dim), np.float32), np.zeros((0, 3), np.int32)
+        parts, grids = [], []
+        for visual in visuals:
+            name = visual.clip.name
+            fitted = (fit_budget(frame, *limits, name) for frame in visual.frames())
+            double = self.options.double_frames or visual.kind == "image"
+            patches, grid = patch_frames(fitted, visual.count, self.image, double, name)
+            parts.append(patches)
+            grids.append(grid)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts), np.stack(grids)
+
+    def _kept_tokens(self, input_ids: np.ndarray, training: bool) -> int:
+        """How many tokens remain of a prompt that may be too long."""
+        limit, visual = self.options.max_seq_len, np.isin(input_ids, self._placeholder_ids)
+        if len(input_ids) <= limit:
+            return len(input_ids)
+        if training and not visual[limit:].any():
+            return limit
+        raise InputError(
+            f"The sample has {len(input_ids)} tokens, {visual.sum()} of them visual, but max_seq_len is {limit}. Show "
+            "fewer frames (n_frames), show them smaller (max_pixels), or raise max_seq_len."
+        )
+
+
+def media_sample(path: str | Path, prompt: str | None = None) -> dict[str, Any]:
+    """The sample that asks about one media file; without a prompt, for a detailed description.
+
+    Raises:
+        InputError: the name has no accepted ending.
+    """
+    kind = "image" if kind_of(path) == "image" else "video"
+    content = [
+        {"type": kind, kind: {f"{kind}_file": str(path)}},
+        {"type": "text", "text": prompt or f"Describe the {kind} in detail."},
+    ]
+    return {"messages": [{"role": "user", "content": content}], "task": f"{kind}/QA"}
+
+
+def load_processor(directory: str | Path, config: ModelConfig) -> Processor:
+    """The processor of a Hugging Face directory, with default options.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, or files contradict each other.
+    """
+    directory = Path(directory)
+    tokenizer = load_tokenizer(directory)
+    template = load_chat_template(directory, tokenizer)
+    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    if template == CHATML and image_token != config.image_token_id:
+        raise CheckpointError(
+            f"{directory / 'config.json'} has image token {config.image_token_id}, but the tokenizer beside it has "
+            f"<|image_pad|> as {image_token}. The two come from different models: copy both from one."
+        )
+    image = load_image_options(directory, config.vision)
+    return Processor(tokenizer, config, template, image, _eos_token_ids(directory, tokenizer))
+
+
+def _eos_token_ids(directory: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The tokens that end an answer, from the first file that names any, else the tokenizer's."""
+    config = read_json(directory / "config.json") or {}
+    sources = (read_json(directory / "generation_config.json") or {}, config, config.get("text_config") or {})
+    own: Any = tokenizer.eos_token_id
+    found = next((s["eos_token_id"] for s in sources if s.get("eos_token_id") is not None), own)
+    return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)

@@ -1,0 +1,188 @@
+"""Samples in the annotation format: checking them, and opening the images and videos they name.
+
+{"messages": [{"role": "user", "content": [{"type": "video", "video": {"video_file": "a.mp4"}},
+                                           {"type": "text", "text": "Describe the video in detail."}]}]}
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.sampling import allocate_frames, select_frames
+from tarsier_jax.processing.video import Clip, open_clip
+
+ROLES = ("system", "user", "assistant")
+_SOURCES = ("video_file", "image_file", "frames")
+_NUMBERS = ("start_frame", "end_frame", "start_time", "end_time", "fps", "min_n_frames")
+_LISTS = ("frame_indices", "time_indices")
+_MASK_MARGIN = 30  # rows kept below the lowest mask box
+
+
+@dataclasses.dataclass(frozen=True)
+class Visual:
+    """An image or video of a sample, opened but not yet decoded."""
+
+    kind: str  # "image" or "video"
+    clip: Clip
+    indices: list[int]
+    mask_boxes: Sequence[Any] | None = None
+    blanks: int = 0  # black frames to append
+
+    @property
+    def count(self) -> int:
+        return len(self.indices) + self.blanks
+
+    def frames(self) -> Iterator[Image.Image]:
+        """Decodes the frames, one by one. Raises InputError when one cannot be."""
+        frames = self.clip.read(self.indices)
+        if self.mask_boxes is not None:
+            frames = mask_frames(frames, self.mask_boxes)
+        frame = None
+        for frame in frames:
+            yield frame
+        if frame is not None:
+            yield from itertools.repeat(Image.new("RGB", frame.size), self.blanks)
+
+
+def read_messages(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a sample, checked and copied, each content as a list of items.
+
+    Raises:
+        InputError: says which message or item is malformed.
+    """
+    messages = sample.get("messages") if isinstance(sample, Mapping) else None
+    if not isinstance(messages, list | tuple) or not messages:
+        raise InputError('A sample is a dict {"messages": [...]} with one message at least; this one has none.')
+    return [_read_message(message, i) for i, message in enumerate(messages)]
+
+
+def open_visuals(
+    messages: Sequence[Mapping[str, Any]],
+    n_frames: int,
+    max_n_frames: int,
+    sampler: str,
+    divisor: int,
+    rng: np.random.Generator | None,
+) -> list[Visual]:
+    """Opens every image and video of checked messages, in order, and chooses the frames.
+
+    Raises:
+        InputError: a file cannot be opened, or has not the frames asked for.
+    """
+    items = [item for m in messages for item in m["content"] if item["type"] != "text"]
+    videos = [item["video"] for item in items if item["type"] == "video"]
+    counts = iter(allocate_frames(videos, len(items) - len(videos), n_frames, max_n_frames, divisor))
+    visuals = []
+    for item in items:
+        if item["type"] == "image":
+            visuals.append(_open_image(item["image"]))
+            continue
+        video = item["video"]
+        clip = open_clip(_source(video))
+        indices = select_frames(video, clip.length, clip.rate, next(counts), sampler, rng, clip.name)
+        visuals.append(Visual("video", clip, indices, video.get("mask_boxes"), -len(indices) % divisor))
+    return visuals
+
+
+def mask_frames(frames: Iterator[Image.Image], mask_boxes: Sequence[Any]) -> Iterator[Image.Image]:
+    """Blacks out boxes, and crops each frame some rows below the box that ends highest.
+
+    mask_boxes: for each frame a list of boxes; a box is its corners (x, y) as fractions of width and height, clockwise
+    from the top left.
+
+    Raises:
+        InputError: there are fewer lists of boxes than frames, or a box is malformed.
+    """
+    size = None
+    for i, frame in enumerate(frames):
+        width, height = size = size or frame.size  # boxes are fractions of the first frame
+        if i >= len(mask_boxes):
+            raise InputError(f"mask_boxes has {len(mask_boxes)} lists of boxes, too few for the frames. Add the rest.")
+        pixels, bottom = np.array(frame), height
+        for box in mask_boxes[i]:
+            try:
+                corners = [(round(x * width), round(y * height)) for x, y in box]
+                (left, top), (right, _), (_, low) = corners[:3]
+            except (TypeError, ValueError):
+                raise InputError(f"{box!r} in mask_boxes is no box: give four corners [x, y].") from None
+            pixels[top:low, left:right] = 0
+            bottom = min(bottom, max(y for _, y in corners) + _MASK_MARGIN)
+        yield Image.fromarray(pixels[:bottom])
+
+
+def _read_message(message: Any, index: int) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        raise InputError(f"{where} needs a role, one of {', '.join(ROLES)}, but is {_short(message)}.")
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    elif isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, list | tuple):
+        raise InputError(f"{where} needs a content: a text, an item, or a list of items, not {_short(content)}.")
+    return {"role": message["role"], "content": [_read_item(x, f"{where}.content[{i}]") for i, x in enumerate(content)]}
+
+
+def _read_item(item: Any, where: str) -> dict[str, Any]:
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    if kind not in ("text", "image", "video"):
+        raise InputError(f'{where} needs "type": "text", "image" or "video", but is {_short(item)}.')
+    value = item.get(kind)
+    if kind == "text":
+        if not isinstance(value, str):
+            raise InputError(f'{where} is a text without its "text": {_short(item)}.')
+        return {"type": kind, "text": value}
+    if not isinstance(value, Mapping):
+        raise InputError(f'{where} needs "{kind}": {{"{kind}_file": ...}}, but is {_short(item)}.')
+    if sum(value.get(key) is not None for key in _SOURCES) != 1:
+        raise InputError(f"{where} needs exactly one of {', '.join(_SOURCES)}, but has {', '.join(value) or 'none'}.")
+    if kind == "video":
+        _check_choice(value, where)
+    return {"type": kind, kind: dict(value)}
+
+
+def _check_choice(video: Mapping[str, Any], where: str) -> None:
+    """Checks the types of the keys by which a video item chooses frames."""
+    for key in _NUMBERS:
+        if video.get(key) is not None and not isinstance(video[key], Real):
+            raise InputError(f"{where}: {key} has to be a number, not {_short(video[key])}.")
+    for key in _LISTS:
+        value = video.get(key)
+        good = isinstance(value, list | tuple | np.ndarray) and all(isinstance(i, Real) for i in value)
+        if value is not None and not good:
+            raise InputError(f"{where}: {key} has to be a list of numbers, not {_short(value)}.")
+    if video.get("fps") is not None and video["fps"] <= 0:
+        raise InputError(f"{where}: fps has to be above 0, not {video['fps']}.")
+
+
+def _source(item: Mapping[str, Any]) -> Any:
+    return next(item[key] for key in _SOURCES if item.get(key) is not None)
+
+
+def _open_image(item: Mapping[str, Any]) -> Visual:
+    source, index = _source(item), item.get("frame_indices", 0)
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise InputError(f"An image shows one frame: frame_indices has to be one number, not {_short(index)}.")
+    if item.get("video_file") is not None:
+        if "frame_indices" not in item:
+            raise InputError(f"An image from {source} needs frame_indices, the number of its frame.")
+        clip = open_clip(source)
+        return Visual("image", clip, [min(index, clip.length - 1) if index == clip.length else index])
+    sources = source if isinstance(source, list | tuple) else [source]
+    if len(sources) != 1:
+        raise InputError(f"An image is one file or frame, not {len(sources)}. Use a video item for a sequence.")
+    name = str(sources[0]) if isinstance(sources[0], str | Path) else "an image in memory"
+    return Visual("image", dataclasses.replace(open_clip(sources), name=name), [0])
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

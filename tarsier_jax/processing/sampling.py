@@ -1,0 +1,153 @@
+"""Which frames of a clip the model sees: samplers, the share of each clip of a sample, and indices from an annotation.
+
+The numbers are those of the original processor; they are plain Python so that rounding is the same too.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tarsier_jax.errors import InputError
+
+SAMPLERS = ("v1", "v2")
+
+
+def sample_uniform(length: int, n: int) -> list[int]:
+    """Sampler v1: n of `length` frames, evenly spaced, the first and the last among them; all if there are fewer."""
+    if n == 1:
+        return [0]
+    if length <= n:
+        return list(range(length))
+    return [round(i * (length - 1) / (n - 1)) for i in range(n)]
+
+
+def sample_segments(length: int, n: int, rng: np.random.Generator | None = None) -> list[int]:
+    """Sampler v2: one frame of each of n equal segments: the middle one, or with `rng` a random one."""
+    if length <= n:
+        return list(range(length))
+    size, longer = divmod(length, n)  # the first `longer` segments have one frame more
+    starts = [i * size + min(i, longer) for i in range(n + 1)]
+    segments = list(itertools.pairwise(starts))
+    if rng is None:
+        return [start + (end - start + 1) // 2 - 1 for start, end in segments]
+    return [int(rng.integers(start, end)) for start, end in segments]
+
+
+def allocate_frames(
+    videos: Sequence[Mapping[str, Any]], n_images: int, n_frames: int, max_n_frames: int, divisor: int = 1
+) -> list[int]:
+    """How many frames each video item of one sample may show.
+
+    Videos with `frame_indices` or `time_indices` take what they list, images take one each. The others start from
+    `min_n_frames` (with `fps`: from max_n_frames) and grow by turns until the sample has n_frames, then shrink by
+    turns while it has more than max_n_frames; at last they are rounded up to a multiple of `divisor`.
+
+    Raises:
+        InputError: a video is left without a frame.
+    """
+    counts = [_frames_asked(video, max_n_frames) for video in videos]
+    flexible = [i for i, video in enumerate(videos) if not _listed(video)]
+    total = sum(counts) + n_images
+    # Each turn counts even after the goal is met: so did the original, and its shares depend on it.
+    while flexible and total < n_frames:
+        for i in flexible:
+            counts[i] += total < n_frames
+            total += 1
+    while flexible and total > max_n_frames:
+        for i in flexible:
+            counts[i] -= total > max_n_frames
+            total -= 1
+    for i in flexible:
+        counts[i] += -counts[i] % divisor
+    if any(count < 1 for count in counts):
+        raise InputError(
+            f"{len(videos)} videos and {n_images} images share {n_frames} frames (at most {max_n_frames}), which "
+            "leaves a video without any. Raise n_frames and max_n_frames, or put fewer visuals into one sample."
+        )
+    return counts
+
+
+def select_frames(
+    item: Mapping[str, Any],
+    length: int,
+    rate: float | None,
+    n: int,
+    sampler: str = "v1",
+    rng: np.random.Generator | None = None,
+    name: str = "the clip",
+) -> list[int]:
+    """Frame indices that a video item of an annotation asks for.
+
+    `frame_indices`, `time_indices` (seconds) and `fps` (frames a second to take; if that makes more than n, n evenly
+    spaced ones) exclude each other. `start_frame`/`end_frame`, or `start_time`/`end_time` in seconds, bound what is
+    sampled, both ends included.
+
+    Args:
+        length: frames in the clip.  rate: its frames a second, None if it has none.  n: frames to take.
+
+    Raises:
+        InputError: seconds are given for a clip without a frame rate, or the frames asked for are not in the clip.
+    """
+    given = [key for key in ("frame_indices", "time_indices", "fps") if item.get(key) is not None]
+    if len(given) > 1:
+        raise InputError(f"{name}: {' and '.join(given)} are both given. Keep one of them.")
+    if rate is None and any(item.get(key) is not None for key in ("time_indices", "fps", "start_time", "end_time")):
+        raise InputError(
+            f"{name} has no frame rate, so that times and fps mean nothing. Use frame_indices, start_frame, end_frame."
+        )
+    if _listed(item):
+        indices = item["frame_indices"] if "frame_indices" in given else _to_frames(item["time_indices"], rate)
+        return _check_listed([int(i) for i in indices], length, name)
+    start, end = _bounds(item, length, rate)
+    span = end - start + 1
+    if not 0 <= start < length or span < 1:
+        raise InputError(
+            f"{name} has frames 0 to {length - 1}, but {start} to {end} are asked for. Mend the start and end."
+        )
+    if item.get("fps") is not None:
+        every = list(range(start, end + 1, max(1, round((rate or 0) / item["fps"]))))
+        if len(every) <= n:
+            return [i for i in every if i < length]
+    sampled = sample_uniform(span, n) if sampler == "v1" else sample_segments(span, n, rng)
+    return [start + i for i in sampled if start + i < length]  # what lies past the end is left out, as it ever was
+
+
+def _listed(video: Mapping[str, Any]) -> bool:
+    return video.get("frame_indices") is not None or video.get("time_indices") is not None
+
+
+def _frames_asked(video: Mapping[str, Any], max_n_frames: int) -> int:
+    for key in ("frame_indices", "time_indices"):
+        if video.get(key) is not None:
+            return len(video[key])
+    if video.get("min_n_frames") is not None:
+        return int(video["min_n_frames"])
+    return max_n_frames if video.get("fps") is not None else 0
+
+
+def _to_frames(seconds: Sequence[float], rate: float | None) -> list[int]:
+    return [round(float(s) * (rate or 0)) for s in seconds]
+
+
+def _bounds(item: Mapping[str, Any], length: int, rate: float | None) -> tuple[int, int]:
+    def bound(side: str, default: int) -> int:
+        if item.get(f"{side}_time") is not None:
+            return round(item[f"{side}_time"] * (rate or 0))
+        return round(item[f"{side}_frame"]) if item.get(f"{side}_frame") is not None else default
+
+    start, end = bound("start", 0), bound("end", length - 1)
+    return start, length - 1 if end == length else end
+
+
+def _check_listed(indices: list[int], length: int, name: str) -> list[int]:
+    if indices and indices[-1] == length:  # a time equal to the duration means the last frame
+        indices = [*indices[:-1], length - 1]
+    outside = [i for i in indices if not 0 <= i < length]
+    if outside or not indices:
+        raise InputError(
+            f"{name} has frames 0 to {length - 1}, but {outside or 'none'} are asked for. "
+            "Mend the frame_indices or time_indices."
+        )
+    return indices

@@ -1,0 +1,181 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.errors import CheckpointError, InputError
+from tarsier_jax.processing.chat import CHATML, encode_messages, load_chat_template, load_tokenizer
+from tests.processing.conftest import write_json
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+# Like Qwen2-VL's own template: one placeholder a visual, whatever its size, and no word of where answers are.
+QWEN = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- for item in message.content -%}
+{%- if 'video' in item -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- elif 'image' in item -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- else -%}{{ item.text }}{%- endif -%}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+QWEN_TRAINING = QWEN.replace("{{ item.text }}", "{% generation %}{{ item.text }}{% endgeneration %}")
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def visual(kind: str, tokens: int) -> dict:
+    return {"type": kind, "num_vision_tokens": tokens}
+
+
+def message(role: str, *content: dict) -> dict:
+    return {"role": role, "content": list(content)}
+
+
+@pytest.fixture
+def tokenizer(checkpoint: Path):
+    return load_tokenizer(checkpoint)
+
+
+@pytest.fixture
+def encode(tokenizer, config: ModelConfig):
+    """Gives the prompt as text, and the part of it that is trained on."""
+
+    def run(messages: list[dict], template: str = CHATML, training: bool = False) -> tuple[str, str]:
+        placeholders = (config.image_token_id, config.video_token_id)
+        input_ids, labels = encode_messages(tokenizer, template, messages, placeholders, training)
+        assert input_ids.dtype == labels.dtype == np.int32
+        trained = labels != -100
+        np.testing.assert_array_equal(labels[trained], input_ids[trained])
+        return tokenizer.decode(input_ids), tokenizer.decode(input_ids[trained])
+
+    return run
+
+
+def test_a_prompt(encode) -> None:
+    prompt, trained = encode([message("user", visual("video", 5), text("What happens?"))])
+    pads = "<|image_pad|>" * 5  # for videos, too
+    question = f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>What happens?<|im_end|>\n"
+    assert prompt == f"{SYSTEM}{question}<|im_start|>assistant\n"
+    assert trained == ""
+
+
+def test_the_number_of_tokens_is_the_originals(tokenizer, encode, tables: dict) -> None:
+    """The table's prompts are 27 tokens of the Qwen2 vocabulary, and one for each vision token."""
+    text_only, _ = encode([message("user", visual("video", 0), text("Describe the video in detail."))])
+    constant = len(tokenizer(text_only)["input_ids"])
+    for row in tables["grids"]:
+        tokens = int(np.prod(row["grid_thw"])) // 4
+        assert row["n_tokens"] == 27 + tokens
+    prompt, _ = encode([message("user", visual("video", tokens), text("Describe the video in detail."))])
+    assert len(tokenizer(prompt)["input_ids"]) == constant + tokens
+
+
+def test_a_system_message_replaces_the_default(encode) -> None:
+    prompt, _ = encode([message("system", text("Be brief.")), message("user", text("Hi"))])
+    assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_training_on_answers_and_their_ends(encode) -> None:
+    turns = [message("user", text("Hi")), message("assistant", text("Hello.")), message("user", visual("image", 2))]
+    prompt, trained = encode([*turns, message("assistant", text("A cat"), text(" sits."))], training=True)
+    assert trained == "Hello.<|im_end|>A cat sits.<|im_end|>"
+    assert prompt.endswith("<|im_start|>assistant\nA cat sits.<|im_end|>\n")
+
+
+def test_a_begun_answer_stays_open(encode) -> None:
+    """Multiple-choice benchmarks write the first characters of the answer."""
+    turns = [message("user", text("Which?")), message("assistant", text("B.")), message("user", text("And now?"))]
+    prompt, _ = encode([*turns, message("assistant", text(" Answer: ("))])
+    assert "B.<|im_end|>\n" in prompt
+    assert prompt.endswith("<|im_start|>assistant\n Answer: (")
+
+
+def test_an_empty_answer_is_the_same_as_none(encode) -> None:
+    question = message("user", visual("image", 4), text("Which?"))
+    assert encode([question, message("assistant", text(""))]) == encode([question])
+    assert encode([question, message("assistant")]) == encode([question])
+
+
+def test_templates_that_write_one_placeholder(encode) -> None:
+    messages = [message("user", visual("video", 3), text("and"), visual("image", 2), text("?"))]
+    prompt, _ = encode(messages, QWEN)
+    assert prompt == (
+        f"<|im_start|>user\n<|vision_start|>{'<|video_pad|>' * 3}<|vision_end|>and"
+        f"<|vision_start|>{'<|image_pad|>' * 2}<|vision_end|>?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_labels_follow_repeated_placeholders(encode) -> None:
+    messages = [message("user", visual("video", 30)), message("assistant", text("A dog."))]
+    assert encode(messages, QWEN_TRAINING, training=True)[1] == "A dog."
+
+
+def test_templates_that_cannot_leave_an_answer_open(encode) -> None:
+    question = message("user", visual("image", 3), text("Which?"))
+    prompt, _ = encode([question, message("assistant", text(" Answer: ("))], QWEN)
+    assert prompt.endswith("Which?<|im_end|>\n<|im_start|>assistant\n Answer: (")
+    assert encode([question, message("assistant", text(""))], QWEN) == encode([question], QWEN)
+
+
+def test_training_needs_to_know_the_answers(encode) -> None:
+    with pytest.raises(InputError, match=r"no \{% generation %\} block"):
+        encode([message("user", text("Hi")), message("assistant", text("Hello."))], QWEN, training=True)
+
+
+@pytest.mark.parametrize("template", [CHATML, QWEN])
+def test_pads_in_the_text_are_refused(encode, template: str) -> None:
+    with pytest.raises(InputError, match="visual tokens for 1 images and videos of 3 tokens"):
+        encode([message("user", visual("image", 3), text("<|image_pad|>"))], template)
+
+
+def test_templates_that_hide_visuals_are_refused(encode) -> None:
+    words = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+    with pytest.raises(InputError, match="wrote 0 visual tokens for 1"):
+        encode([message("user", visual("image", 3), text("Hi"))], words)
+
+
+def test_templates_may_refuse_messages(encode) -> None:
+    with pytest.raises(InputError, match="cannot render these messages: no system"):
+        encode([message("system", text("Hi"))], "{{ raise_exception('no system') }}")
+
+
+def test_the_tokenizer_needs_nothing_but_its_files(checkpoint: Path) -> None:
+    """config.json names a type and remote code that transformers does not know."""
+    tokenizer = load_tokenizer(checkpoint)
+    assert tokenizer.decode(tokenizer("Zwölf <|im_end|>")["input_ids"]) == "Zwölf <|im_end|>"
+    assert tokenizer.eos_token_id == 258
+
+
+def test_a_directory_without_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has neither tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_where_templates_are_sought(checkpoint: Path) -> None:
+    def found() -> str:
+        return load_chat_template(checkpoint, load_tokenizer(checkpoint))
+
+    assert found() == CHATML
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "tokenizer_config"}]
+    write_json(checkpoint / "tokenizer_config.json", {"chat_template": named})
+    assert found() == "tokenizer_config"
+    write_json(checkpoint / "chat_template.json", {"chat_template": "chat_template.json"})
+    assert found() == "chat_template.json"
+    write_json(checkpoint / "processor_config.json", {"chat_template": "processor_config"})
+    assert found() == "processor_config"
+    (checkpoint / "chat_template.jinja").write_text("jinja")
+    assert found() == "jinja"
+
+
+def test_templates_without_a_default(checkpoint: Path) -> None:
+    write_json(checkpoint / "chat_template.json", {"chat_template": {"tools": "x"}})
+    with pytest.raises(CheckpointError, match=r"chat_template.json has no default"):
+        load_chat_template(checkpoint, load_tokenizer(checkpoint))

@@ -1,0 +1,152 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.sample import Visual, mask_frames, open_visuals, read_messages
+from tests.processing.conftest import frame_numbers, user, video_item
+
+
+def opened(*items: dict, n_frames: int = 4, max_n_frames: int = 8, divisor: int = 1) -> list[Visual]:
+    return open_visuals(read_messages(user(*items)), n_frames, max_n_frames, "v1", divisor, None)
+
+
+def shown(visual: Visual) -> list[int]:
+    frames = list(visual.frames())
+    assert len(frames) == visual.count
+    return frame_numbers(frames)
+
+
+def video(path: Path, **keys: object) -> dict:
+    return {"type": "video", "video": {"video_file": str(path), **keys}}
+
+
+def image(**keys: object) -> dict:
+    return {"type": "image", "image": keys}
+
+
+@pytest.mark.parametrize(
+    ("keys", "frames"),
+    [
+        ({}, [0, 13, 26, 39]),
+        ({"frame_indices": [7, 3]}, [7, 3]),
+        ({"time_indices": [0.5, 5]}, [4, 39]),
+        ({"start_time": 1, "end_time": 2}, [8, 11, 13, 16]),
+        ({"fps": 1}, [0, 8, 16, 24, 32]),
+        ({"min_n_frames": 2}, [0, 13, 26, 39]),
+    ],
+)
+def test_frames_of_a_video(mp4: Path, keys: dict, frames: list[int]) -> None:
+    (visual,) = opened(video(mp4, **keys))
+    assert shown(visual) == frames
+
+
+def test_visuals_share_the_frames_in_order(mp4: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30), (65, 65, 65)).save(tmp_path / "a.png")
+    visuals = opened(
+        video(mp4), image(image_file=str(tmp_path / "a.png")), image(video_file=str(mp4), frame_indices=39), video(mp4)
+    )
+    assert [visual.kind for visual in visuals] == ["video", "image", "image", "video"]
+    assert [shown(visual) for visual in visuals] == [[0], [9], [39], [0]]
+
+
+def test_sequences_of_images(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (20 + 5 * i,) * 3).save(path)
+    in_list, in_directory = opened(
+        {"type": "video", "video": {"image_file": paths, "frame_indices": [2, 0]}},
+        {"type": "video", "video": {"video_file": str(tmp_path)}},
+        n_frames=5,
+    )
+    assert shown(in_list) == [2, 0]
+    assert shown(in_directory) == [0, 1, 2]
+
+
+def test_black_frames_make_the_number_divisible(mp4: Path) -> None:
+    (visual,) = opened(video(mp4, frame_indices=[5, 6, 7]), divisor=4)
+    assert shown(visual) == [5, 6, 7, -4]  # -4 is brightness 0
+
+
+def test_mask_boxes_black_out_and_crop() -> None:
+    box = [[0.5, 0.1], [0.75, 0.1], [0.75, 0.2], [0.5, 0.2]]  # clockwise from the top left
+    frames = [Image.new("RGB", (80, 100), (255, 255, 255)) for _ in range(2)]
+    masked, plain = (np.asarray(frame) for frame in mask_frames(iter(frames), [[box], []]))
+    assert masked.shape == (50, 80, 3)  # 30 rows below the box remain
+    assert (masked[10:20, 40:60] == 0).all()
+    assert masked.sum() == 255 * 3 * (50 * 80 - 10 * 20)
+    np.testing.assert_array_equal(plain, np.asarray(frames[1]))
+
+
+def test_mask_boxes_have_to_fit() -> None:
+    frames = [Image.new("RGB", (80, 100))] * 2
+    with pytest.raises(InputError, match="1 lists of boxes, too few"):
+        list(mask_frames(iter(frames), [[]]))
+    with pytest.raises(InputError, match="four corners"):
+        list(mask_frames(iter(frames), [[[0.5, 0.1]], []]))
+
+
+def test_mask_boxes_of_a_video_item(mp4: Path) -> None:
+    boxes = [[[[0, 0], [1, 0], [1, 0.1], [0, 0.1]]]] * 2
+    (visual,) = opened(video(mp4, frame_indices=[3, 4], mask_boxes=boxes))
+    assert [frame.size for frame in visual.frames()] == [(64, 35), (64, 35)]
+
+
+def test_contents_of_every_form() -> None:
+    item = {"type": "text", "text": "Hi"}
+    for content in ("Hi", item, [item]):
+        assert read_messages({"messages": [{"role": "user", "content": content}]})[0]["content"] == [item]
+
+
+def test_frames_in_memory() -> None:
+    frames = [Image.new("RGB", (8, 8), (20 + 5 * i,) * 3) for i in range(6)]
+    from_list, from_array = opened(
+        video_item(*frames), {"type": "video", "video": {"frames": np.stack([np.asarray(f) for f in frames])}}
+    )
+    assert shown(from_list) == shown(from_array) == [0, 5]
+    (picture,) = opened(image(frames=frames[3]))
+    assert shown(picture) == [3]
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({}, "this one has none"),
+        ({"messages": []}, "this one has none"),
+        ({"messages": [{"content": "Hi"}]}, r"messages\[0\] needs a role"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "system, user, assistant"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\] needs a content"),
+        (user({"type": "audio"}), r'messages\[0\].content\[0\] needs "type"'),
+        (user("Hi", {"type": "text"}), r'content\[1\] is a text without its "text"'),
+        (user({"type": "video"}), 'needs "video"'),
+        (user({"type": "video", "video": {"file": "a.mp4"}}), "exactly one of video_file, image_file, frames"),
+        (user({"type": "image", "image": {"image_file": "a.png", "video_file": "a.mp4"}}), "exactly one of"),
+        (user({"type": "video", "video": {"video_file": "a.mp4", "fps": 0}}), "fps has to be above 0"),
+        (user({"type": "video", "video": {"video_file": "a.mp4", "start_time": "1"}}), "start_time has to be a number"),
+        (user({"type": "video", "video": {"video_file": "a.mp4", "frame_indices": 3}}), "has to be a list of numbers"),
+    ],
+)
+def test_malformed_samples(sample: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_messages(sample)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (lambda mp4: image(video_file=str(mp4)), "needs frame_indices, the number of its frame"),
+        (lambda mp4: image(video_file=str(mp4), frame_indices=[1, 2]), "one number"),
+        (lambda mp4: image(image_file=["a.png", "b.png"]), "Use a video item"),
+        (lambda mp4: image(image_file=str(mp4)), "is a video where an image belongs"),
+        (lambda mp4: image(video_file=str(mp4), frame_indices=99), "there is no frame"),
+        (lambda mp4: video(mp4, frame_indices=[50]), "are asked for"),
+        (lambda mp4: {"type": "video", "video": {"video_file": 5}}, "5 is no clip"),
+    ],
+)
+def test_items_that_cannot_be_opened(mp4: Path, item: Callable[[Path], dict], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        for visual in opened(item(mp4)):
+            list(visual.frames())
