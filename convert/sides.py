@@ -1,0 +1,174 @@
+"""Two ways to run one checkpoint, ours and Hugging Face's, behind the same four calls that `convert.verify` compares."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarsier_jax.api import use_mesh_of
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.errors import CheckpointError
+from tarsier_jax.generation.decode import generate_batch
+from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.batch import Batch, Example
+from tarsier_jax.processing.processor import Processor
+from tarsier_jax.weights import hf_tensors
+
+
+class Side(Protocol):
+    """What a comparison asks of a model, about one unpadded example."""
+
+    def vision(self, example: Example) -> np.ndarray:
+        """Features of all visual tokens, float32 (visual tokens, D)."""
+        ...
+
+    def hidden(self, example: Example) -> np.ndarray:
+        """The decoder's final hidden states on the plain token embeddings, float32 (S, D)."""
+        ...
+
+    def logits(self, example: Example) -> np.ndarray:
+        """float32 (S, V)."""
+        ...
+
+    def answer(self, example: Example, n: int) -> list[int]:
+        """At most `n` greedy tokens, without the end of sequence."""
+        ...
+
+
+class Ours:
+    """A model of this project."""
+
+    def __init__(self, model: Tarsier, processor: Processor):
+        self.model, self.processor = model, processor
+        self._vision = jax.jit(lambda m, b: m.vision(b.patches, b.frame_hw))
+        self._hidden = jax.jit(lambda m, b: m.decoder(m.decoder.embed(b.input_ids).astype(m.config.dtype), b.position_ids))
+        self._logits = jax.jit(lambda m, b: m(b))
+
+    def _run(self, function: Callable[[Tarsier, Batch], Any], batch: Batch) -> Any:
+        with use_mesh_of(self.model):
+            return function(self.model, jax.tree.map(jnp.asarray, batch))
+
+    def vision(self, example: Example) -> np.ndarray:
+        batch = self.processor.batch([example])
+        features = np.asarray(self._run(self._vision, batch), np.float32)
+        return features.reshape(-1, features.shape[-1])[batch.visual_index[batch.visual_index >= 0]]
+
+    def hidden(self, example: Example) -> np.ndarray:
+        x, _ = self._run(self._hidden, self.processor.batch([example]))
+        return np.asarray(x[0, : len(example.input_ids)], np.float32)
+
+    def logits(self, example: Example) -> np.ndarray:
+        return np.asarray(self._run(self._logits, self.processor.batch([example]))[0, : len(example.input_ids)])
+
+    def answer(self, example: Example, n: int) -> list[int]:
+        options = {"sampling": make_sampling(1), "eos_ids": self.processor.eos_token_ids, "max_new_tokens": n}
+        (answer,) = self._run(lambda m, b: generate_batch(m, b, **options), self.processor.batch([example]))
+        return answer.tokens
+
+
+class HuggingFace:
+    """The live PyTorch model in transformers, with the tensors of any layout that we read."""
+
+    def __init__(self, directory: Path, config: ModelConfig, eos_token_ids: tuple[int, ...]):
+        """Raises CheckpointError when torch is not installed."""
+        try:
+            import torch
+            from transformers import Qwen2VLForConditionalGeneration
+        except ImportError:
+            raise CheckpointError(
+                "Comparing with the PyTorch reference needs torch. Install it with `pip install -e '.[test]'`, or give "
+                "a second directory to compare with."
+            ) from None
+        self.torch, self.eos_token_ids = torch, list(eos_token_ids)
+        torch.set_grad_enabled(False)
+        with torch.device("meta"):
+            model = Qwen2VLForConditionalGeneration(_reference_config(config))
+        tensors = {
+            name: torch.from_numpy(np.array(value, np.float32)) for name, value in hf_tensors(directory, "qwen2_vl_new")
+        }
+        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+        if unexpected or set(missing) - {"lm_head.weight"}:
+            raise CheckpointError(f"transformers does not take these tensors of {directory}: {missing + unexpected}.")
+        model.tie_weights()
+        for module in (model.model.language_model.rotary_emb, model.model.visual.rotary_pos_emb):
+            fresh = type(module)(module.config)  # frequencies are no parameters, and the meta device holds none
+            module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
+        self.model = model.eval()
+
+    def _inputs(self, example: Example) -> dict[str, Any]:
+        """Position ids are given: transformers 5 would number text after a long video differently."""
+        torch = self.torch
+        inputs = {
+            "input_ids": torch.from_numpy(example.input_ids).long()[None],
+            "attention_mask": torch.ones(1, len(example.input_ids), dtype=torch.long),
+            "position_ids": torch.from_numpy(example.position_ids).long()[:, None],
+        }
+        is_video = np.isin(self.model.config.video_token_id, example.input_ids)
+        names = ("pixel_values_videos", "video_grid_thw") if is_video else ("pixel_values", "image_grid_thw")
+        if len(example.grid_thw):
+            inputs |= {
+                names[0]: torch.from_numpy(example.pixel_values),
+                names[1]: torch.from_numpy(example.grid_thw).long(),
+            }
+        return inputs
+
+    def vision(self, example: Example) -> np.ndarray:
+        pixels, grid = self.torch.from_numpy(example.pixel_values), self.torch.from_numpy(example.grid_thw).long()
+        return self.model.model.visual(pixels, grid).pooler_output.numpy()
+
+    def hidden(self, example: Example) -> np.ndarray:
+        inputs = self._inputs(example)
+        embedded = self.model.get_input_embeddings()(inputs["input_ids"])
+        decoder = self.model.model.language_model
+        return decoder(inputs_embeds=embedded, position_ids=inputs["position_ids"]).last_hidden_state[0].numpy()
+
+    def logits(self, example: Example) -> np.ndarray:
+        return self.model(**self._inputs(example)).logits[0].numpy()
+
+    def answer(self, example: Example, n: int) -> list[int]:
+        eos = self.eos_token_ids
+        inputs = self._inputs(example)
+        out = self.model.generate(**inputs, max_new_tokens=n, do_sample=False, eos_token_id=eos, pad_token_id=eos[0])
+        tokens = out[0, len(example.input_ids) :].tolist()
+        return tokens[:-1] if tokens and tokens[-1] in eos else tokens
+
+
+def _reference_config(config: ModelConfig) -> Any:
+    from transformers import Qwen2VLConfig
+
+    text, vision = config.text, config.vision
+    rope = {"rope_type": "default", "rope_theta": text.rope_theta, "mrope_section": list(text.mrope_section)}
+    return Qwen2VLConfig(
+        text_config={
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.mlp_dim,
+            "num_hidden_layers": text.num_layers,
+            "num_attention_heads": text.num_heads,
+            "num_key_value_heads": text.num_kv_heads,
+            "rms_norm_eps": text.norm_eps,
+            "rope_parameters": rope,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        vision_config={
+            "depth": vision.depth,
+            "embed_dim": vision.embed_dim,
+            "num_heads": vision.num_heads,
+            "mlp_ratio": int(vision.mlp_ratio),
+            "hidden_size": vision.out_dim,
+            "in_channels": vision.in_channels,
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "spatial_merge_size": vision.spatial_merge_size,
+        },
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        vision_start_token_id=config.vision_start_token_id,
+        vision_end_token_id=config.vision_end_token_id,
+        tie_word_embeddings=text.tie_embeddings,
+    )

@@ -1,0 +1,97 @@
+"""Compares a checkpoint in this project with the live Hugging Face model, or with a second checkpoint of ours.
+
+    python -m convert.verify HF_DIR            # against transformers, in float32 on the CPU
+    python -m convert.verify DIR OTHER_DIR     # ours against ours, e.g. before and after a conversion
+
+Prints, for an image, a video and a long text, the largest absolute differences of each tower and of the logits, the
+mean KL divergence, how often the most likely token agrees, and both greedy answers. Exit status 1 when the greedy
+answers differ.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+import tarsier_jax
+from convert.sides import HuggingFace, Ours, Side
+from tarsier_jax.cli import run
+from tarsier_jax.processing.batch import Example
+from tarsier_jax.weights import resolve
+
+COLUMNS = ("probe", "tokens", "vision", "decoder", "logits", "mean KL", "top-1")
+
+
+def probes(processor: Any) -> Iterable[tuple[str, Example]]:
+    """An image, a video of 16 frames and more than 500 tokens of text, made up here."""
+    rows, columns = np.mgrid[:168, :224]
+    frames = [
+        np.stack([rows + 4 * t, columns + 7 * t, (rows * columns) // 64 + 11 * t], axis=-1).astype(np.uint8)
+        for t in range(16)
+    ]
+    long_text = "Which of these comes first, and which comes last? " * 60
+    contents = {
+        "image": [{"type": "image", "image": {"frames": frames[:1]}}, {"type": "text", "text": "Describe the image."}],
+        "video": [{"type": "video", "video": {"frames": frames}}, {"type": "text", "text": "Describe the video."}],
+        "text": [{"type": "text", "text": long_text}],
+    }
+    for name, content in contents.items():
+        yield name, processor({"messages": [{"role": "user", "content": content}]})
+
+
+def compare(one: Side, other: Side, name: str, example: Example) -> tuple[str, ...]:
+    """One row of the table."""
+    has_visuals = len(example.grid_thw) > 0
+    vision = _difference(one.vision(example), other.vision(example)) if has_visuals else "-"
+    hidden = _difference(one.hidden(example), other.hidden(example))
+    a, b = one.logits(example), other.logits(example)
+    log_p, log_q = (jax.nn.log_softmax(x, axis=-1) for x in (b, a))
+    kl = float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)))
+    agreement = np.mean(a.argmax(axis=-1) == b.argmax(axis=-1))
+    return name, str(len(a)), vision, hidden, _difference(a, b), f"{kl:.1e}", f"{agreement:.1%}"
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> str:
+    return f"{np.abs(a - b).max():.1e}"
+
+
+def verify(directory: str, other: str | None, dtype: str, max_new_tokens: int) -> int:
+    """Prints the comparison; 1 when greedy answers differ, else 0."""
+    model, processor = tarsier_jax.load(directory, dtype=dtype)
+    ours = Ours(model, processor)
+    if other is None:
+        theirs: Side = HuggingFace(resolve(directory), processor.config, processor.eos_token_ids)
+    else:
+        theirs = Ours(*tarsier_jax.load(other, dtype=dtype))
+    print(f"{directory} in this project ({dtype}) against {other or 'Hugging Face (float32)'}")
+    print("largest absolute difference of: vision tower, decoder, logits\n")
+    print("  ".join(f"{column:>9}" for column in COLUMNS))
+    differ, answers = 0, []
+    for name, example in probes(processor):
+        print("  ".join(f"{cell:>9}" for cell in compare(ours, theirs, name, example)), flush=True)
+        a, b = (side.answer(example, max_new_tokens) for side in (ours, theirs))
+        answers.append((name, a == b, processor.tokenizer.decode(a), processor.tokenizer.decode(b)))
+        differ += a != b
+    print(f"\ngreedy answers, {max_new_tokens} tokens at most")
+    for name, same, a, b in answers:
+        print(f"{name}: {'equal' if same else 'DIFFERENT'}\n  this: {a!r}" + ("" if same else f"\n  that: {b!r}"))
+    return 1 if differ else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m convert.verify", description=__doc__.split("\n\n")[0])
+    parser.add_argument("directory", help="Hugging Face directory or hub id, or a converted directory")
+    parser.add_argument("other", nargs="?", help="a second one; without it, the live Hugging Face model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    args = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    return run(lambda: verify(args.directory, args.other, args.dtype, args.max_new_tokens), args.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Programs that describe videos."""

@@ -1,0 +1,79 @@
+"""Describes videos: `python -m infer.describe --model CHECKPOINT --input clip.mp4`.
+
+Prints each path and its caption, or with --json one object a line. Progress goes to stderr. A file that cannot be used
+is reported and the others are described; the exit status is then 1.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+import tarsier_jax
+from infer.runtime import Options, describe_file, resolve_dtype, use_compilation_cache
+from tarsier_jax.cli import run
+from tarsier_jax.processing.video import find_inputs
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m infer.describe", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, help="checkpoint directory (Hugging Face or converted) or hub id")
+    parser.add_argument("--input", required=True, nargs="+", help="videos, GIFs, images, or directories of them")
+    parser.add_argument("--prompt", default="Describe the video in detail.")
+    parser.add_argument("--n_frames", type=int, default=16, help="frames sampled from each video (default 16)")
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    use_compilation_cache()
+    paths, failed = [], 0
+    for source in args.input:
+        try:
+            paths += find_inputs(source)
+        except tarsier_jax.InputError as error:
+            failed += report(error, args.traceback)
+    if not paths:
+        return 1
+    _log(f"loading {args.model}")
+    model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
+    processor = processor.replace(n_frames=args.n_frames)
+    options = Options(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    for number, path in enumerate(paths, 1):
+        start = time.perf_counter()
+        try:
+            caption = describe_file(model, processor, str(path), args.prompt, options)
+        except tarsier_jax.InputError as error:
+            failed += report(error, args.traceback)
+            continue
+        seconds = time.perf_counter() - start
+        _log(f"[{number}/{len(paths)}] {path}: {caption.new_tokens} tokens in {seconds:.1f} s")
+        line = json.dumps(dataclasses.asdict(caption), ensure_ascii=False)
+        print(line if args.json else f"{path}\n{caption.caption}\n", flush=True)
+    if failed:
+        _log(f"{failed} of the inputs could not be described; see the errors above")
+    return 1 if failed else 0
+
+
+def report(error: tarsier_jax.InputError, traceback: bool) -> int:
+    """Prints one input's error and counts it, or raises it when a traceback was asked for."""
+    if traceback:
+        raise error
+    _log(f"error: {error}")
+    return 1
+
+
+def _log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    args = parse()
+    sys.exit(run(lambda: main(args), args.traceback))

@@ -1,0 +1,80 @@
+"""What the programs of this room share: the compilation cache, the dtype of a machine, captions of single files."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from tarsier_jax.api import use_mesh_of
+from tarsier_jax.generation.decode import generate_batch
+from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.processor import Processor, media_sample
+
+COMPILATION_CACHE = Path.home() / ".cache" / "tarsier_jax" / "xla"
+
+
+def use_compilation_cache(directory: Path = COMPILATION_CACHE) -> None:
+    """Keeps compiled programs on disk, so that only a machine's first run compiles."""
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def resolve_dtype(dtype: str) -> str:
+    """ "auto" is bfloat16 on accelerators and float32 on CPUs, which compute bfloat16 slowly."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an answer is generated; the fields are those of `tarsier_jax.generate`."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """One described file; the fields of a line that `infer.describe --json` prints."""
+
+    input: str
+    prompt: str
+    caption: str
+    n_frames: int
+    prompt_tokens: int
+    new_tokens: int
+    finish_reason: str
+
+
+def describe_file(model: Tarsier, processor: Processor, path: str, prompt: str, options: Options) -> Caption:
+    """Answers `prompt` about one video, GIF or image.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+    sampling = make_sampling(1, temperature=options.temperature, top_p=options.top_p)
+    example = processor(media_sample(path, prompt))
+    batch = jax.tree.map(jnp.asarray, processor.batch([example]))
+    with use_mesh_of(model):
+        (answer,) = generate_batch(
+            model,
+            batch,
+            sampling=sampling,
+            eos_ids=processor.eos_token_ids,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+        )
+    return Caption(
+        input=path,
+        prompt=prompt,
+        caption=processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip(),
+        n_frames=int(example.grid_thw[:, 0].sum()),
+        prompt_tokens=len(example.input_ids),
+        new_tokens=len(answer.tokens),
+        finish_reason=answer.finish_reason,
+    )

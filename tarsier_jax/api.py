@@ -1,0 +1,78 @@
+"""The two calls that most users need: load a checkpoint, and answer samples with it."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from tarsier_jax.config import load_config
+from tarsier_jax.generation.decode import generate_batch
+from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.models.attention import default_implementation
+from tarsier_jax.models.tarsier import Tarsier, unstack
+from tarsier_jax.processing.processor import Processor, load_processor
+from tarsier_jax.weights import load_weights, resolve
+
+
+def load(path: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[Tarsier, Processor]:
+    """Loads a checkpoint for inference.
+
+    Args:
+        path: a Hugging Face directory, a hub id ("omni-research/Tarsier2-Recap-7b"), or a directory written by
+            `convert.hf_to_orbax`.
+        dtype: "float32" or "bfloat16", for parameters and matrix products.
+        mesh: from `tarsier_jax.sharding.make_mesh`; the parameters are laid out over it. None uses one device.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or of a kind that is not supported.
+    """
+    directory = resolve(path)
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    attention = default_implementation(platform, dtype)
+    config = dataclasses.replace(load_config(directory), dtype=dtype, param_dtype=dtype, attention=attention)
+    processor = load_processor(directory, config)  # first: it fails fast
+    model = load_weights(directory, config, mesh)
+    # See models.layers.apply_layers: only a TPU reads a layer out of a stack without copying it.
+    return (model if platform == "tpu" else unstack(model)), processor
+
+
+def generate(
+    model: Tarsier,
+    processor: Processor,
+    samples: Sequence[Mapping[str, Any]],
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+) -> list[str]:
+    """Answers samples (in the annotation format, see docs/design.md) as one batch.
+
+    Temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 do nothing.
+
+    Raises:
+        InputError: a sample cannot be used; the message names the file and the mend.
+    """
+    batch = processor.batch([processor(sample) for sample in samples])
+    sampling = make_sampling(len(samples), temperature, top_k, top_p, repetition_penalty)
+    with use_mesh_of(model):
+        answers = generate_batch(
+            model,
+            batch,
+            sampling=sampling,
+            eos_ids=processor.eos_token_ids,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+    return [processor.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+
+
+def use_mesh_of(model: Tarsier) -> contextlib.AbstractContextManager:
+    """Sets the mesh that the model's parameters lie on, if there is one."""
+    sharding = model.decoder.norm.weight[...].sharding
+    return jax.set_mesh(sharding.mesh) if isinstance(sharding, NamedSharding) else contextlib.nullcontext()

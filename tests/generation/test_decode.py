@@ -1,0 +1,105 @@
+"""The decode loop: ends, seeds, rows that do not disturb each other, streaming, no recompilation."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tarsier_jax.generation import decode as decode_module
+from tarsier_jax.generation.decode import Generation, generate_batch
+from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.models.tarsier import Tarsier
+from tests import reference
+
+CASE = "unlike samples"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Tarsier:
+    directory: Path = tmp_path_factory.mktemp("model")
+    reference.make_reference(directory, reference.TINY)
+    return reference.load_ours(directory)
+
+
+def answers(
+    model: Tarsier, case: str = CASE, n: int = 24, eos_ids: tuple[int, ...] = (), **options
+) -> list[Generation]:
+    examples, batch = reference.make_case(case, model.config)
+    call = {name: options.pop(name) for name in ("seed", "on_tokens") if name in options}
+    sampling = make_sampling(len(examples), **options)
+    return generate_batch(model, batch, sampling=sampling, eos_ids=eos_ids, max_new_tokens=n, **call)
+
+
+def test_length_and_several_ends_of_sequence(model: Tarsier) -> None:
+    free = answers(model)
+    assert [(len(a.tokens), a.finish_reason) for a in free] == [(24, "length")] * 3
+    eos = (free[0].tokens[5], free[1].tokens[9])
+    for answer, whole in zip(answers(model, eos_ids=eos), free, strict=True):
+        ends = [i for i, token in enumerate(whole.tokens) if token in eos]
+        expected = Generation(whole.tokens[: ends[0]], "eos") if ends else whole
+        assert answer == expected
+
+
+def test_an_answer_may_end_at_its_first_token(model: Tarsier) -> None:
+    first = answers(model)[1].tokens[0]
+    assert answers(model, eos_ids=(first,))[1] == Generation([], "eos")
+
+
+def test_one_token(model: Tarsier) -> None:
+    assert [a.tokens for a in answers(model, n=1)] == [a.tokens[:1] for a in answers(model)]
+
+
+def test_a_row_does_not_depend_on_the_batch_around_it(model: Tarsier) -> None:
+    examples, _ = reference.make_case(CASE, model.config)
+    for options in ({}, {"temperature": 0.8, "top_p": 0.9}):
+        together = answers(model, **options)
+        alone = reference.make_batch(examples[:1], model.config, reference.BUCKETS)
+        (answer,) = generate_batch(model, alone, sampling=make_sampling(1, **options), eos_ids=(), max_new_tokens=24)
+        assert answer == together[0]
+
+
+def test_seeds(model: Tarsier) -> None:
+    sampled = {"temperature": 1.0, "top_p": 0.95}
+    assert answers(model, seed=1, **sampled) == answers(model, seed=1, **sampled)
+    assert answers(model, seed=1, **sampled) != answers(model, seed=2, **sampled)
+    assert answers(model, seed=1, temperature=1e-4) == answers(model)  # so cold that it is greedy
+
+
+def test_repetition_penalty_as_the_reference_applies_it(tmp_path: Path) -> None:
+    theirs = reference.make_reference(tmp_path, reference.TINY)
+    ours = reference.load_ours(tmp_path)
+    theirs.generation_config.repetition_penalty = 1.4
+    expected = [reference.reference_answer(theirs, e, 24) for e in reference.make_case(CASE, ours.config)[0]]
+    assert [a.tokens for a in answers(ours, repetition_penalty=1.4)] == expected
+    assert expected != [a.tokens for a in answers(ours)]
+
+
+def test_tokens_come_as_they_are_made(model: Tarsier) -> None:
+    eos = (answers(model)[0].tokens[5],)
+    heard: list[np.ndarray] = []
+    got = answers(model, eos_ids=eos, on_tokens=heard.append)
+    assert got == answers(model, eos_ids=eos)
+    for row, answer in zip(np.stack(heard, axis=1), got, strict=True):
+        assert [t for t in row if t >= 0 and t not in eos] == answer.tokens
+
+
+def test_nothing_is_compiled_anew_for_other_prompts_and_options(model: Tarsier) -> None:
+    answers(model, temperature=0.5, n=8)
+    compiled = decode_module.prefill._cache_size(), decode_module.decode._cache_size()
+    answers(model, temperature=0.9, top_p=0.5, top_k=7, seed=3, n=20)
+    assert (decode_module.prefill._cache_size(), decode_module.decode._cache_size()) == compiled
+
+
+def test_max_new_tokens_below_one(model: Tarsier) -> None:
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        answers(model, n=0)
+
+
+def test_the_cache_is_donated(model: Tarsier) -> None:
+    examples, batch = reference.make_case("image", model.config)
+    keys = jax.random.split(jax.random.key(0), 1)
+    sampling, eos = make_sampling(1), np.zeros(0, np.int32)
+    state = decode_module.prefill(model, batch, sampling, eos, keys, max_new=8)
+    decode_module.decode(model, state, sampling, eos, np.int32(4))
+    assert state.cache.k.is_deleted()
