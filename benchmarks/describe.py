@@ -101,7 +101,7 @@ def measure_floors() -> tuple[float, float]:
 
 
 def count_work(config: ModelConfig, rows: int, tokens: int) -> tuple[float, float]:
-    """Bytes that a decoding step reads (weights and half of the cache), and operations of a prefill, attention left out."""
+    """Bytes that a decoding step reads (weights and cache), and operations of a prefill (attention left out)."""
     text, vision = config.text, config.vision
     heads = (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
     layers = text.num_layers * text.hidden_size * (heads + text.hidden_size + 3 * text.mlp_dim)

@@ -1,4 +1,4 @@
-"""Two ways to run one checkpoint, ours and Hugging Face's, behind the same four calls that `convert.verify` compares."""
+"""Two ways to run a checkpoint, ours and Hugging Face's, behind the four calls that `convert.verify` compares."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +45,9 @@ class Ours:
     def __init__(self, model: Tarsier, processor: Processor):
         self.model, self.processor = model, processor
         self._vision = jax.jit(lambda m, b: m.vision(b.patches, b.frame_hw))
-        self._hidden = jax.jit(lambda m, b: m.decoder(m.decoder.embed(b.input_ids).astype(m.config.dtype), b.position_ids))
+        self._hidden = jax.jit(
+            lambda m, b: m.decoder(m.decoder.embed(b.input_ids).astype(m.config.dtype), b.position_ids)
+        )
         self._logits = jax.jit(lambda m, b: m(b))
 
     def _run(self, function: Callable[[Tarsier, Batch], Any], batch: Batch) -> Any:

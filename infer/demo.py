@@ -29,8 +29,8 @@ def render_clip(path: Path, frames: int = 48, height: int = 144, width: int = 19
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
-        model = write_random_checkpoint(Path(directory) / "random-tarsier2")
         clip = render_clip(Path(directory) / "disc.mp4")
+        model = write_random_checkpoint(Path(directory) / "random-tarsier2")
         print("This model is random: the words below are noise. They show that everything runs.\n")
         flags = ["--model", str(model), "--input", str(clip), "--max_new_tokens", "24"]
         return describe.main(describe.parse(flags))

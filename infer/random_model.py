@@ -17,7 +17,20 @@ SPECIAL_TOKENS = (
     *("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
 WORDS = (
-    "a the of and with then man woman dog cat car ball tree street room walks runs turns jumps falls red blue".split()
+    "man",
+    "woman",
+    "dog",
+    "cat",
+    "ball",
+    "tree",
+    "room",
+    "walks",
+    "runs",
+    "turns",
+    "jumps",
+    "falls",
+    "red",
+    "blue",
 )
 
 
@@ -74,5 +87,7 @@ def write_random_checkpoint(directory: Path, seed: int = 0) -> Path:
     raw = random_config(tokenizer.get_vocab_size(), tokenizer.token_to_id("<|image_pad|>"))
     (directory / "config.json").write_text(json.dumps(raw, indent=2))
     config = dataclasses.replace(parse_config(raw), param_dtype="bfloat16")
-    export_hf(Tarsier(config, nnx.Rngs(seed)), directory, layout="tarsier2")
+    model = Tarsier(config, nnx.Rngs(seed))
+    model.decoder.embed.weight[...] *= 50  # strong enough for one token to lead to another
+    export_hf(model, directory, layout="tarsier2")
     return directory

@@ -116,7 +116,7 @@ def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) ->
 
 def test_tarsier2_of_another_kind_is_named() -> None:
     raw = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {"model_type": "qwen2_vl"}}
-    with pytest.raises(CheckpointError, match="text_config.model_type is 'llama'"):
+    with pytest.raises(CheckpointError, match=r"text_config.model_type is 'llama'"):
         parse_config(raw)
 
 

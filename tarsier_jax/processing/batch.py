@@ -58,9 +58,9 @@ class Buckets:
     """The sizes that batches are padded to, smallest first. Each combination that occurs is compiled once.
 
     patches: of a frame.  frames: of all samples of a batch together.  tokens: of a row.
-    Neighbours differ by an eighth at most from 8 frames, 128 patches and 128 tokens on; sizes from 512 on are multiples of
-    64, those of full-size video of 128. 2304 patches and 9472 tokens hold 16 frames of 16:9 video at the default budget,
-    with room for a prompt.
+    Neighbours differ by about an eighth, so that little is padding; sizes from 512 on are multiples of 64, those of
+    full-size video of 128. 2304 patches and 9472 tokens hold 16 frames of 16:9 video at the default budget, with room
+    for a prompt.
     """
 
     patches: tuple[int, ...] = (

@@ -1,0 +1,53 @@
+"""Weights: Hugging Face directories and Orbax checkpoints in, and out again bit for bit."""
+
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.errors import CheckpointError
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.weights.export import convert_to_hf, export_hf, hf_tensors
+from tarsier_jax.weights.load import load_hf
+from tarsier_jax.weights.orbax import convert_hf, is_converted, load_checkpoint, save_checkpoint
+
+__all__ = [
+    "convert_hf",
+    "convert_to_hf",
+    "export_hf",
+    "hf_tensors",
+    "load_weights",
+    "resolve",
+    "save_checkpoint",
+]
+
+_DOWNLOADED = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
+
+
+def resolve(path: str | Path) -> Path:
+    """A local directory as it is; a hub id ("omni-research/Tarsier2-Recap-7b") downloaded, weights and texts only.
+
+    Raises:
+        CheckpointError: it is neither, or the download fails.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise CheckpointError(f"There is no directory {path}. Give a checkpoint directory, or a hub id like org/name.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=_DOWNLOADED))
+    except Exception as e:  # the hub's client raises its own, the network's and the disk's errors
+        reason = str(e).strip().split("\n")[0]
+        raise CheckpointError(
+            f"There is no directory {path}, and it could not be downloaded as a hub id ({reason}). Check the name and "
+            "the network, and for gated models log in with `hf auth login`."
+        ) from None
+
+
+def load_weights(directory: Path, config: ModelConfig, mesh: Mesh | None = None) -> Tarsier:
+    """The model of a Hugging Face or converted directory, with stacked layers. Raises CheckpointError."""
+    load = load_checkpoint if is_converted(directory) else load_hf
+    return load(directory, config, mesh)

@@ -97,7 +97,7 @@ def test_max_new_tokens_below_one(model: Tarsier) -> None:
 
 
 def test_the_cache_is_donated(model: Tarsier) -> None:
-    examples, batch = reference.make_case("image", model.config)
+    _, batch = reference.make_case("image", model.config)
     keys = jax.random.split(jax.random.key(0), 1)
     sampling, eos = make_sampling(1), np.zeros(0, np.int32)
     state = decode_module.prefill(model, batch, sampling, eos, keys, max_new=8)

@@ -76,7 +76,7 @@ def test_gradients_do_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) 
 
 def test_unknown_implementation() -> None:
     q = random(0, 1, 2, 2, 4)
-    with pytest.raises(ValueError, match="'flash'.*xla, cudnn, splash"):
+    with pytest.raises(ValueError, match=r"'flash'.*xla, cudnn, splash"):
         attend(q, q, q, implementation="flash")
 
 

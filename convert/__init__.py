@@ -1,0 +1,1 @@
+"""Programs that convert checkpoints and prove that nothing was lost."""

@@ -1,0 +1,31 @@
+"""Converts a Hugging Face checkpoint for sharded loading: `python -m convert.hf_to_orbax HF_DIR OUT`.
+
+OUT appears only when it is whole. Memory stays small whatever the model's size.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from convert.progress import Progress
+from tarsier_jax.cli import run
+from tarsier_jax.weights import convert_hf, resolve
+
+
+def convert(source: str, out: str) -> None:
+    progress = Progress()
+    checkpoint = convert_hf(resolve(source), Path(out), progress)
+    print(progress.summary(sum(len(tensors) for _, tensors in checkpoint.sources), out))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m convert.hf_to_orbax", description=__doc__.split("\n\n")[0])
+    parser.add_argument("source", metavar="HF_DIR", help="Hugging Face directory or hub id")
+    parser.add_argument("out", metavar="OUT", help="directory to write; it must not exist yet")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    args = parser.parse_args()
+    return run(lambda: convert(args.source, args.out), args.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

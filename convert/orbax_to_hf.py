@@ -1,0 +1,32 @@
+"""Writes a converted checkpoint back as a Hugging Face directory: `python -m convert.orbax_to_hf DIR OUT`.
+
+Every tensor comes back bit for bit. With --layout the names and config.json become those of the other family.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from convert.progress import Progress
+from tarsier_jax.cli import run
+from tarsier_jax.weights import convert_to_hf
+
+
+def convert(source: str, out: str, layout: str | None) -> None:
+    progress = Progress()
+    names = convert_to_hf(Path(source), Path(out), layout, progress)
+    print(progress.summary(len(names), out))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m convert.orbax_to_hf", description=__doc__.split("\n\n")[0])
+    parser.add_argument("source", metavar="DIR", help="directory written by convert.hf_to_orbax")
+    parser.add_argument("out", metavar="OUT", help="directory to write; it must not exist yet")
+    parser.add_argument("--layout", choices=("tarsier2", "qwen2_vl"), help="default: the source's")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    args = parser.parse_args()
+    return run(lambda: convert(args.source, args.out, args.layout), args.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Back to a Hugging Face directory: the same names, dtypes and bits, in safetensors shards."""
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.errors import CheckpointError
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.weights.match import open_checkpoint
+from tarsier_jax.weights.names import LAYOUTS, abstract_state, parameters
+from tarsier_jax.weights.orbax import (
+    Progress,
+    check_arrays,
+    copy_assets,
+    is_converted,
+    new_directory,
+    open_array,
+    read_manifest,
+)
+from tarsier_jax.weights.source import DTYPES
+
+_SHARD = 5 * 10**9  # bytes of a file at most
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A tensor to be written. `read` gives its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def convert_to_hf(source: Path, out: Path, layout: str | None = None, progress: Progress | None = None) -> list[str]:
+    """Writes a converted directory back as a Hugging Face directory; memory stays near one tensor.
+
+    Args:
+        layout: a key of LAYOUTS; the source's own when None. Another layout brings a config.json of its kind.
+
+    Returns:
+        The names of the tensors written.
+
+    Raises:
+        CheckpointError: the source is damaged, `out` exists, or the disk is full.
+    """
+    manifest, config = read_manifest(source), load_config(source)
+    layout = layout or manifest.layout
+    check_arrays(source, abstract_state(config)[1])
+    entries = []
+    for parameter in parameters(config, layout):
+        store = open_array(source, parameter.path)
+        for i, name in enumerate(parameter.names):
+            part = store[i] if parameter.stacked else store
+            read = lambda part=part: part.read().result()  # noqa: E731
+            entries.append(_Entry(name, parameter.tensor_shape, np.dtype(store.dtype.numpy_dtype), read))
+    if manifest.tied_head:
+        entries.append(_tied_head(entries, layout))
+    with new_directory(out, sum(entry.nbytes for entry in entries)) as partial:
+        _write_shards(partial, entries, progress)
+        copy_assets(source, partial)
+        if layout != manifest.layout:
+            _rewrite_configs(partial, config, layout)
+    return [entry.name for entry in entries]
+
+
+def export_hf(model: Tarsier, out: Path, layout: str = "tarsier2") -> None:
+    """Writes the weights of a model with stacked layers as safetensors into `out`, beside what is there."""
+    state = dict(nnx.to_flat_state(nnx.state(model)))
+    entries = []
+    for parameter in parameters(model.config, layout):
+        values = np.asarray(state[parameter.path][...])
+        for i, name in enumerate(parameter.names):
+            part = values[i] if parameter.stacked else values
+            entries.append(_Entry(name, parameter.tensor_shape, values.dtype, lambda part=part: part))
+    _write_shards(out, entries, None)
+
+
+def hf_tensors(directory: Path, layout: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, values) of every tensor of a directory of either kind, under the names of `layout`."""
+    config = load_config(directory)
+    renamed = parameters(config, layout)
+    if is_converted(directory):
+        for parameter in renamed:
+            store = open_array(directory, parameter.path)
+            for i, name in enumerate(parameter.names):
+                values = (store[i] if parameter.stacked else store).read().result()
+                yield name, values.reshape(parameter.tensor_shape)
+        return
+    for parameter, (_, tensors) in zip(renamed, open_checkpoint(directory, config).sources, strict=True):
+        for name, tensor in zip(parameter.names, tensors, strict=True):
+            yield name, tensor.read(0, tensor.size).reshape(tensor.shape)
+
+
+def _tied_head(entries: list[_Entry], layout: str) -> _Entry:
+    embedding = next(entry for entry in entries if entry.name == LAYOUTS[layout].decoder + "embed_tokens.weight")
+    return dataclasses.replace(embedding, name=LAYOUTS[layout].lm_head)
+
+
+def _write_shards(out: Path, entries: list[_Entry], progress: Progress | None) -> None:
+    shards: list[list[_Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > _SHARD:
+            shards.append([])
+        shards[-1].append(entry)
+    total, done, weight_map = sum(entry.nbytes for entry in entries), 0, {}
+    for number, shard in enumerate(shards, 1):
+        single = len(shards) == 1
+        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for count in _write_safetensors(out / name, shard):
+            done += count
+            if progress:
+                progress(done, total)
+        weight_map |= {entry.name: name for entry in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _write_safetensors(path: Path, entries: list[_Entry]) -> Iterator[int]:
+    """Writes one file, a tensor in memory at a time; yields the bytes of each."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        span = [offset, offset + entry.nbytes]
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values start at a multiple of 8
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries:
+            values = np.ascontiguousarray(entry.read())
+            if values.size != math.prod(entry.shape):
+                raise CheckpointError(f"{entry.name} has {values.size} values instead of those of {entry.shape}.")
+            file.write(memoryview(values.reshape(-1).view(np.uint8)))
+            yield entry.nbytes
+
+
+def _rewrite_configs(directory: Path, config: ModelConfig, layout: str) -> None:
+    """config.json, and the pixel limits in preprocessor_config.json, as the other layout's loaders read them."""
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    kept = {key: raw[key] for key in ("torch_dtype", "dtype", "bos_token_id", "eos_token_id") if key in raw}
+    path.write_text(json.dumps({**kept, **config_for(config, layout)}, indent=2))
+    path = directory / "preprocessor_config.json"
+    if layout != "tarsier2" and path.exists():
+        raw = json.loads(path.read_text())
+        size = raw.get("size") or {}
+        if "min_pixels" in size:
+            raw["size"] = {"shortest_edge": size["min_pixels"], "longest_edge": size["max_pixels"]}
+            path.write_text(json.dumps(raw, indent=2))
+
+
+def config_for(config: ModelConfig, layout: str) -> dict[str, Any]:
+    """The content of a config.json for `layout`; `tarsier_jax.config.parse_config` reads it back."""
+    text, vision = config.text, config.vision
+    decoder = {
+        "model_type": "qwen2_vl",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.mlp_dim,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_kv_heads,
+        "rms_norm_eps": text.norm_eps,
+        "rope_theta": text.rope_theta,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_section)},
+        "tie_word_embeddings": text.tie_embeddings,
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+    }
+    tower = {
+        "model_type": "qwen2_vl",
+        "depth": vision.depth,
+        "embed_dim": vision.embed_dim,
+        "num_heads": vision.num_heads,
+        "mlp_ratio": int(vision.mlp_ratio),
+        "hidden_size": vision.out_dim,
+        "in_channels": vision.in_channels,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "spatial_merge_size": vision.spatial_merge_size,
+    }
+    if layout != "tarsier2":
+        return {"architectures": ["Qwen2VLForConditionalGeneration"], **decoder, "vision_config": tower}
+    return {
+        "architectures": ["TarsierForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": config.image_token_id,
+        "projection_head": None,
+        "tie_word_embeddings": text.tie_embeddings,
+        "text_config": decoder,
+        "vision_config": tower,
+    }

@@ -1,0 +1,76 @@
+"""From a Hugging Face directory straight into device arrays, a shard at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.sharding import parameter_shardings
+from tarsier_jax.weights.match import open_checkpoint
+from tarsier_jax.weights.names import Parameter, abstract_state
+from tarsier_jax.weights.source import Tensor
+
+
+def load_hf(directory: Path, config: ModelConfig, mesh: Mesh | None = None) -> Tarsier:
+    """The model with a Hugging Face checkpoint's weights, in `config.param_dtype`, laid out over `mesh`.
+
+    Host memory holds the shard of one parameter at a time; a process reads no rows that its devices do not hold.
+
+    Raises:
+        CheckpointError: see `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(directory, config)
+    graph, state = abstract_state(config)
+    shardings = shardings_for(state, mesh)
+    dtype = np.dtype(jax.numpy.dtype(config.param_dtype))
+    arrays = {}
+    for parameter, tensors in checkpoint.sources:
+        arrays[parameter.path] = jax.make_array_from_callback(
+            parameter.shape,
+            shardings[parameter.path],
+            lambda index, p=parameter, t=tensors: read_block(p, t, index).astype(dtype, copy=False),
+        )
+        arrays[parameter.path].block_until_ready()  # or the host's copies would pile up
+    return build(graph, state, arrays)
+
+
+def shardings_for(state: nnx.State, mesh: Mesh | None) -> dict[tuple[Any, ...], Sharding]:
+    """The sharding of every parameter; without a mesh, all of it on the first device."""
+    if mesh is not None:
+        return dict(parameter_shardings(state, mesh))
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    return {path: device for path, _ in nnx.to_flat_state(state)}
+
+
+def build(graph: nnx.GraphDef, state: nnx.State, arrays: dict[tuple[Any, ...], Any]) -> Tarsier:
+    """The model with the given arrays as its parameters."""
+    flat = {path: leaf.replace(arrays[path]) for path, leaf in nnx.to_flat_state(state)}
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def read_block(parameter: Parameter, tensors: Sequence[Tensor], index: tuple[slice, ...]) -> np.ndarray:
+    """The part of a parameter that `index` selects, in its dtype on disk."""
+    if not parameter.stacked:
+        return _read_part(tensors[0], parameter.shape, index)
+    layers = range(*index[0].indices(parameter.shape[0]))
+    blocks = (_read_part(tensors[i], parameter.shape[1:], index[1:]) for i in layers)
+    first = next(blocks)
+    out = np.empty((len(layers), *first.shape), first.dtype)
+    out[0] = first
+    for i, block in enumerate(blocks, 1):
+        out[i] = block
+    return out
+
+
+def _read_part(tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """Rows are read as far as the first dimension selects them; the other dimensions are cut in memory."""
+    start, stop, _ = index[0].indices(shape[0])
+    row = tensor.size // shape[0]
+    values = tensor.read(start * row, stop * row).reshape(stop - start, *shape[1:])
+    return values[(slice(None), *index[1:])]

@@ -1,0 +1,264 @@
+"""Orbax checkpoints: saving a model, restoring it shard by shard, and converting a checkpoint that fits no memory.
+
+A converted directory holds `params/` (Orbax, plain zarr3 without compression: random bits do not compress), the
+files that came with the weights (config, tokenizer, processor), and a manifest, `tarsier_jax.json`, which is written
+last.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax import nnx
+from jax.sharding import Mesh
+
+from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.errors import CheckpointError
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.sharding import parameter_path
+from tarsier_jax.weights.load import build, shardings_for
+from tarsier_jax.weights.match import Checkpoint, open_checkpoint
+from tarsier_jax.weights.names import Parameter, abstract_state
+from tarsier_jax.weights.source import Tensor
+
+MANIFEST = "tarsier_jax.json"
+PARAMS = "params"
+_FORMAT = 1
+_PIECE = 64 * 2**20  # bytes of a chunk at most, and so about what a conversion holds
+_ASSETS = {".json", ".txt", ".jinja", ".model"}
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a converted directory knows of the checkpoint it came from."""
+
+    layout: str
+    tied_head: bool = False
+    format: int = _FORMAT
+
+
+def is_converted(directory: Path) -> bool:
+    return (directory / MANIFEST).exists()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises CheckpointError when the directory was not written by this project, or by a newer version of it."""
+    try:
+        raw = json.loads((directory / MANIFEST).read_text())
+        manifest = Manifest(raw["layout"], raw["tied_head"], raw["format"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{directory / MANIFEST} cannot be read ({e!r}). Convert the checkpoint again.") from None
+    if manifest.format != _FORMAT:
+        raise CheckpointError(f"{directory} has format {manifest.format}; this version reads {_FORMAT}. Update it.")
+    return manifest
+
+
+def convert_hf(source: Path, out: Path, progress: Progress | None = None) -> Checkpoint:
+    """Writes the converted form of a Hugging Face directory to `out`, which appears only when it is whole.
+
+    Memory stays near two chunks, whatever the size of the model or of its tensors.
+
+    Raises:
+        CheckpointError: the source does not fit (see `open_checkpoint`), `out` exists, or the disk is full.
+    """
+    checkpoint = open_checkpoint(source, load_config(source))
+    with new_directory(out, checkpoint.nbytes) as partial:
+        _save_streaming(partial / PARAMS, checkpoint, progress)
+        copy_assets(source, partial)
+        manifest = Manifest(checkpoint.layout, checkpoint.tied_head)
+        (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2))
+    return checkpoint
+
+
+@contextlib.contextmanager
+def new_directory(out: Path, nbytes: int) -> Iterator[Path]:
+    """Gives a directory beside `out` to fill with `nbytes`, and renames it to `out` when all went well.
+
+    Raises:
+        CheckpointError: `out` exists, or the disk has not the room, before or while writing.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already. Remove it, or choose another name.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+    free = shutil.disk_usage(out.parent).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"{out} needs {nbytes / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free. Make room, or choose "
+            "another disk."
+        )
+    partial.mkdir()
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()  # empty
+        partial.rename(out)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise CheckpointError(f"The disk filled up while {out} was written. Make room, then run again.") from None
+        raise
+
+
+def copy_assets(source: Path, out: Path) -> None:
+    """Brings along config, tokenizer, template and processor files; never weights or code."""
+    for file in sorted(source.iterdir()):
+        if file.suffix in _ASSETS and not file.name.endswith(".index.json") and file.name != MANIFEST:
+            shutil.copyfile(file, out / file.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Streamed:
+    """A leaf that Orbax saves without its ever being whole in memory."""
+
+    parameter: Parameter
+    tensors: tuple[Tensor, ...]
+    wrote: Callable[[int], None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parameter.shape
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Whole rows of one layer: the most that divide it evenly and stay below _PIECE."""
+        rows, *rest = self.shape[1:] if self.parameter.stacked else self.shape
+        most = max(1, _PIECE // (math.prod(rest) * self.tensors[0].dtype.itemsize))
+        height = next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
+        return (*((1,) if self.parameter.stacked else ()), height, *rest)
+
+    def pieces(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """(index, values) of every chunk."""
+        size, height = math.prod(self.chunk), self.chunk[1 if self.parameter.stacked else 0]
+        for layer, tensor in enumerate(self.tensors):
+            for i in range(tensor.size // size):
+                rows = slice(i * height, (i + 1) * height)
+                index = (slice(layer, layer + 1), rows) if self.parameter.stacked else (rows,)
+                yield index, tensor.read(i * size, (i + 1) * size).reshape(self.chunk)
+
+
+class _StreamedHandler(ocp.type_handlers.TypeHandler):
+    """Writes streamed leaves as Orbax writes a jax.Array, so that restoring knows no difference."""
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def metadata(self, infos: Any) -> Any:
+        raise TypeError("streamed leaves are saved only")
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        raise TypeError("streamed leaves are saved only")
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            store = _create_array(Path(info.parent_dir) / info.name, value.shape, value.chunk, value.tensors[0].dtype)
+            pending = None
+            for index, piece in value.pieces():
+                writing = store[index].write(piece)
+                if pending is not None:  # the next piece is read while this one is written
+                    pending.result()
+                pending = writing
+                value.wrote(piece.nbytes)
+            if pending is not None:
+                pending.result()
+        return []
+
+
+def _create_array(path: Path, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:
+    metadata = {
+        "shape": shape,
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+    }
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(path)},
+        "metadata": metadata,
+        "store_data_equal_to_fill_value": True,  # Orbax takes a chunk of zeros that is left out for a lost one
+    }
+    return ts.open(spec, create=True, delete_existing=True).result()
+
+
+def _save_streaming(path: Path, checkpoint: Checkpoint, progress: Progress | None) -> None:
+    done = 0
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, checkpoint.nbytes)
+
+    leaves = {parameter.path: _Streamed(parameter, tensors, wrote) for parameter, tensors in checkpoint.sources}
+    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamedHandler()))
+    _save(path, leaves, type_handler_registry=registry)
+
+
+def save_checkpoint(path: Path, model: Tarsier) -> None:
+    """Saves the parameters of a model with stacked layers; each process writes its own shards."""
+    _save(path, {p: leaf[...] for p, leaf in nnx.to_flat_state(nnx.state(model))})
+
+
+def _save(path: Path, leaves: dict[tuple[Any, ...], Any], **options: Any) -> None:
+    # One file a chunk instead of OCDBT's database: converting and exporting address arrays by name.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, **options)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(nnx.traversals.unflatten_mapping(leaves)))
+
+
+def load_checkpoint(directory: Path, config: ModelConfig, mesh: Mesh | None = None) -> Tarsier:
+    """Restores a converted directory; each process reads only what its devices hold, in `config.param_dtype`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or does not fit the directory's config.json.
+    """
+    read_manifest(directory)
+    graph, state = abstract_state(config)
+    shardings, dtype = shardings_for(state, mesh), jax.numpy.dtype(config.param_dtype)
+    check_arrays(directory, state)
+    shapes = {p: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[p]) for p, leaf in nnx.to_flat_state(state)}
+    item = nnx.traversals.unflatten_mapping(shapes)
+    arguments = ocp.checkpoint_utils.construct_restore_args(item)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
+        restore = ocp.args.PyTreeRestore(item, restore_args=arguments)
+        try:
+            restored = checkpointer.restore((directory / PARAMS).absolute(), args=restore)
+        except Exception as e:  # Orbax raises bare exceptions
+            reason = str(e).split("\n")[0]
+            raise CheckpointError(f"{directory} cannot be restored ({reason}). Convert the checkpoint again.") from None
+    return build(graph, state, nnx.traversals.flatten_mapping(restored))
+
+
+def check_arrays(directory: Path, state: nnx.State) -> None:
+    """Raises CheckpointError when a converted directory lacks a parameter, or holds one of another shape."""
+    problems = []
+    for path, leaf in nnx.to_flat_state(state):
+        try:
+            shape = tuple(open_array(directory, path).shape)
+        except (ValueError, OSError):
+            problems.append(f"{parameter_path(path)} is missing")
+            continue
+        if shape != leaf.shape:
+            problems.append(f"{parameter_path(path)} has shape {shape} instead of {leaf.shape}")
+    if problems:
+        raise CheckpointError(f"{directory} does not fit its config.json: {'; '.join(problems)}. Convert it again.")
+
+
+def open_array(directory: Path, path: tuple[Any, ...]) -> ts.TensorStore:
+    """One parameter of a converted directory, unread."""
+    file = directory / PARAMS / ".".join(map(str, path))
+    return ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(file)}}, open=True, read=True).result()

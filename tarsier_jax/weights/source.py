@@ -1,0 +1,158 @@
+"""The tensors of a Hugging Face directory, read one at a time and only where asked for."""
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tarsier_jax.errors import CheckpointError
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_MAX_HEADER = 100 * 2**20  # the format's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor on disk. `read(start, stop)` gives a range of its flattened values."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int, int], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+def open_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory of safetensors, or of `.bin` shards, by name. No values are read yet.
+
+    Raises:
+        CheckpointError: there are no weights, a shard is missing or damaged, a name stands in two shards, or a dtype
+            is not supported. All problems are told at once.
+    """
+    for index, single, opener in (
+        ("model.safetensors.index.json", "*.safetensors", open_safetensors),
+        ("pytorch_model.bin.index.json", "pytorch_model*.bin", _open_torch),
+    ):
+        wanted = _read_index(directory / index)
+        files = sorted({directory / name for name in wanted.values()}) or sorted(directory.glob(single))
+        if files:
+            return _collect(files, opener, wanted)
+    raise CheckpointError(f"{directory} holds no *.safetensors and no pytorch_model*.bin. Download the weights too.")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{path} is damaged ({e!r}). Download the file again.") from None
+
+
+def _collect(
+    files: list[Path], opener: Callable[[Path], dict[str, Tensor]], wanted: dict[str, str]
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for file in files:
+        try:
+            found = opener(file)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for name, tensor in found.items():
+            if name in tensors:
+                problems.append(f"{name} stands in both {tensors[name].file} and {file}; remove one of the files.")
+            tensors[name] = tensor
+        lacking = [name for name, where in wanted.items() if where == file.name and name not in found]
+        if lacking:
+            problems.append(f"The index says that {file} holds {lacking[0]}; it does not. Download it again.")
+    if problems:
+        raise CheckpointError(" ".join(problems))
+    return tensors
+
+
+def open_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file. Format: 8 bytes of header length, a JSON header, the values."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER:
+                raise ValueError("the header's length is impossible")
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors = {name: _safetensor(path, 8 + length, name, entry) for name, entry in header.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"The shard {path} is missing. Download it too.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
+        raise CheckpointError(f"{path} is no valid safetensors file ({e}). Download it again.") from None
+    return tensors
+
+
+def _safetensor(path: Path, base: int, name: str, entry: dict[str, Any]) -> Tensor:
+    dtype, shape, (start, end) = DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+    if dtype is None:
+        raise CheckpointError(
+            f"{path}: {name} has dtype {entry['dtype']}; supported are {', '.join(DTYPES)}. Use an unquantised one."
+        )
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has another size than its shape says")
+    if base + end > path.stat().st_size:
+        raise ValueError(f"it is cut short within {name}")
+
+    def read(first: int, last: int) -> np.ndarray:
+        values = np.empty(last - first, dtype)
+        with path.open("rb", buffering=0) as file:
+            file.seek(base + start + first * dtype.itemsize)
+            view, done = memoryview(values.view(np.uint8)), 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(f"{path} ended within {name}. Download it again.")
+                done += count
+        return values
+
+    return Tensor(path, shape, dtype, read)
+
+
+def _open_torch(path: Path) -> dict[str, Tensor]:
+    """The tensors of one `.bin` shard; pickled code in it is never run (weights_only)."""
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(
+            f"{path} needs torch to be read. Install torch, or convert the checkpoint to safetensors elsewhere."
+        ) from None
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"The shard {path} is missing. Download it too.") from None
+    except Exception as e:  # torch raises whatever the damage happens to hit
+        reason = str(e).split("\n")[0]
+        raise CheckpointError(f"{path} cannot be read ({reason}). Download it again.") from None
+    tensors = {}
+    for name, value in state.items():
+        if value.dtype not in names:
+            raise CheckpointError(f"{path}: {name} has dtype {value.dtype}; {', '.join(DTYPES)} are supported.")
+        dtype = DTYPES[names[value.dtype]]
+
+        def read(first: int, last: int, value: Any = value, dtype: np.dtype = dtype) -> np.ndarray:
+            integers = torch.int32 if dtype.itemsize == 4 else torch.int16
+            return value.flatten()[first:last].contiguous().view(integers).numpy().view(dtype)
+
+        tensors[name] = Tensor(path, tuple(value.shape), dtype, read)
+    return tensors
