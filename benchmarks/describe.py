@@ -123,7 +123,7 @@ def measure(theirs: Any, ours: Any, rows: int, new_tokens: int, rounds: int) -> 
     print(f"{HEIGHT * WIDTH} patches a frame to {batch.patches.shape[1]}, frames to {batch.patches.shape[0]}")
     inputs, sampling = reference_inputs(examples), make_sampling(rows)
     keys, eos = jax.random.split(jax.random.key(0), rows), jnp.zeros(0, jnp.int32)
-    state = None
+    state: Any = None
 
     def our_prefill() -> None:
         nonlocal state
@@ -136,7 +136,8 @@ def measure(theirs: Any, ours: Any, rows: int, new_tokens: int, rounds: int) -> 
     def generate(n: int) -> Any:
         return theirs.generate(**inputs, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
 
-    our_prefill(), our_decode(2), generate(2)  # compile and warm up
+    for warm_up in (our_prefill, lambda: our_decode(2), lambda: generate(2)):
+        warm_up()
     times: dict[str, list[float]] = {"our prefill": [], "their prefill": [], "our decode": [], "their decode": []}
     for _ in range(rounds):
         times["our prefill"].append(seconds(our_prefill))
@@ -167,7 +168,9 @@ def show(times: dict[str, list[float]], rows: int, floors: tuple[float, float], 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.describe", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.describe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new_tokens", type=int, default=33)
     parser.add_argument("--rounds", type=int, default=5)

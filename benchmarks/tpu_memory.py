@@ -111,7 +111,11 @@ def compile_for(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_memory", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tpu_memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--data", type=int, default=2)
     parser.add_argument("--tensor", type=int, default=4)

@@ -19,7 +19,9 @@ def convert(source: str, out: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m convert.hf_to_orbax", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.hf_to_orbax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", metavar="HF_DIR", help="Hugging Face directory or hub id")
     parser.add_argument("out", metavar="OUT", help="directory to write; it must not exist yet")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")

@@ -19,7 +19,9 @@ def convert(source: str, out: str, layout: str | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m convert.orbax_to_hf", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.orbax_to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", metavar="DIR", help="directory written by convert.hf_to_orbax")
     parser.add_argument("out", metavar="OUT", help="directory to write; it must not exist yet")
     parser.add_argument("--layout", choices=("tarsier2", "qwen2_vl"), help="default: the source's")

@@ -60,7 +60,7 @@ class Ours:
         return features.reshape(-1, features.shape[-1])[batch.visual_index[batch.visual_index >= 0]]
 
     def hidden(self, example: Example) -> np.ndarray:
-        x, _ = self._run(self._hidden, self.processor.batch([example]))
+        x = self._run(self._hidden, self.processor.batch([example]))
         return np.asarray(x[0, : len(example.input_ids)], np.float32)
 
     def logits(self, example: Example) -> np.ndarray:
@@ -93,13 +93,14 @@ class HuggingFace:
             name: torch.from_numpy(np.array(value, np.float32)) for name, value in hf_tensors(directory, "qwen2_vl_new")
         }
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-        if unexpected or set(missing) - {"lm_head.weight"}:
+        if unexpected or set(missing) - ({"lm_head.weight"} if config.text.tie_embeddings else set()):
             raise CheckpointError(f"transformers does not take these tensors of {directory}: {missing + unexpected}.")
         model.tie_weights()
-        for module in (model.model.language_model.rotary_emb, model.model.visual.rotary_pos_emb):
-            fresh = type(module)(module.config)  # frequencies are no parameters, and the meta device holds none
-            module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
-        self.model = model.eval()
+        rotary: Any
+        for rotary in (model.model.language_model.rotary_emb, model.model.visual.rotary_pos_emb):
+            fresh = type(rotary)(rotary.config)  # frequencies are no parameters, and the meta device holds none
+            rotary.inv_freq, rotary.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
+        self.model: Any = model.eval()
 
     def _inputs(self, example: Example) -> dict[str, Any]:
         """Position ids are given: transformers 5 would number text after a long video differently."""

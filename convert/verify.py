@@ -82,7 +82,9 @@ def verify(directory: str, other: str | None, dtype: str, max_new_tokens: int) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m convert.verify", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", help="Hugging Face directory or hub id, or a converted directory")
     parser.add_argument("other", nargs="?", help="a second one; without it, the live Hugging Face model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

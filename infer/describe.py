@@ -17,7 +17,9 @@ from tarsier_jax.processing.video import find_inputs
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m infer.describe", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m infer.describe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="checkpoint directory (Hugging Face or converted) or hub id")
     parser.add_argument("--input", required=True, nargs="+", help="videos, GIFs, images, or directories of them")
     parser.add_argument("--prompt", default="Describe the video in detail.")

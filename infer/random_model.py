@@ -84,7 +84,8 @@ def write_random_checkpoint(directory: Path, seed: int = 0) -> Path:
         "additional_special_tokens": list(SPECIAL_TOKENS),
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-    raw = random_config(tokenizer.get_vocab_size(), tokenizer.token_to_id("<|image_pad|>"))
+    size = tokenizer.get_vocab_size()
+    raw = random_config(size, image_token_id=size - 2)  # the last but one of SPECIAL_TOKENS
     (directory / "config.json").write_text(json.dumps(raw, indent=2))
     config = dataclasses.replace(parse_config(raw), param_dtype="bfloat16")
     model = Tarsier(config, nnx.Rngs(seed))

@@ -72,7 +72,7 @@ def describe_file(model: Tarsier, processor: Processor, path: str, prompt: str, 
     return Caption(
         input=path,
         prompt=prompt,
-        caption=processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip(),
+        caption=processor.decode(answer.tokens),
         n_frames=int(example.grid_thw[:, 0].sum()),
         prompt_tokens=len(example.input_ids),
         new_tokens=len(answer.tokens),

@@ -69,10 +69,11 @@ def generate(
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
-    return [processor.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+    return [processor.decode(answer.tokens) for answer in answers]
 
 
 def use_mesh_of(model: Tarsier) -> contextlib.AbstractContextManager:
     """Sets the mesh that the model's parameters lie on, if there is one."""
     sharding = model.decoder.norm.weight[...].sharding
-    return jax.set_mesh(sharding.mesh) if isinstance(sharding, NamedSharding) else contextlib.nullcontext()
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()

@@ -129,10 +129,9 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
     text_config = _text_config(text, bool(tied), source)
     vision_config = _vision_config(vision, text_config.hidden_size)
     _check(text_config, vision_config, source)
-    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return ModelConfig(
-        text=text_config, vision=vision_config, **{k: int(tokens[k]) for k in ids if tokens.get(k) is not None}
-    )
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {name: int(tokens[name]) for name in names if tokens.get(name) is not None}
+    return dataclasses.replace(ModelConfig(text=text_config, vision=vision_config), **ids)
 
 
 def _mapping(raw: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tarsier_jax.errors import InputError
@@ -45,10 +44,10 @@ def make_sampling(
         if not good:
             raise InputError(f"{name} is {value}; it must be {rule}.")
     return Sampling(
-        temperature=np.full(rows, temperature, np.float32),
-        top_k=np.full(rows, top_k, np.int32),
-        top_p=np.full(rows, top_p, np.float32),
-        repetition_penalty=np.full(rows, repetition_penalty, np.float32),
+        temperature=jnp.full(rows, temperature, jnp.float32),
+        top_k=jnp.full(rows, top_k, jnp.int32),
+        top_p=jnp.full(rows, top_p, jnp.float32),
+        repetition_penalty=jnp.full(rows, repetition_penalty, jnp.float32),
         greedy=temperature == 0,
         penalised=repetition_penalty != 1,
     )

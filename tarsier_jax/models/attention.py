@@ -7,6 +7,7 @@ splash  the Pallas splash kernel, for TPUs.
 Softmax is float32 in all of them. Under a mesh, xla and splash run inside `jax.shard_map` over batch and heads.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -56,8 +57,8 @@ def attend(
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=causal, key_value_seq_lengths=kv_lengths, implementation="cudnn"
         )
-    local = _splash if implementation == "splash" else _xla
-    return _over_mesh(lambda *x: local(*x, causal), q, k, v, kv_lengths)
+    local = functools.partial(_splash if implementation == "splash" else _xla, causal=causal)
+    return _over_mesh(local, q, k, v, kv_lengths)
 
 
 def _over_mesh(local: Callable[..., Array], q: Array, k: Array, v: Array, kv_lengths: Array) -> Array:
@@ -107,10 +108,10 @@ def _xla(q: Array, k: Array, v: Array, kv_lengths: Array, causal: bool) -> Array
         pieces = math.gcd(T, 2 ** max(0, math.ceil(math.log2(T * G * S / _MAX_SCORES))))
         starts = jnp.arange(0, T * G, T * G // pieces)
 
-        def attend_head(_: None, x: tuple) -> tuple[None, Array]:
-            q, *rest = x
+        def attend_head(_: None, x: tuple[Array, Array, Array, Array]) -> tuple[None, Array]:
+            q, k, v, length = x
             blocks = q.reshape(pieces, -1, H)
-            return None, lax.map(lambda block: attend_rows(block[0], *rest, block[1]), (blocks, starts))
+            return None, lax.map(lambda block: attend_rows(block[0], k, v, length, block[1]), (blocks, starts))
 
         _, out = lax.scan(attend_head, None, (q, k, v, lengths), unroll=4)  # four at a time keep two cores busy
     return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
@@ -141,7 +142,7 @@ def _splash(q: Array, k: Array, v: Array, kv_lengths: Array, causal: bool) -> Ar
     # Padded keys are a segment of their own, which no query is in.
     kv_segment = (jnp.arange(shape[1]) >= kv_lengths[:, None]).astype(jnp.int32)
     segments = splash.SegmentIds(q=jnp.zeros((q.shape[0], shape[0]), jnp.int32), kv=kv_segment)
-    out = jax.vmap(kernel)(q, k, v, segment_ids=segments)
+    out: Any = jax.vmap(kernel)(q, k, v, segment_ids=segments)
     return out[:, :, :T].swapaxes(1, 2).astype(v.dtype)
 
 

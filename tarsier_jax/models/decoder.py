@@ -1,5 +1,7 @@
 """Qwen2's decoder with multimodal RoPE and grouped queries, as in Qwen2-VL."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -88,14 +90,21 @@ class Decoder(nnx.Module):
         tied = text.tie_embeddings
         self.lm_head = None if tied else Linear(text.hidden_size, text.vocab_size, bias=False, rngs=rngs, **dtypes)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], position_ids: Int[Array, "3 B T"], cache: KVCache | None = None
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Final hidden states, after the last norm.
+    def __call__(self, x: Float[Array, "B T D"], position_ids: Int[Array, "3 B T"]) -> Float[Array, "B T D"]:
+        """Final hidden states, after the last norm, of tokens that attend among themselves."""
+        return self._apply(x, position_ids, None)[0]
 
-        Without a cache, or with T > 1, the T tokens are the rows' first ones and attend among themselves (T > 1 also
-        writes them into the cache). With T = 1 the token follows what the cache holds. The caller sets the lengths.
+    def with_cache(
+        self, x: Float[Array, "B T D"], position_ids: Int[Array, "3 B T"], cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Final hidden states, and the cache with the tokens' keys and values written; the caller sets its lengths.
+
+        With T > 1 the tokens are the rows' first ones and attend among themselves. With T = 1 the token follows what
+        the cache holds.
         """
+        return self._apply(x, position_ids, cache)
+
+    def _apply(self, x: Array, position_ids: Array, cache: Any) -> tuple[Array, Any]:
         text = self.config.text
         cos, sin = mrope_tables(position_ids, text.head_dim, text.rope_theta, text.mrope_section)
 

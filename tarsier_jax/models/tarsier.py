@@ -34,15 +34,13 @@ class Tarsier(nnx.Module):
 
     def __call__(self, batch: Batch) -> Float[Array, "B S V"]:
         """Logits of the next token at every position, float32; those at padding are arbitrary."""
-        x, _ = self.decoder(self.embed(batch), batch.position_ids)
-        return self.decoder.logits(x)
+        return self.decoder.logits(self.decoder(self.embed(batch), batch.position_ids))
 
     def prefill(self, batch: Batch, cache_size: int) -> tuple[Float[Array, "B V"], KVCache]:
         """Runs the prompts; gives the logits after each row's last token, and a cache of `cache_size` slots a row."""
         B, _ = batch.input_ids.shape
         cache = KVCache.empty(self.config.text, B, cache_size, self.config.dtype)
-        x, cache = self.decoder(self.embed(batch), batch.position_ids, cache)
-        assert cache is not None
+        x, cache = self.decoder.with_cache(self.embed(batch), batch.position_ids, cache)
         last = jnp.take_along_axis(x, (batch.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
         return self.decoder.logits(last)[:, 0], dataclasses.replace(cache, lengths=jnp.asarray(batch.lengths))
 
@@ -52,8 +50,7 @@ class Tarsier(nnx.Module):
         """One more token a row, at the given M-RoPE position (the same on all three axes)."""
         x = self.decoder.embed(tokens[:, None]).astype(self.config.dtype)
         position_ids = jnp.broadcast_to(positions[None, :, None], (3, *positions.shape, 1))
-        x, cache = self.decoder(x, position_ids, cache)
-        assert cache is not None
+        x, cache = self.decoder.with_cache(x, position_ids, cache)
         return self.decoder.logits(x)[:, 0], dataclasses.replace(cache, lengths=cache.lengths + 1)
 
 

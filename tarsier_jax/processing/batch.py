@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +28,9 @@ class Example:
     position_ids: np.ndarray
 
 
+HostOrDeviceArray = Any  # numpy as `make_batch` gives it, jax.Array on a device and under jit
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -39,13 +43,13 @@ class Batch:
     (F * P/4,); -1 for text. Without visuals F is 0.
     """
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    position_ids: np.ndarray
-    lengths: np.ndarray
-    patches: np.ndarray
-    frame_hw: np.ndarray
-    visual_index: np.ndarray
+    input_ids: HostOrDeviceArray
+    labels: HostOrDeviceArray
+    position_ids: HostOrDeviceArray
+    lengths: HostOrDeviceArray
+    patches: HostOrDeviceArray
+    frame_hw: HostOrDeviceArray
+    visual_index: HostOrDeviceArray
 
 
 def _every(*ranges: tuple[int, int, int]) -> tuple[int, ...]:

@@ -117,6 +117,10 @@ class Processor:
         """Pads examples to buckets; see `make_batch`."""
         return make_batch(examples, self.config, self.buckets, self.pad_token_id)
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of an answer, without special tokens and surrounding white space."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
     @property
     def pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id

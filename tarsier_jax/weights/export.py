@@ -146,7 +146,7 @@ def _write_safetensors(path: Path, entries: list[_Entry]) -> Iterator[int]:
             values = np.ascontiguousarray(entry.read())
             if values.size != math.prod(entry.shape):
                 raise CheckpointError(f"{entry.name} has {values.size} values instead of those of {entry.shape}.")
-            file.write(memoryview(values.reshape(-1).view(np.uint8)))
+            file.write(values.reshape(-1).view(np.uint8).data)
             yield entry.nbytes
 
 

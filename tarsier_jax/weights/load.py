@@ -34,7 +34,7 @@ def load_hf(directory: Path, config: ModelConfig, mesh: Mesh | None = None) -> T
         arrays[parameter.path] = jax.make_array_from_callback(
             parameter.shape,
             shardings[parameter.path],
-            lambda index, p=parameter, t=tensors: read_block(p, t, index).astype(dtype, copy=False),
+            lambda index, p=parameter, t=tensors: read_block(p, t, index or ()).astype(dtype, copy=False),
         )
         arrays[parameter.path].block_until_ready()  # or the host's copies would pile up
     return build(graph, state, arrays)
@@ -54,7 +54,7 @@ def build(graph: nnx.GraphDef, state: nnx.State, arrays: dict[tuple[Any, ...], A
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def read_block(parameter: Parameter, tensors: Sequence[Tensor], index: tuple[slice, ...]) -> np.ndarray:
+def read_block(parameter: Parameter, tensors: Sequence[Tensor], index: tuple[Any, ...]) -> np.ndarray:
     """The part of a parameter that `index` selects, in its dtype on disk."""
     if not parameter.stacked:
         return _read_part(tensors[0], parameter.shape, index)

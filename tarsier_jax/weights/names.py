@@ -6,6 +6,7 @@ shapes may differ, and one parameter holds the tensors of all layers.
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from flax import nnx
 
@@ -64,7 +65,7 @@ IGNORED = {r".*\.rotary_emb\.inv_freq": "rotary frequencies are computed from th
 class Parameter:
     """One of our parameters, and the tensors that it is made of, one a layer (or one, without layers)."""
 
-    path: tuple[str, ...]
+    path: tuple[Any, ...]
     shape: tuple[int, ...]  # with the layer dimension, where there is one
     stacked: bool
     names: tuple[str, ...]
@@ -98,7 +99,7 @@ def _templates(layout: Layout) -> dict[str, str]:
     return table
 
 
-def _tensor_shape(path: tuple[str, ...], shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+def _tensor_shape(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
     vision = config.vision
     if "patch_embed" in path:  # a convolution there, a matrix here
         return (shape[0], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)

@@ -244,18 +244,37 @@ def load_checkpoint(directory: Path, config: ModelConfig, mesh: Mesh | None = No
 
 
 def check_arrays(directory: Path, state: nnx.State) -> None:
-    """Raises CheckpointError when a converted directory lacks a parameter, or holds one of another shape."""
+    """Looks at every parameter of a converted directory without reading it; Orbax would fail late and at length.
+
+    Raises:
+        CheckpointError: a parameter is missing, has another shape, or lacks a part of its values.
+    """
     problems = []
     for path, leaf in nnx.to_flat_state(state):
         try:
-            shape = tuple(open_array(directory, path).shape)
+            store = open_array(directory, path)
         except (ValueError, OSError):
             problems.append(f"{parameter_path(path)} is missing")
             continue
-        if shape != leaf.shape:
-            problems.append(f"{parameter_path(path)} has shape {shape} instead of {leaf.shape}")
+        if tuple(store.shape) != leaf.shape:
+            problems.append(f"{parameter_path(path)} has shape {tuple(store.shape)} instead of {leaf.shape}")
+        elif not _is_whole(store):
+            problems.append(f"{parameter_path(path)} is damaged")
     if problems:
         raise CheckpointError(f"{directory} does not fit its config.json: {'; '.join(problems)}. Convert it again.")
+
+
+def _is_whole(store: ts.TensorStore) -> bool:
+    """Whether the files of all chunks are there, each with the bytes it must have."""
+    spec = store.spec().to_json()
+    chunk = spec["metadata"]["chunk_grid"]["configuration"]["chunk_shape"]
+    plain = [codec["name"] for codec in spec["metadata"]["codecs"]] == ["bytes"]
+    nbytes = math.prod(chunk) * np.dtype(store.dtype.numpy_dtype).itemsize
+    for index in np.ndindex(*(-(-size // part) for size, part in zip(store.shape, chunk, strict=True))):
+        file = Path(spec["kvstore"]["path"], "c", *map(str, index))
+        if not file.exists() or (plain and file.stat().st_size != nbytes):
+            return False
+    return True
 
 
 def open_array(directory: Path, path: tuple[Any, ...]) -> ts.TensorStore:

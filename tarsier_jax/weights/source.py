@@ -117,7 +117,7 @@ def _safetensor(path: Path, base: int, name: str, entry: dict[str, Any]) -> Tens
         values = np.empty(last - first, dtype)
         with path.open("rb", buffering=0) as file:
             file.seek(base + start + first * dtype.itemsize)
-            view, done = memoryview(values.view(np.uint8)), 0
+            view, done = values.view(np.uint8).data, 0
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:

@@ -1,5 +1,7 @@
 """Choosing the next token, against Hugging Face's logits processors."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,8 +61,7 @@ def test_draws_follow_the_warped_distribution() -> None:
 
 
 def test_temperature_zero_is_greedy_in_a_batch_that_samples() -> None:
-    sampling = make_sampling(3, temperature=5.0)
-    sampling.temperature[1] = 0
+    sampling = dataclasses.replace(make_sampling(3, temperature=5.0), temperature=jnp.array([5.0, 0.0, 5.0]))
     keys = jax.random.split(jax.random.key(0), 3)
     assert next_tokens(LOGITS, sampling, jnp.zeros((3, 0), bool), keys)[1] == LOGITS[1].argmax()
 

@@ -123,7 +123,7 @@ def test_too_long_samples(processor: Processor) -> None:
 def test_batches_pad_with_the_tokenizers_token(processor: Processor) -> None:
     short, long = user(video_item(formula_frame(56, 56, 0)), "Hi"), user("What do you see?" * 5)
     batch = processor.batch([processor(short), processor(long)])
-    assert batch.input_ids.shape == (2, 256)
+    assert batch.input_ids.shape == (2, 144)
     assert (batch.input_ids[0, batch.lengths[0] :] == 256).all()
     assert (batch.visual_index[0] >= 0).sum() == 4
 
