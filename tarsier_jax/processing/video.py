@@ -3,7 +3,6 @@
 Every reader gives frames one by one, so that a clip of many large frames is never in memory as a whole.
 """
 
-import bisect
 import dataclasses
 import itertools
 import re
@@ -210,24 +209,14 @@ def _decode_video(reader: Any, path: Path, indices: Sequence[int]) -> Iterator[F
 
 
 def _scan(reader: Any, indices: Sequence[int]) -> Iterator[np.ndarray]:
-    """Decodes from the first frame on, exactly.
-
-    `skip_frames` spares converting frames to RGB, but seeks when it passes a key frame, inexactly. So it is used
-    between key frames only, and the frame before each key frame is read.
-    """
-    keys, position = [*reader.get_key_indices(), len(reader)], 0
+    """Decodes from the first frame on, exactly. `skip_frames` would spare little, and loses frames at key frames."""
+    position = 0
     reader.seek(0)
     for index in indices:
-        while position < index:
-            stop = min(index, keys[bisect.bisect_right(keys, position)] - 1)
-            if stop > position:
-                reader.skip_frames(stop - position)
-            else:
-                reader.next()
-                stop += 1
-            position = stop
+        for _ in range(index - position):
+            reader.next()
         yield reader.next().asnumpy()
-        position += 1
+        position = index + 1
 
 
 def _seek(reader: Any, indices: Sequence[int]) -> Iterator[np.ndarray]:
