@@ -4,6 +4,7 @@ OUT appears only when it is whole. Memory stays small whatever the model's size.
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tarsier_jax.weights import convert_hf, resolve
 
 
 def convert(source: str, out: str) -> None:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant so
     progress = Progress()
     checkpoint = convert_hf(resolve(source), Path(out), progress)
     print(progress.summary(sum(len(tensors) for _, tensors in checkpoint.sources), out))

@@ -32,7 +32,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A tensor to be written. `read` gives its values."""
 
     name: str
@@ -66,11 +66,11 @@ def convert_to_hf(source: Path, out: Path, layout: str | None = None, progress: 
         for i, name in enumerate(parameter.names):
             part = store[i] if parameter.stacked else store
             read = lambda part=part: part.read().result()  # noqa: E731
-            entries.append(_Entry(name, parameter.tensor_shape, np.dtype(store.dtype.numpy_dtype), read))
+            entries.append(Entry(name, parameter.tensor_shape, np.dtype(store.dtype.numpy_dtype), read))
     if manifest.tied_head:
         entries.append(_tied_head(entries, layout))
     with new_directory(out, sum(entry.nbytes for entry in entries)) as partial:
-        _write_shards(partial, entries, progress)
+        write_shards(partial, entries, progress)
         copy_assets(source, partial)
         if layout != manifest.layout:
             _rewrite_configs(partial, config, layout)
@@ -85,8 +85,8 @@ def export_hf(model: Tarsier, out: Path, layout: str = "tarsier2") -> None:
         values = np.asarray(state[parameter.path][...])
         for i, name in enumerate(parameter.names):
             part = values[i] if parameter.stacked else values
-            entries.append(_Entry(name, parameter.tensor_shape, values.dtype, lambda part=part: part))
-    _write_shards(out, entries, None)
+            entries.append(Entry(name, parameter.tensor_shape, values.dtype, lambda part=part: part))
+    write_shards(out, entries)
 
 
 def hf_tensors(directory: Path, layout: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -105,13 +105,14 @@ def hf_tensors(directory: Path, layout: str) -> Iterator[tuple[str, np.ndarray]]
             yield name, tensor.read(0, tensor.size).reshape(tensor.shape)
 
 
-def _tied_head(entries: list[_Entry], layout: str) -> _Entry:
+def _tied_head(entries: list[Entry], layout: str) -> Entry:
     embedding = next(entry for entry in entries if entry.name == LAYOUTS[layout].decoder + "embed_tokens.weight")
     return dataclasses.replace(embedding, name=LAYOUTS[layout].lm_head)
 
 
-def _write_shards(out: Path, entries: list[_Entry], progress: Progress | None) -> None:
-    shards: list[list[_Entry]] = [[]]
+def write_shards(out: Path, entries: list[Entry], progress: Progress | None = None) -> None:
+    """Writes safetensors files of at most 5 GB, with an index where there are several."""
+    shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > _SHARD:
             shards.append([])
@@ -130,7 +131,7 @@ def _write_shards(out: Path, entries: list[_Entry], progress: Progress | None) -
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _write_safetensors(path: Path, entries: list[_Entry]) -> Iterator[int]:
+def _write_safetensors(path: Path, entries: list[Entry]) -> Iterator[int]:
     """Writes one file, a tensor in memory at a time; yields the bytes of each."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

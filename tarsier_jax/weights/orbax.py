@@ -5,11 +5,13 @@ files that came with the weights (config, tokenizer, processor), and a manifest,
 last.
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +36,8 @@ from tarsier_jax.weights.source import Tensor
 MANIFEST = "tarsier_jax.json"
 PARAMS = "params"
 _FORMAT = 1
-_PIECE = 64 * 2**20  # bytes of a chunk at most, and so about what a conversion holds
+_PIECE = 16 * 2**20  # bytes of a chunk at most
+_PENDING = 2  # chunks that are written while the next is read
 _ASSETS = {".json", ".txt", ".jinja", ".model"}
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -68,7 +71,7 @@ def read_manifest(directory: Path) -> Manifest:
 def convert_hf(source: Path, out: Path, progress: Progress | None = None) -> Checkpoint:
     """Writes the converted form of a Hugging Face directory to `out`, which appears only when it is whole.
 
-    Memory stays near two chunks, whatever the size of the model or of its tensors.
+    Memory stays near four chunks, whatever the size of the model or of its tensors.
 
     Raises:
         CheckpointError: the source does not fit (see `open_checkpoint`), `out` exists, or the disk is full.
@@ -103,6 +106,7 @@ def new_directory(out: Path, nbytes: int) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        os.sync()  # whole on the disk before it has its name
         if out.exists():
             out.rmdir()  # empty
         partial.rename(out)
@@ -166,15 +170,14 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             store = _create_array(Path(info.parent_dir) / info.name, value.shape, value.chunk, value.tensors[0].dtype)
-            pending = None
+            pending: collections.deque[Any] = collections.deque()
             for index, piece in value.pieces():
-                writing = store[index].write(piece)
-                if pending is not None:  # the next piece is read while this one is written
-                    pending.result()
-                pending = writing
+                pending.append(store[index].write(piece, can_reference_source_data_indefinitely=True))
+                if len(pending) > _PENDING:
+                    pending.popleft().result()
                 value.wrote(piece.nbytes)
-            if pending is not None:
-                pending.result()
+            for writing in pending:
+                writing.result()
         return []
 
 
@@ -189,6 +192,7 @@ def _create_array(path: Path, shape: tuple[int, ...], chunk: tuple[int, ...], dt
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": str(path)},
         "metadata": metadata,
+        "context": {"file_io_sync": False},  # `new_directory` syncs once, at the end
         "store_data_equal_to_fill_value": True,  # Orbax takes a chunk of zeros that is left out for a lost one
     }
     return ts.open(spec, create=True, delete_existing=True).result()
@@ -204,7 +208,9 @@ def _save_streaming(path: Path, checkpoint: Checkpoint, progress: Progress | Non
             progress(done, checkpoint.nbytes)
 
     leaves = {parameter.path: _Streamed(parameter, tensors, wrote) for parameter, tensors in checkpoint.sources}
-    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamedHandler()))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (_Streamed, _StreamedHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
     _save(path, leaves, type_handler_registry=registry)
 
 

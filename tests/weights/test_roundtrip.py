@@ -49,9 +49,7 @@ def test_layers_of_one_parameter_may_not_mix_dtypes(write: Write, tmp_path: Path
         name = "language_model.model.layers.1.mlp.up_proj.weight"
         tensors[name] = tensors[name].bfloat16()
 
-    with pytest.raises(
-        CheckpointError, match=r"different dtypes from layer to layer: language_model.model.layers.0"
-    ):
+    with pytest.raises(CheckpointError, match=r"different dtypes from layer to layer: language_model.model.layers.0"):
         convert_hf(write(change=mix), tmp_path / "orbax")
 
 
