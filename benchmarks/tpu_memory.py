@@ -75,11 +75,12 @@ def report(name: str, compiled: Any, seconds: float) -> int:
     """Prints one program's bytes a chip and returns their sum."""
     m = compiled.memory_analysis()
     # Donated arguments are outputs too and are counted once.
+    kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     total = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     print(
         f"{name:<8} arguments {m.argument_size_in_bytes / GIB:6.2f}  temporaries {m.temp_size_in_bytes / GIB:6.2f}  "
         f"outputs {(m.output_size_in_bytes - m.alias_size_in_bytes) / GIB:6.2f}  total {total / GIB:6.2f} GiB a chip  "
-        f"(compiled in {seconds:.0f} s)",
+        f"({kernels} splash kernels; compiled in {seconds:.0f} s)",
         flush=True,
     )
     return total

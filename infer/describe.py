@@ -13,6 +13,7 @@ import time
 import tarsier_jax
 from infer.runtime import Options, describe_file, resolve_dtype, use_compilation_cache
 from tarsier_jax.cli import run
+from tarsier_jax.processing.processor import ProcessorOptions
 from tarsier_jax.processing.video import find_inputs
 
 
@@ -36,6 +37,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     use_compilation_cache()
+    settings = ProcessorOptions(n_frames=args.n_frames)  # checked before the model is loaded, as all that can be
+    options = Options(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     paths, failed = [], 0
     for source in args.input:
         try:
@@ -46,8 +49,7 @@ def main(args: argparse.Namespace) -> int:
         return 1
     _log(f"loading {args.model}")
     model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
-    processor = processor.replace(n_frames=args.n_frames)
-    options = Options(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    processor = dataclasses.replace(processor, options=settings)
     for number, path in enumerate(paths, 1):
         start = time.perf_counter()
         try:

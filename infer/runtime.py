@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from tarsier_jax.api import use_mesh_of
+from tarsier_jax.errors import InputError
 from tarsier_jax.generation.decode import generate_batch
-from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.generation.sampling import Sampling, make_sampling
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import Processor, media_sample
 
@@ -30,12 +31,20 @@ def resolve_dtype(dtype: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an answer is generated; the fields are those of `tarsier_jax.generate`."""
+    """How an answer is generated; the fields are those of `tarsier_jax.generate`. Raises InputError for unfit ones."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.sampling()
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+
+    def sampling(self) -> Sampling:
+        return make_sampling(1, temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +66,13 @@ def describe_file(model: Tarsier, processor: Processor, path: str, prompt: str, 
     Raises:
         InputError: the file cannot be used.
     """
-    sampling = make_sampling(1, temperature=options.temperature, top_p=options.top_p)
     example = processor(media_sample(path, prompt))
     batch = jax.tree.map(jnp.asarray, processor.batch([example]))
     with use_mesh_of(model):
         (answer,) = generate_batch(
             model,
             batch,
-            sampling=sampling,
+            sampling=options.sampling(),
             eos_ids=processor.eos_token_ids,
             max_new_tokens=options.max_new_tokens,
             seed=options.seed,

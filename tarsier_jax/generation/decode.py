@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import Sampling, next_tokens
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
@@ -121,10 +122,10 @@ def generate_batch(
             whole answer is one device call.
 
     Raises:
-        ValueError: max_new_tokens is below 1.
+        InputError: max_new_tokens is below 1.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     rows = batch.input_ids.shape[0]
     eos = jnp.asarray(sorted(eos_ids), jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tarsier_jax.errors import InputError
 from tarsier_jax.generation import decode as decode_module
 from tarsier_jax.generation.decode import Generation, generate_batch
 from tarsier_jax.generation.sampling import make_sampling
@@ -92,7 +93,7 @@ def test_nothing_is_compiled_anew_for_other_prompts_and_options(model: Tarsier) 
 
 
 def test_max_new_tokens_below_one(model: Tarsier) -> None:
-    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+    with pytest.raises(InputError, match="max_new_tokens is 0"):
         answers(model, n=0)
 
 

@@ -1,0 +1,68 @@
+"""The three conversion programs as processes: what they print, and how they fail."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infer.random_model import write_random_checkpoint
+from tests.weights.conftest import bits
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("convert") / "random")
+
+
+def call(program: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"convert.{program}", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
+    )
+
+
+def test_there_and_back(checkpoint: Path, tmp_path: Path) -> None:
+    there = call("hf_to_orbax", checkpoint, tmp_path / "orbax")
+    assert there.returncode == 0, there.stderr
+    assert re.search(r"orbax: 58 tensors, \d+\.\d+ GB in .* s, peak memory .* GiB\n$", there.stdout)
+    assert "GB/s" in there.stderr
+    back = call("orbax_to_hf", tmp_path / "orbax", tmp_path / "back")
+    assert back.returncode == 0, back.stderr
+    assert bits(tmp_path / "back") == bits(checkpoint)
+
+
+def test_verify_against_transformers(checkpoint: Path) -> None:
+    done = call("verify", checkpoint, "--max_new_tokens", 12)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.startswith((" ", "\t"))}
+    for probe in ("image", "video", "text"):
+        name, tokens, *differences, kl, agreement = rows[probe]
+        assert int(tokens) > 100
+        assert all(float(x) < 1e-4 for x in differences if x != "-")
+        assert abs(float(kl)) < 1e-6
+        assert agreement == "100.0%"
+        assert f"{name}: equal" in done.stdout
+
+
+def test_verify_between_two_directories(checkpoint: Path, tmp_path: Path) -> None:
+    call("hf_to_orbax", checkpoint, tmp_path / "orbax")
+    same = call("verify", checkpoint, tmp_path / "orbax", "--max_new_tokens", 4)
+    assert same.returncode == 0, same.stderr
+    assert same.stdout.count("0.0e+00") >= 8
+    other = call("verify", checkpoint, write_random_checkpoint(tmp_path / "other", seed=1), "--max_new_tokens", 12)
+    assert other.returncode == 1
+    assert "DIFFERENT" in other.stdout
+
+
+@pytest.mark.parametrize("program", ["hf_to_orbax", "orbax_to_hf"])
+def test_errors_are_short(program: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = call(program, tmp_path / "empty", tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert call(program, tmp_path / "empty").returncode == 2
