@@ -19,4 +19,4 @@ def test_prefill_and_decoding_of_the_7b_fit_eight_v5e_chips() -> None:
         found = re.search(r"total +([\d.]+) GiB", line)
         assert found is not None
         assert 3.5 < float(found[1]) < 15  # a quarter of the weights alone is 3.5 GiB
-    assert re.search(r"prefill .* [1-9]\d* splash kernels", totals["prefill"])
+    assert "(2 splash kernels" in totals["prefill"]  # the scanned layer of each tower
