@@ -13,12 +13,10 @@ from tarsier_jax.generation.sampling import Sampling, make_sampling
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import Processor, media_sample
 
-COMPILATION_CACHE = Path.home() / ".cache" / "tarsier_jax" / "xla"
 
-
-def use_compilation_cache(directory: Path = COMPILATION_CACHE) -> None:
-    """Keeps compiled programs on disk, so that only a machine's first run compiles."""
-    jax.config.update("jax_compilation_cache_dir", str(directory))
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the home directory, so that only a machine's first run compiles."""
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "tarsier_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
