@@ -17,6 +17,7 @@ from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch, Example
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.weights import hf_tensors
+from tarsier_jax.weights.export import config_for
 
 
 class Side(Protocol):
@@ -79,7 +80,7 @@ class HuggingFace:
         """Raises CheckpointError when torch is not installed."""
         try:
             import torch
-            from transformers import Qwen2VLForConditionalGeneration
+            from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
         except ImportError:
             raise CheckpointError(
                 "Comparing with the PyTorch reference needs torch. Install it with `pip install -e '.[test]'`, or give "
@@ -88,7 +89,7 @@ class HuggingFace:
         self.torch, self.eos_token_ids = torch, list(eos_token_ids)
         torch.set_grad_enabled(False)
         with torch.device("meta"):
-            model = Qwen2VLForConditionalGeneration(_reference_config(config))
+            model = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_dict(config_for(config, "qwen2_vl")))
         tensors = {
             name: torch.from_numpy(np.array(value, np.float32)) for name, value in hf_tensors(directory, "qwen2_vl_new")
         }
@@ -138,40 +139,3 @@ class HuggingFace:
         out = self.model.generate(**inputs, max_new_tokens=n, do_sample=False, eos_token_id=eos, pad_token_id=eos[0])
         tokens = out[0, len(example.input_ids) :].tolist()
         return tokens[:-1] if tokens and tokens[-1] in eos else tokens
-
-
-def _reference_config(config: ModelConfig) -> Any:
-    from transformers import Qwen2VLConfig
-
-    text, vision = config.text, config.vision
-    rope = {"rope_type": "default", "rope_theta": text.rope_theta, "mrope_section": list(text.mrope_section)}
-    return Qwen2VLConfig(
-        text_config={
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.mlp_dim,
-            "num_hidden_layers": text.num_layers,
-            "num_attention_heads": text.num_heads,
-            "num_key_value_heads": text.num_kv_heads,
-            "rms_norm_eps": text.norm_eps,
-            "rope_parameters": rope,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
-        vision_config={
-            "depth": vision.depth,
-            "embed_dim": vision.embed_dim,
-            "num_heads": vision.num_heads,
-            "mlp_ratio": int(vision.mlp_ratio),
-            "hidden_size": vision.out_dim,
-            "in_channels": vision.in_channels,
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "spatial_merge_size": vision.spatial_merge_size,
-        },
-        image_token_id=config.image_token_id,
-        video_token_id=config.video_token_id,
-        vision_start_token_id=config.vision_start_token_id,
-        vision_end_token_id=config.vision_end_token_id,
-        tie_word_embeddings=text.tie_embeddings,
-    )

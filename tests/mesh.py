@@ -1,0 +1,36 @@
+"""Run by test_mesh on eight simulated devices: greedy answers of a directory laid out over them, as JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from tarsier_jax.api import use_mesh_of
+from tarsier_jax.config import load_config
+from tarsier_jax.generation.decode import generate_batch, prefill
+from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.models.tarsier import unstack
+from tarsier_jax.sharding import make_mesh
+from tarsier_jax.weights import load_weights
+from tests import reference
+
+
+def main(directory: Path, stacked: bool) -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    model = load_weights(directory, load_config(directory), make_mesh(data=2, fsdp=2, tensor=2))
+    model = model if stacked else unstack(model)
+    examples, _ = reference.make_case("unlike samples", model.config)
+    batch = reference.make_batch([*examples, examples[0]], model.config, reference.BUCKETS)
+    sampling = make_sampling(4)
+    with use_mesh_of(model):
+        answers = generate_batch(model, batch, sampling=sampling, eos_ids=(), max_new_tokens=24)
+        keys = jax.random.split(jax.random.key(0), 4)
+        cache = prefill(model, batch, sampling, jax.numpy.zeros(0, int), keys, max_new=128).cache
+    # Rows are split over data and fsdp, key-value heads over tensor.
+    assert cache.k.size == 8 * cache.k.addressable_shards[0].data.size, cache.k.sharding
+    print(json.dumps([answer.tokens for answer in answers[:3]]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2] == "stacked")
