@@ -11,7 +11,7 @@ import sys
 import time
 
 import tarsier_jax
-from infer.runtime import Options, describe_file, resolve_dtype, use_compilation_cache
+from infer.runtime import Options, describe_file, prepare_process, resolve_dtype
 from tarsier_jax.cli import run
 from tarsier_jax.processing.processor import ProcessorOptions
 from tarsier_jax.processing.video import find_inputs
@@ -36,7 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    use_compilation_cache()
+    prepare_process()
     settings = ProcessorOptions(n_frames=args.n_frames)  # checked before the model is loaded, as all that can be
     options = Options(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     paths, failed = [], 0
@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
     _log(f"loading {args.model}")
     model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
     processor = dataclasses.replace(processor, options=settings)
+    begin = time.perf_counter()
     for number, path in enumerate(paths, 1):
         start = time.perf_counter()
         try:
@@ -58,7 +59,8 @@ def main(args: argparse.Namespace) -> int:
             failed += report(error, args.traceback)
             continue
         seconds = time.perf_counter() - start
-        _log(f"[{number}/{len(paths)}] {path}: {caption.new_tokens} tokens in {seconds:.1f} s")
+        left = (time.perf_counter() - begin) / number * (len(paths) - number)
+        _log(f"[{number}/{len(paths)}] {path}: {caption.new_tokens} tokens in {seconds:.1f} s, {left:.0f} s left")
         line = json.dumps(dataclasses.asdict(caption), ensure_ascii=False)
         print(line if args.json else f"{path}\n{caption.caption}\n", flush=True)
     if failed:

@@ -1,6 +1,7 @@
-"""What the programs of this room share: the compilation cache, the dtype of a machine, captions of single files."""
+"""What the programs of this room share: a process's settings, a machine's dtype, captions of single files."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -14,8 +15,12 @@ from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import Processor, media_sample
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in the home directory, so that only a machine's first run compiles."""
+def prepare_process() -> None:
+    """Keeps compiled programs in the home directory, so that only a machine's first run compiles.
+
+    Also spares the user transformers' advice to install PyTorch, which describing does not use.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "tarsier_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
