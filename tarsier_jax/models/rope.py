@@ -5,6 +5,7 @@ A table holds one angle for each pair of a head's values, so H/2 of them; Huggin
 Angles are float32 whatever the compute dtype: bfloat16 cannot hold position 257.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -12,6 +13,11 @@ from jaxtyping import Array, Float, Int
 
 def _inverse_frequencies(dim: int, theta: float) -> np.ndarray:
     return 1.0 / (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))
+
+
+def _cos_and_sin(angles: Array) -> tuple[Array, Array]:
+    # Behind a barrier, or XLA may compute the cosines anew for every head of every layer that reads them.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def mrope_tables(
@@ -23,8 +29,7 @@ def mrope_tables(
     """
     axis = np.repeat(np.arange(3), sections)  # (H/2,) which position turns each frequency
     positions = jnp.moveaxis(position_ids.astype(jnp.float32)[axis], 0, -1)  # (B, S, H/2)
-    angles = positions * _inverse_frequencies(head_dim, theta)
-    return jnp.cos(angles), jnp.sin(angles)
+    return _cos_and_sin(positions * _inverse_frequencies(head_dim, theta))
 
 
 def vision_tables(
@@ -36,8 +41,7 @@ def vision_tables(
     """
     frequencies = _inverse_frequencies(head_dim // 2, theta)  # (H/4,)
     angles = coordinates.astype(jnp.float32)[..., None] * frequencies  # (F, P, 2, H/4)
-    angles = angles.reshape(*coordinates.shape[:-1], head_dim // 2)  # (F, P, H/2)
-    return jnp.cos(angles), jnp.sin(angles)
+    return _cos_and_sin(angles.reshape(*coordinates.shape[:-1], head_dim // 2))  # (F, P, H/2)
 
 
 def rotate(x: Float[Array, "B S N H"], cos: Float[Array, "B S H/2"], sin: Float[Array, "B S H/2"]) -> Array:
