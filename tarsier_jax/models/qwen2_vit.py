@@ -14,7 +14,9 @@ from tarsier_jax.models.attention import attend
 from tarsier_jax.models.layers import LayerNorm, Linear, apply_layers, stack_layers
 from tarsier_jax.models.projector import PatchMerger
 from tarsier_jax.models.rope import rotate, vision_tables
-from tarsier_jax.sharding import BATCH, HEADS, constrain
+from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh
+
+_MAX_PATCHES = 8192  # that one device runs through the tower at once
 
 
 def patch_coordinates(frame_hw: Int[Array, "F 2"], patches: int, merge: int) -> Int[Array, "F P 2"]:
@@ -91,6 +93,16 @@ class VisionTransformer(nnx.Module):
 
     def __call__(self, patches: Float[Array, "F P C"], frame_hw: Int[Array, "F 2"]) -> Float[Array, "F P/4 D"]:
         """frame_hw: height and width of each frame in patches; features at padded patches are arbitrary."""
+        F, P, C = patches.shape
+        if current_mesh() is not None or F * P <= _MAX_PATCHES:
+            return self._run(patches, frame_hw)
+        # Frames are independent: few at a time keep activations small, on a CPU within its cache.
+        n = next(n for n in range(max(1, _MAX_PATCHES // P), 0, -1) if F % n == 0)
+        groups = patches.reshape(F // n, n, P, C), frame_hw.reshape(F // n, n, 2)
+        features = jax.lax.map(lambda group: self._run(*group), groups)  # [F/n, n, P/4, D]
+        return features.reshape(F, *features.shape[2:])
+
+    def _run(self, patches: Array, frame_hw: Array) -> Array:
         vision = self.config.vision
         patches = constrain(patches, BATCH, None, None)
         coordinates = patch_coordinates(frame_hw, patches.shape[1], vision.spatial_merge_size)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import tarsier_jax.models.qwen2_vit
 from tarsier_jax.models.qwen2_vit import patch_coordinates
 from tarsier_jax.models.rope import mrope_tables, vision_tables
 from tarsier_jax.models.tarsier import Tarsier, unstack
@@ -85,7 +86,9 @@ def test_patch_merger(models: tuple[Any, Tarsier]) -> None:
     np.testing.assert_allclose(ours.vision.merger(x).reshape(expected.shape), expected, atol=ATOL, rtol=0)
 
 
-def test_vision_tower(models: tuple[Any, Tarsier]) -> None:
+@pytest.mark.parametrize("max_patches", [8192, 2 * PATCHES])  # all frames at once, and two by two
+def test_vision_tower(models: tuple[Any, Tarsier], max_patches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tarsier_jax.models.qwen2_vit, "_MAX_PATCHES", max_patches)
     theirs, ours = models
     x = random(T, H * W, ours.config.vision.patch_dim)
     with torch.no_grad():
