@@ -94,9 +94,10 @@ def _xla(q: Array, k: Array, v: Array, kv_lengths: Array, causal: bool) -> Array
 
     def attend_rows(q: Array, k: Array, v: Array, length: Array, start: Any) -> Array:  # q: [rows, H]; k, v: [S, H]
         scores = jnp.einsum("rh,sh->rs", q, k, preferred_element_type=jnp.float32)
-        visible = jnp.arange(S) < length
+        keys = jnp.arange(k.shape[0])
+        visible = keys < length
         if causal:
-            visible &= jnp.arange(S) <= (start + jnp.arange(q.shape[0])[:, None]) // G
+            visible &= keys <= (start + jnp.arange(q.shape[0])[:, None]) // G
         scores = jnp.where(visible, scores, _MASKED)
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
         out = jnp.einsum("rs,sh->rh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -105,13 +106,20 @@ def _xla(q: Array, k: Array, v: Array, kv_lengths: Array, causal: bool) -> Array
     if q.shape[0] * q.shape[1] * S <= _MAX_SCORES:
         out = jax.vmap(attend_rows, (0, 0, 0, 0, None))(q, k, v, lengths, 0)
     else:
-        pieces = math.gcd(T, 2 ** max(0, math.ceil(math.log2(T * G * S / _MAX_SCORES))))
-        starts = jnp.arange(0, T * G, T * G // pieces)
+        spans = 4 if causal and T % 4 == 0 else 1  # a query in one span sees no key of the next
+        rows = T * G // spans
+        pieces = math.gcd(T // spans, 2 ** max(0, math.ceil(math.log2(rows * S / _MAX_SCORES))))
+        starts = jnp.arange(0, rows, rows // pieces)
 
         def attend_head(_: None, x: tuple[Array, Array, Array, Array]) -> tuple[None, Array]:
             q, k, v, length = x
-            blocks = q.reshape(pieces, -1, H)
-            return None, lax.map(lambda block: attend_rows(block[0], k, v, length, block[1]), (blocks, starts))
+            out = []
+            for span in range(spans):
+                seen = (span + 1) * S // spans
+                visible = functools.partial(attend_rows, k=k[:seen], v=v[:seen], length=length)
+                blocks = q[span * rows : (span + 1) * rows].reshape(pieces, -1, H)
+                out.append(lax.map(lambda x, f=visible: f(x[0], start=x[1]), (blocks, starts + span * rows)))
+            return None, jnp.concatenate(out)  # [spans * pieces, rows / pieces, H]
 
         _, out = lax.scan(attend_head, None, (q, k, v, lengths), unroll=4)  # four at a time keep two cores busy
     return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
