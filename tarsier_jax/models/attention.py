@@ -66,11 +66,10 @@ def _over_mesh(local: Callable[..., Array], q: Array, k: Array, v: Array, kv_len
     mesh = current_mesh()
     if mesh is None:
         return local(q, k, v, kv_lengths)
-    q_spec, k_spec = (fit_spec(x.shape, (BATCH, None, HEADS, None), mesh) for x in (q, k))
-    if q_spec != k_spec:  # the axis divides the query heads only
-        q_spec = k_spec
-    specs = (q_spec, k_spec, k_spec, fit_spec(kv_lengths.shape, (BATCH,), mesh))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=q_spec, check_vma=False)(q, k, v, kv_lengths)
+    # The keys' spec serves the queries too: an axis that divides the key-value heads divides the query heads.
+    spec = fit_spec(k.shape, (BATCH, None, HEADS, None), mesh)
+    specs = (spec, spec, spec, fit_spec(kv_lengths.shape, (BATCH,), mesh))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, kv_lengths)
 
 
 def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array) -> Array:
