@@ -120,7 +120,7 @@ def measure(theirs: Any, ours: Any, rows: int, new_tokens: int, rounds: int) -> 
     examples = [make_example(ours.config, seed) for seed in range(rows)]
     batch = jax.tree.map(jnp.asarray, make_batch(examples, ours.config))
     print(f"\nbatch {rows}: {len(examples[0].input_ids)} tokens padded to {batch.input_ids.shape[1]}, ", end="")
-    print(f"{HEIGHT * WIDTH} patches a frame to {batch.patches.shape[1]}, frames to {batch.patches.shape[0]}")
+    print(f"{HEIGHT * WIDTH} patches a frame to {batch.patches.shape[2]}, frames to {batch.patches.shape[1]}")
     inputs, sampling = reference_inputs(examples), make_sampling(rows)
     keys, eos = jax.random.split(jax.random.key(0), rows), jnp.zeros(0, jnp.int32)
     state: Any = None

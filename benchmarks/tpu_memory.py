@@ -65,8 +65,8 @@ def abstract_batch(config: ModelConfig, mesh: Mesh, rows: int, tokens: int, fram
         labels=array((rows, tokens), (BATCH, None)),
         position_ids=array((3, rows, tokens), (None, BATCH, None)),
         lengths=array((rows,), (BATCH,)),
-        patches=array((rows * frames, patches, config.vision.patch_dim), (BATCH, None, None), jnp.float32),
-        frame_hw=array((rows * frames, 2), (BATCH, None)),
+        patches=array((1, rows * frames, patches, config.vision.patch_dim), (None, BATCH, None, None), jnp.float32),
+        frame_hw=array((1, rows * frames, 1, 2), (None, BATCH, None, None)),
         visual_index=array((rows, tokens), (BATCH, None)),
     )
 

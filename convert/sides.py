@@ -45,7 +45,7 @@ class Ours:
 
     def __init__(self, model: Tarsier, processor: Processor):
         self.model, self.processor = model, processor
-        self._vision = jax.jit(lambda m, b: m.vision(b.patches, b.frame_hw))
+        self._vision = jax.jit(lambda m, b: m.vision(b.patches[0], b.frame_hw[0]))
         self._hidden = jax.jit(
             lambda m, b: m.decoder(m.decoder.embed(b.input_ids).astype(m.config.dtype), b.position_ids)
         )

@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"decoder/layers/(attn/o|mlp/down)/weight", P(None, "fsdp", "tensor")),
     (r"decoder/layers/(input|post)_norm/weight", P()),
     (r"decoder/norm/weight", P()),
-    (r"vision/patch_embed/weight", P(None, "fsdp")),
+    (r"vision/patch_embed/weight", P("fsdp", None)),
     (r"vision/blocks/attn/qkv/weight", P(None, None, "tensor", "fsdp")),
     (r"vision/blocks/attn/qkv/bias", P(None, None, "tensor")),
     (r"vision/blocks/mlp/fc1/weight", P(None, "tensor", "fsdp")),

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from tarsier_jax.sharding import BATCH, HEADS, current_mesh, fit_spec
@@ -34,6 +35,7 @@ def attend(
     *,
     causal: bool = False,
     kv_lengths: Int[Array, " B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v with grouped queries: query head n reads key-value head n // (N // K).
@@ -41,6 +43,7 @@ def attend(
     Args:
         causal: query t sees keys 0..t only (T must equal S).
         kv_lengths: how many leading keys of each row are valid; all of them when None.
+        segment_ids: a query sees the keys with its own id only (T must equal S); all of them when None.
         implementation: one of IMPLEMENTATIONS. A single query (T = 1) always runs as xla: it is bound by reading the
             cache, and fused kernels do not help.
 
@@ -54,22 +57,27 @@ def attend(
     if q.shape[1] == 1:
         return _single_query(q, k, v, kv_lengths)
     if implementation == "cudnn":
+        # cuDNN has no segments; its mask is T x S booleans a row, read by every head.
+        mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         return jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, key_value_seq_lengths=kv_lengths, implementation="cudnn"
+            q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=kv_lengths, implementation="cudnn"
         )
     local = functools.partial(_splash if implementation == "splash" else _xla, causal=causal)
-    return _over_mesh(local, q, k, v, kv_lengths)
+    return _over_mesh(local, q, k, v, kv_lengths, segment_ids)
 
 
-def _over_mesh(local: Callable[..., Array], q: Array, k: Array, v: Array, kv_lengths: Array) -> Array:
+def _over_mesh(
+    local: Callable[..., Array], q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | None
+) -> Array:
     """Runs `local` on each device's rows and heads."""
     mesh = current_mesh()
     if mesh is None:
-        return local(q, k, v, kv_lengths)
+        return local(q, k, v, kv_lengths, segment_ids)
     # The keys' spec serves the queries too: an axis that divides the key-value heads divides the query heads.
     spec = fit_spec(k.shape, (BATCH, None, HEADS, None), mesh)
-    specs = (spec, spec, spec, fit_spec(kv_lengths.shape, (BATCH,), mesh))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, kv_lengths)
+    specs = (spec, spec, spec, P(spec[0]), P(spec[0]))
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return sharded(q, k, v, kv_lengths, segment_ids)
 
 
 def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array) -> Array:
@@ -82,7 +90,7 @@ def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array) -> Array:
     return out.reshape(B, 1, N, H)
 
 
-def _xla(q: Array, k: Array, v: Array, kv_lengths: Array, causal: bool) -> Array:
+def _xla(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | None, causal: bool) -> Array:
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     G = N // K
@@ -90,41 +98,47 @@ def _xla(q: Array, k: Array, v: Array, kv_lengths: Array, causal: bool) -> Array
     q = (q * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B * K, T * G, H)
     k, v = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k, v))
     lengths = jnp.repeat(kv_lengths, K)  # [B * K]
+    segments = None if segment_ids is None else jnp.repeat(segment_ids, K, axis=0)  # [B * K, S]
 
-    def attend_rows(q: Array, k: Array, v: Array, length: Array, start: Any) -> Array:  # q: [rows, H]; k, v: [S, H]
+    # q: [rows, H]; k, v: [S, H]; segments: [T]
+    def attend_rows(q: Array, k: Array, v: Array, length: Array, segments: Array | None, start: Any) -> Array:
         scores = jnp.einsum("rh,sh->rs", q, k, preferred_element_type=jnp.float32)
         keys = jnp.arange(k.shape[0])
+        queries = (start + jnp.arange(q.shape[0])[:, None]) // G
         visible = keys < length
         if causal:
-            visible &= keys <= (start + jnp.arange(q.shape[0])[:, None]) // G
+            visible &= keys <= queries
+        if segments is not None:
+            visible &= segments[keys] == segments[queries]
         scores = jnp.where(visible, scores, _MASKED)
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
         out = jnp.einsum("rs,sh->rh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
 
     if q.shape[0] * q.shape[1] * S <= _MAX_SCORES:
-        out = jax.vmap(attend_rows, (0, 0, 0, 0, None))(q, k, v, lengths, 0)
+        out = jax.vmap(attend_rows, (0, 0, 0, 0, 0, None))(q, k, v, lengths, segments, 0)
     else:
         spans = 4 if causal and T % 4 == 0 else 1  # a query in one span sees no key of the next
         rows = T * G // spans
         pieces = math.gcd(T // spans, 2 ** max(0, math.ceil(math.log2(rows * S / _MAX_SCORES))))
         starts = jnp.arange(0, rows, rows // pieces)
 
-        def attend_head(_: None, x: tuple[Array, Array, Array, Array]) -> tuple[None, Array]:
-            q, k, v, length = x
+        def attend_head(_: None, x: tuple[Any, ...]) -> tuple[None, Array]:
+            q, k, v, length, segments = x
             out = []
             for span in range(spans):
                 seen = (span + 1) * S // spans
-                visible = functools.partial(attend_rows, k=k[:seen], v=v[:seen], length=length)
+                visible = functools.partial(attend_rows, k=k[:seen], v=v[:seen], length=length, segments=segments)
                 blocks = q[span * rows : (span + 1) * rows].reshape(pieces, -1, H)
                 out.append(lax.map(lambda x, f=visible: f(x[0], start=x[1]), (blocks, starts + span * rows)))
             return None, jnp.concatenate(out)  # [spans * pieces, rows / pieces, H]
 
-        _, out = lax.scan(attend_head, None, (q, k, v, lengths), unroll=4)  # four at a time keep two cores busy
+        heads = q, k, v, lengths, segments
+        _, out = lax.scan(attend_head, None, heads, unroll=4)  # four at a time keep two cores busy
     return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-def _splash(q: Array, k: Array, v: Array, kv_lengths: Array, causal: bool) -> Array:
+def _splash(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | None, causal: bool) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -146,9 +160,12 @@ def _splash(q: Array, k: Array, v: Array, kv_lengths: Array, causal: bool) -> Ar
     )
     heads = masks.MultiHeadMask([mask] * q.shape[1])
     kernel = splash.make_splash_mha(mask=heads, block_sizes=sizes, head_shards=1, q_seq_shards=1)
-    # Padded keys are a segment of their own, which no query is in.
-    kv_segment = (jnp.arange(shape[1]) >= kv_lengths[:, None]).astype(jnp.int32)
-    segments = splash.SegmentIds(q=jnp.zeros((q.shape[0], shape[0]), jnp.int32), kv=kv_segment)
+    if segment_ids is None:  # padded keys are a segment of their own, which no query is in
+        kv_segment = (jnp.arange(shape[1]) >= kv_lengths[:, None]).astype(jnp.int32)
+        segments = splash.SegmentIds(q=jnp.zeros((q.shape[0], shape[0]), jnp.int32), kv=kv_segment)
+    else:
+        padded = jnp.pad(segment_ids, ((0, 0), (0, shape[0] - T)))
+        segments = splash.SegmentIds(q=padded, kv=padded)
     out: Any = jax.vmap(kernel)(q, k, v, segment_ids=segments)
     return out[:, :, :T].swapaxes(1, 2).astype(v.dtype)
 

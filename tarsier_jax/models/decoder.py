@@ -28,7 +28,13 @@ class Attention(nnx.Module):
         self.o = Linear(text.num_heads * H, D, bias=False, rngs=rngs, **dtypes)
 
     def __call__(
-        self, x: Float[Array, "B T D"], cos: Array, sin: Array, cache: KVCache | None, layer: Int[Array, ""]
+        self,
+        x: Float[Array, "B T D"],
+        cos: Array,
+        sin: Array,
+        segment_ids: Array | None,
+        cache: KVCache | None,
+        layer: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         B, T, _ = x.shape
         q, k, v = (f(x).reshape(B, T, -1, self.head_dim) for f in (self.q, self.k, self.v))  # [B, T, N or K, H]
@@ -39,7 +45,7 @@ class Attention(nnx.Module):
             out = attend(q, cache.k[layer], cache.v[layer], kv_lengths=cache.lengths + 1)
         else:
             cache = cache.fill(layer, k, v) if cache is not None else None
-            out = attend(q, k, v, causal=True, implementation=self.implementation)
+            out = attend(q, k, v, causal=True, segment_ids=segment_ids, implementation=self.implementation)
         return self.o(out.reshape(B, T, -1)), cache
 
 
@@ -68,10 +74,16 @@ class DecoderLayer(nnx.Module):
         self.mlp = Mlp(config, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], cos: Array, sin: Array, cache: KVCache | None, layer: Int[Array, ""]
+        self,
+        x: Float[Array, "B T D"],
+        cos: Array,
+        sin: Array,
+        segment_ids: Array | None,
+        cache: KVCache | None,
+        layer: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         with jax.named_scope("attn"):
-            out, cache = self.attn(self.input_norm(x), cos, sin, cache, layer)
+            out, cache = self.attn(self.input_norm(x), cos, sin, segment_ids, cache, layer)
             x = x + out
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_norm(x)), cache
@@ -90,9 +102,11 @@ class Decoder(nnx.Module):
         tied = text.tie_embeddings
         self.lm_head = None if tied else Linear(text.hidden_size, text.vocab_size, bias=False, rngs=rngs, **dtypes)
 
-    def __call__(self, x: Float[Array, "B T D"], position_ids: Int[Array, "3 B T"]) -> Float[Array, "B T D"]:
-        """Final hidden states, after the last norm, of tokens that attend among themselves."""
-        return self._apply(x, position_ids, None)[0]
+    def __call__(
+        self, x: Float[Array, "B T D"], position_ids: Int[Array, "3 B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states, after the last norm, of tokens that attend among themselves, within their segment."""
+        return self._apply(x, position_ids, segment_ids, None)[0]
 
     def with_cache(
         self, x: Float[Array, "B T D"], position_ids: Int[Array, "3 B T"], cache: KVCache
@@ -102,16 +116,16 @@ class Decoder(nnx.Module):
         With T > 1 the tokens are the rows' first ones and attend among themselves. With T = 1 the token follows what
         the cache holds.
         """
-        return self._apply(x, position_ids, cache)
+        return self._apply(x, position_ids, None, cache)
 
-    def _apply(self, x: Array, position_ids: Array, cache: Any) -> tuple[Array, Any]:
+    def _apply(self, x: Array, position_ids: Array, segment_ids: Array | None, cache: Any) -> tuple[Array, Any]:
         text = self.config.text
         cos, sin = mrope_tables(position_ids, text.head_dim, text.rope_theta, text.mrope_section)
 
         # The cache travels in the carry: as scanned input and output it would be copied whole at every layer.
         def block(carry: tuple, layer: DecoderLayer) -> tuple:
             x, cache, i = carry
-            x, cache = layer(x, cos, sin, cache, i)
+            x, cache = layer(x, cos, sin, segment_ids, cache, i)
             return constrain(x, BATCH, None, None), cache, i + 1
 
         carry = (constrain(x, BATCH, None, None), cache, jnp.int32(0))

@@ -1,8 +1,11 @@
 """Qwen2-VL's vision transformer, with frames as the batch.
 
 The reference runs all patches as one sequence and lets each attend only within its temporal patch (a frame, here).
-Frames as batch entries, padded to a common number of patches, compute the same in static shapes.
+Frames as batch entries, padded to a common number of patches, compute the same in static shapes. Several small frames
+may share an entry (a bin), each attending within itself.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +22,23 @@ from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh
 _MAX_PATCHES = 8192  # that one device runs through the tower at once
 
 
-def patch_coordinates(frame_hw: Int[Array, "F 2"], patches: int, merge: int) -> Int[Array, "F P 2"]:
+def frame_of_patch(frame_hw: Int[Array, "F M 2"], patches: int) -> Int[Array, "F P"]:
+    """Which of a bin's M frames each patch belongs to; M for padding."""
+    ends = jnp.cumsum(frame_hw.prod(axis=-1), axis=-1)  # (F, M)
+    return jnp.sum(jnp.arange(patches)[:, None] >= ends[:, None], axis=-1)
+
+
+def patch_coordinates(frame_hw: Int[Array, "F M 2"], patches: int, merge: int) -> Int[Array, "F P 2"]:
     """Row and column of each patch, for patches in block order: 2 x 2 blocks row by row, each block row by row.
 
     Source: the position ids in HF modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel. Values at padding are
     arbitrary.
     """
-    block, within = jnp.divmod(jnp.arange(patches), merge * merge)  # (P,)
-    blocks_a_row = jnp.maximum(frame_hw[:, 1:] // merge, 1)  # (F, 1)
+    sizes = frame_hw.prod(axis=-1)  # (F, M)
+    frame = jnp.minimum(frame_of_patch(frame_hw, patches), frame_hw.shape[1] - 1)  # (F, P)
+    starts = jnp.take_along_axis(jnp.cumsum(sizes, axis=-1) - sizes, frame, axis=1)
+    blocks_a_row = jnp.maximum(jnp.take_along_axis(frame_hw[..., 1], frame, axis=1) // merge, 1)  # (F, P)
+    block, within = jnp.divmod(jnp.arange(patches) - starts, merge * merge)
     row = block // blocks_a_row * merge + within // merge
     column = block % blocks_a_row * merge + within % merge
     return jnp.stack([row, column], axis=-1)
@@ -42,12 +54,12 @@ class VisionAttention(nnx.Module):
         self.qkv = Linear(E, 3, E, bias=True, rngs=rngs, **dtypes)
         self.proj = Linear(E, E, bias=True, rngs=rngs, **dtypes)
 
-    def __call__(self, x: Float[Array, "F P E"], cos: Array, sin: Array, n_patches: Int[Array, " F"]) -> Array:
+    def __call__(self, x: Float[Array, "F P E"], cos: Array, sin: Array, visible: dict[str, Any]) -> Array:
         F, P, E = x.shape
         qkv = self.qkv(x).reshape(F, P, 3, E // self.head_dim, self.head_dim)
         q, k, v = (constrain(qkv[:, :, i], BATCH, None, HEADS, None) for i in range(3))  # [F, P, N, H]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attend(q, k, v, kv_lengths=n_patches, implementation=self.implementation)
+        out = attend(q, k, v, **visible, implementation=self.implementation)
         return self.proj(out.reshape(F, P, E))
 
 
@@ -74,9 +86,9 @@ class VisionBlock(nnx.Module):
         self.norm2 = LayerNorm(vision.embed_dim, vision.norm_eps, config.param_dtype)
         self.mlp = VisionMlp(config, rngs)
 
-    def __call__(self, x: Float[Array, "F P E"], cos: Array, sin: Array, n_patches: Int[Array, " F"]) -> Array:
+    def __call__(self, x: Float[Array, "F P E"], cos: Array, sin: Array, visible: dict[str, Any]) -> Array:
         with jax.named_scope("attn"):
-            x = x + self.attn(self.norm1(x), cos, sin, n_patches)
+            x = x + self.attn(self.norm1(x), cos, sin, visible)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.norm2(x))
 
@@ -91,14 +103,14 @@ class VisionTransformer(nnx.Module):
         self.blocks = stack_layers(lambda r: VisionBlock(config, r), vision.depth, rngs)
         self.merger = PatchMerger(config, rngs)
 
-    def __call__(self, patches: Float[Array, "F P C"], frame_hw: Int[Array, "F 2"]) -> Float[Array, "F P/4 D"]:
-        """frame_hw: height and width of each frame in patches; features at padded patches are arbitrary."""
+    def __call__(self, patches: Float[Array, "F P C"], frame_hw: Int[Array, "F M 2"]) -> Float[Array, "F P/4 D"]:
+        """frame_hw: height and width in patches of the frames in each bin; features at padding are arbitrary."""
         F, P, C = patches.shape
         if current_mesh() is not None or F * P <= _MAX_PATCHES:
             return self._run(patches, frame_hw)
         # Frames are independent: few at a time keep activations small, on a CPU within its cache.
         n = next(n for n in range(max(1, _MAX_PATCHES // P), 0, -1) if F % n == 0)
-        groups = patches.reshape(F // n, n, P, C), frame_hw.reshape(F // n, n, 2)
+        groups = patches.reshape(F // n, n, P, C), frame_hw.reshape(F // n, n, -1, 2)
         features = jax.lax.map(lambda group: self._run(*group), groups)  # [F/n, n, P/4, D]
         return features.reshape(F, *features.shape[2:])
 
@@ -107,9 +119,12 @@ class VisionTransformer(nnx.Module):
         patches = constrain(patches, BATCH, None, None)
         coordinates = patch_coordinates(frame_hw, patches.shape[1], vision.spatial_merge_size)
         cos, sin = vision_tables(coordinates, vision.head_dim, vision.rope_theta)
-        n_patches = frame_hw[:, 0] * frame_hw[:, 1]
+        if frame_hw.shape[1] == 1:
+            visible = {"kv_lengths": frame_hw[:, 0].prod(axis=-1)}
+        else:
+            visible = {"segment_ids": frame_of_patch(frame_hw, patches.shape[1])}
 
         def block(x: Array, layer: VisionBlock) -> Array:
-            return constrain(layer(x, cos, sin, n_patches), BATCH, None, None)
+            return constrain(layer(x, cos, sin, visible), BATCH, None, None)
 
         return self.merger(apply_layers(block, self.patch_embed(patches), self.blocks, self.config.remat))

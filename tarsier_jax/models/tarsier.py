@@ -12,6 +12,7 @@ from tarsier_jax.models.decoder import Decoder
 from tarsier_jax.models.layers import unstack_layers
 from tarsier_jax.models.qwen2_vit import VisionTransformer
 from tarsier_jax.processing.batch import Batch
+from tarsier_jax.sharding import BATCH, constrain
 
 
 class Tarsier(nnx.Module):
@@ -25,16 +26,22 @@ class Tarsier(nnx.Module):
     def embed(self, batch: Batch) -> Float[Array, "B S D"]:
         """Token embeddings, with the vision tower's features where the visual tokens stand."""
         x = self.decoder.embed(batch.input_ids).astype(self.config.dtype)
-        if batch.patches.shape[0] == 0:  # text only: a shape, known when tracing
+        G, F, P, C = batch.patches.shape
+        if F == 0:  # text only: a shape, known when tracing
             return x
-        features = self.vision(batch.patches, batch.frame_hw)  # [F, P/4, D]
-        features = features.reshape(-1, features.shape[-1])  # [F * P/4, D]
-        index = batch.visual_index
-        return jnp.where((index >= 0)[..., None], jnp.take(features, jnp.maximum(index, 0), axis=0), x)
+        features = self.vision(batch.patches.reshape(G * F, P, C), batch.frame_hw.reshape(G * F, -1, 2))
+        features = constrain(features.reshape(G, -1, features.shape[-1]), BATCH, None, None)  # [G, F * P/4, D]
+        index = jnp.maximum(batch.visual_index, 0).reshape(G, -1, 1)  # [G, B/G * S, 1]
+        placed = jnp.take_along_axis(features, index, axis=1).reshape(x.shape)
+        return jnp.where((batch.visual_index >= 0)[..., None], placed, x)
+
+    def hidden(self, batch: Batch) -> Float[Array, "B S D"]:
+        """Final hidden states, from which `decoder.logits` makes logits; those at padding are arbitrary."""
+        return self.decoder(self.embed(batch), batch.position_ids, batch.segment_ids)
 
     def __call__(self, batch: Batch) -> Float[Array, "B S V"]:
         """Logits of the next token at every position, float32; those at padding are arbitrary."""
-        return self.decoder.logits(self.decoder(self.embed(batch), batch.position_ids))
+        return self.decoder.logits(self.hidden(batch))
 
     def prefill(self, batch: Batch, cache_size: int) -> tuple[Float[Array, "B V"], KVCache]:
         """Runs the prompts; gives the logits after each row's last token, and a cache of `cache_size` slots a row."""

@@ -19,6 +19,7 @@ class Example:
     input_ids: int32 (S,).  labels: int32 (S,), -100 where not trained on.
     pixel_values: float32 (N, C*T*14*14), in the patch order of Hugging Face's Qwen2VLImageProcessor.
     grid_thw: int32 (visuals, 3), in patches.  position_ids: int32 (3, S), the M-RoPE ids.
+    cut: tokens of text that were left out at the end, being beyond max_seq_len.
     """
 
     input_ids: np.ndarray
@@ -26,6 +27,7 @@ class Example:
     pixel_values: np.ndarray
     grid_thw: np.ndarray
     position_ids: np.ndarray
+    cut: int = 0
 
 
 HostOrDeviceArray = Any  # numpy as `make_batch` gives it, jax.Array on a device and under jit
@@ -34,13 +36,19 @@ HostOrDeviceArray = Any  # numpy as `make_batch` gives it, jax.Array on a device
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Samples padded to one bucketed shape. Rows are padded on the right.
+    """Rows of tokens padded to one shape, on the right, and the frames that they show.
 
-    B samples, S tokens, F frames of all samples together, P patches a frame, C values a patch.
+    B rows, S tokens a row. Rows form G groups of equal size, in order, each with its own F bins of P patches (of C
+    values): inference has one group, so that frames are padded least; training has a group a row, so that devices that
+    split the rows exchange no frames. A bin holds up to M frames, one after the other.
+
     input_ids, labels: int32 (B, S).  position_ids: int32 (3, B, S).  lengths: int32 (B,), valid tokens of each row.
-    patches: float32 (F, P, C).  frame_hw: int32 (F, 2), each frame's height and width in patches; (0, 0) for padding.
-    visual_index: int32 (B, S), which merged patch stands at a token, counted through the padded array
-    (F * P/4,); -1 for text. Without visuals F is 0.
+    patches: float32 (G, F, P, C).  frame_hw: int32 (G, F, M, 2), each frame's height and width in patches; (0, 0) for
+    none. Without visuals F is 0.
+    visual_index: int32 (B, S), which merged patch stands at a token, counted through the padded array (F * P/4,) of
+    the row's group; -1 for text.
+    segment_ids: int32 (B, S), the sample in a row of several that a token belongs to, from 1 on; 0 for padding. None
+    where every row is one sample.
     """
 
     input_ids: HostOrDeviceArray
@@ -50,6 +58,7 @@ class Batch:
     patches: HostOrDeviceArray
     frame_hw: HostOrDeviceArray
     visual_index: HostOrDeviceArray
+    segment_ids: HostOrDeviceArray = None
 
 
 def _every(*ranges: tuple[int, int, int]) -> tuple[int, ...]:
@@ -134,12 +143,12 @@ def make_batch(
     valid = np.arange(S) < lengths[:, None]
     placeholders = valid & np.isin(input_ids, (config.image_token_id, config.video_token_id))
     visual_index[placeholders] = _feature_index(frame_hw, patches.shape[1], config.vision.merge_factor)
-    return Batch(input_ids, labels, position_ids, lengths, patches, frame_hw, visual_index)
+    return Batch(input_ids, labels, position_ids, lengths, patches[None], frame_hw[None, :, None], visual_index)
 
 
 def _pad_frames(examples: Sequence[Example], patch_dim: int, buckets: Buckets) -> tuple[np.ndarray, np.ndarray]:
     """Patches float32 (F, P, C) and frame_hw int32 (F, 2) of all examples."""
-    frame_hw = np.concatenate([np.repeat(e.grid_thw[:, 1:], e.grid_thw[:, 0], axis=0) for e in examples])
+    frame_hw = np.concatenate([frame_sizes(e) for e in examples])
     if not len(frame_hw):
         return np.zeros((0, 0, patch_dim), np.float32), np.zeros((0, 2), np.int32)
     F = bucket(buckets, "frames", len(frame_hw))
@@ -153,6 +162,11 @@ def _pad_frames(examples: Sequence[Example], patch_dim: int, buckets: Buckets) -
             patches[frame : frame + t, : h * w] = values.reshape(t, h * w, patch_dim)
             frame, row = frame + t, row + t * h * w
     return patches, np.pad(frame_hw, ((0, F - len(frame_hw)), (0, 0))).astype(np.int32)
+
+
+def frame_sizes(example: Example) -> np.ndarray:
+    """Height and width in patches of each of its frames, int32 (frames, 2)."""
+    return np.repeat(example.grid_thw[:, 1:], example.grid_thw[:, 0], axis=0)
 
 
 def _feature_index(frame_hw: np.ndarray, patches: int, merge_factor: int) -> np.ndarray:

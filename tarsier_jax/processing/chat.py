@@ -87,6 +87,11 @@ def load_chat_template(directory: str | Path, tokenizer: "PreTrainedTokenizerBas
     return CHATML
 
 
+def marks_answers(template: str) -> bool:
+    """Whether a template says which tokens are the assistant's, by a {% generation %} block."""
+    return bool(_GENERATION.search(template))
+
+
 def encode_messages(
     tokenizer: "PreTrainedTokenizerBase",
     template: str,
@@ -107,8 +112,8 @@ def encode_messages(
         InputError: the template refuses the messages, does not show a visual, or does not mark the assistant's
             tokens though `training` needs them.
     """
-    marks_answers = bool(_GENERATION.search(template))
-    if training and not marks_answers:
+    marked = marks_answers(template)
+    if training and not marked:
         raise InputError(
             "The checkpoint's chat template has no {% generation %} block, so it does not say which tokens to train "
             "on. Put one around the assistant's text and its end-of-turn token, or save "
@@ -116,7 +121,7 @@ def encode_messages(
         )
     options: Any
     messages, options = _final_turn(template, [_renderable(m) for m in messages], training)
-    with_mask = marks_answers and not options.get("continue_final_message")
+    with_mask = marked and not options.get("continue_final_message")
     try:
         encoded: Any = tokenizer.apply_chat_template(
             messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=with_mask, **options

@@ -111,7 +111,7 @@ class Processor:
         position_ids = mrope_positions(
             input_ids[:n], grid_thw, self.config.vision.spatial_merge_size, self._placeholder_ids
         )
-        return Example(input_ids[:n], labels[:n], pixel_values, grid_thw, position_ids)
+        return Example(input_ids[:n], labels[:n], pixel_values, grid_thw, position_ids, cut=len(input_ids) - n)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Pads examples to buckets; see `make_batch`."""

@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tarsier_jax.config import ModelConfig, load_config
@@ -85,6 +86,40 @@ def convert_hf(source: Path, out: Path, progress: Progress | None = None) -> Che
     return checkpoint
 
 
+def write_converted(out: Path, model: Tarsier, source: Path, chat_template: str) -> None:
+    """Writes a trained model as a converted directory, with the files of the checkpoint that it came from.
+
+    Every process of several calls it, and writes the shards that it holds.
+
+    Raises:
+        CheckpointError: `out` exists, or the disk is full.
+    """
+    if is_converted(source):
+        manifest = read_manifest(source)
+    else:
+        checkpoint = open_checkpoint(source, load_config(source))
+        manifest = Manifest(checkpoint.layout, checkpoint.tied_head)
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+    with contextlib.ExitStack() as stack:
+        partial = stack.enter_context(new_directory(out, nbytes)) if jax.process_index() == 0 else _partial(out)
+        _wait_for_all(f"{out} is there")
+        save_checkpoint(partial / PARAMS, model)
+        if jax.process_index() == 0:
+            copy_assets(source, partial)
+            (partial / "chat_template.jinja").write_text(chat_template)
+            (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2))
+    _wait_for_all(f"{out} is whole")
+
+
+def _wait_for_all(moment: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(moment)
+
+
+def _partial(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
 @contextlib.contextmanager
 def new_directory(out: Path, nbytes: int) -> Iterator[Path]:
     """Gives a directory beside `out` to fill with `nbytes`, and renames it to `out` when all went well.
@@ -95,7 +130,7 @@ def new_directory(out: Path, nbytes: int) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already. Remove it, or choose another name.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial"
+    partial = _partial(out)
     shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
     free = shutil.disk_usage(out.parent).free
     if free < nbytes:

@@ -49,6 +49,22 @@ def test_grouped_queries(implementation: str, causal: bool, max_scores: int, mon
     np.testing.assert_allclose(got, written_out(q, k, v, causal, lengths), atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("interpreted_splash")
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("max_scores", [2**20, 2**12])
+def test_segments(implementation: str, causal: bool, max_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples in one row see what they would see in rows of their own."""
+    monkeypatch.setattr(tarsier_jax.models.attention, "_MAX_SCORES", max_scores)
+    q, k, v = random(0, 1, 136, 6, 16), random(1, 1, 136, 2, 16), random(2, 1, 136, 2, 16)
+    segment_ids = jnp.asarray(np.repeat([[1, 2, 3, 0]], [50, 1, 70, 15], axis=1))
+    got = attend(q, k, v, causal=causal, segment_ids=segment_ids, implementation=implementation)
+    for part in (slice(0, 50), slice(50, 51), slice(51, 121)):
+        length = np.array([part.stop - part.start])
+        alone = written_out(q[:, part], k[:, part], v[:, part], causal, length)
+        np.testing.assert_allclose(got[:, part], alone, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_one_query_reads_the_valid_part_of_the_cache(implementation: str) -> None:
     q, k, v = random(0, 3, 1, 6, 16), random(1, 3, 40, 2, 16), random(2, 3, 40, 2, 16)

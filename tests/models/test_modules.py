@@ -51,7 +51,7 @@ def vision_rope(theirs: Any, ours: Tarsier) -> tuple[Any, Any, Any, Any]:
     visual, vision = theirs.model.visual, ours.config.vision
     rows = reference.block_order(H, W)
     expected = visual.rotary_pos_emb(torch.zeros(1), torch.from_numpy(np.tile(rows, (T, 1))).long())
-    coordinates = patch_coordinates(jnp.array([[H, W]] * T), PATCHES, vision.spatial_merge_size)
+    coordinates = patch_coordinates(jnp.array([[[H, W]]] * T), PATCHES, vision.spatial_merge_size)
     np.testing.assert_array_equal(coordinates[:, : H * W], np.broadcast_to(rows, (T, H * W, 2)))
     return *expected, *vision_tables(coordinates, vision.head_dim, vision.rope_theta)
 
@@ -74,7 +74,7 @@ def test_vision_block(models: tuple[Any, Tarsier]) -> None:
             position_embeddings=(cos, sin),
         )
     padded = np.pad(x, ((0, 0), (0, PATCHES - H * W), (0, 0)), constant_values=3.0)  # whatever is there is not seen
-    got = ours.vision.blocks[1](padded, our_cos, our_sin, jnp.full(T, H * W))[:, : H * W]
+    got = ours.vision.blocks[1](padded, our_cos, our_sin, {"kv_lengths": jnp.full(T, H * W)})[:, : H * W]
     np.testing.assert_allclose(got.reshape(expected.shape), expected.numpy(), atol=ATOL, rtol=0)
 
 
@@ -94,9 +94,21 @@ def test_vision_tower(models: tuple[Any, Tarsier], max_patches: int, monkeypatch
     with torch.no_grad():
         expected = theirs.model.visual(torch.from_numpy(x.reshape(-1, x.shape[-1])), torch.tensor([[T, H, W]]))
     padded = np.pad(x, ((0, 1), (0, PATCHES - H * W), (0, 0)))
-    got = ours.vision(padded, jnp.array([[H, W]] * T + [[0, 0]]))[:T, : H * W // 4]
+    got = ours.vision(padded, jnp.array([[[H, W]]] * T + [[[0, 0]]]))[:T, : H * W // 4]
     expected = expected.pooler_output.numpy()
     np.testing.assert_allclose(got.reshape(expected.shape), expected, atol=ATOL, rtol=0)
+
+
+def test_frames_that_share_a_bin(models: tuple[Any, Tarsier]) -> None:
+    _, ours = models
+    sizes = [(4, 6), (2, 4), (6, 4)]
+    frames = [random(h * w, ours.config.vision.patch_dim) for h, w in sizes]
+    bins = np.full((2, 40, ours.config.vision.patch_dim), 3.0, np.float32)
+    bins[0, :24], bins[0, 24:32], bins[1, :24] = frames
+    together = ours.vision(bins, jnp.array([[(4, 6), (2, 4)], [(6, 4), (0, 0)]]))
+    for got, frame, size in zip((together[0, :6], together[0, 6:8], together[1, :6]), frames, sizes, strict=True):
+        alone = ours.vision(frame[None], jnp.array([[size]]))[0]
+        np.testing.assert_allclose(got, alone, atol=ATOL, rtol=0)
 
 
 def test_decoder_layer(models: tuple[Any, Tarsier]) -> None:
@@ -109,5 +121,5 @@ def test_decoder_layer(models: tuple[Any, Tarsier]) -> None:
         causal = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
         expected = language_model.layers[1](torch.from_numpy(x), attention_mask=causal, position_embeddings=tables)
     cos, sin = mrope_tables(ids, text.head_dim, text.rope_theta, text.mrope_section)
-    got, _ = ours.decoder.layers[1](x, cos, sin, None, 1)
+    got, _ = ours.decoder.layers[1](x, cos, sin, None, None, 1)
     np.testing.assert_allclose(got, expected.numpy(), atol=ATOL, rtol=0)

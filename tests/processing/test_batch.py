@@ -27,13 +27,13 @@ def test_a_padded_batch() -> None:
     first, second = example(2, (2, 2, 4), (1, 4, 4)), example(3, (1, 2, 2))
     batch = make_batch([first, second], CONFIG, BUCKETS, pad_id=3)
     assert batch.input_ids.shape == batch.labels.shape == batch.visual_index.shape == (2, 16)
-    assert (batch.patches.shape, batch.frame_hw.shape) == ((4, 16, 1176), (4, 2))
+    assert (batch.patches.shape, batch.frame_hw.shape) == ((1, 4, 16, 1176), (1, 4, 1, 2))
     np.testing.assert_array_equal(batch.lengths, [12, 5])
     np.testing.assert_array_equal(batch.input_ids[1], [5, 91, 7, 7, 7, *[3] * 11])
     np.testing.assert_array_equal(batch.labels[1], [5, 91, 7, 7, 7, *[-100] * 11])
-    np.testing.assert_array_equal(batch.frame_hw, [[2, 4], [2, 4], [4, 4], [2, 2]])
-    np.testing.assert_array_equal(batch.patches[1, :, 0], [*range(8, 16), *[0] * 8])
-    dtypes = {name: str(value.dtype) for name, value in vars(batch).items()}
+    np.testing.assert_array_equal(batch.frame_hw[0, :, 0], [[2, 4], [2, 4], [4, 4], [2, 2]])
+    np.testing.assert_array_equal(batch.patches[0, 1, :, 0], [*range(8, 16), *[0] * 8])
+    dtypes = {name: str(value.dtype) for name, value in vars(batch).items() if value is not None}
     assert dtypes == {name: "float32" if name == "patches" else "int32" for name in dtypes}
 
 
@@ -55,7 +55,7 @@ def test_positions_count_on_through_the_padding() -> None:
 
 def test_batches_of_text_have_one_shape() -> None:
     batch = make_batch([example(3), example(8)], CONFIG, BUCKETS)
-    assert (batch.patches.shape, batch.frame_hw.shape, batch.input_ids.shape) == ((0, 0, 1176), (0, 2), (2, 8))
+    assert (batch.patches.shape, batch.frame_hw.shape, batch.input_ids.shape) == ((1, 0, 0, 1176), (1, 0, 1, 2), (2, 8))
     assert (batch.visual_index == -1).all()
 
 

@@ -1,0 +1,132 @@
+"""Packing: several samples in one row of a fixed shape, so that training compiles once and little is padding."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.batch import Batch, Example, frame_sizes
+
+# Examples that go into a row together and show the same visuals, which are stored once: a chosen and a rejected
+# answer. Most units are one example.
+Unit = Sequence[Example]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """What a row can hold. Raises InputError for a shape that can hold nothing.
+
+    tokens: of all its samples.  bins: of patches.  patches: of a bin, so of a frame at most.  frames: of a bin at most.
+    samples: at most; 1 turns packing off.
+    """
+
+    tokens: int
+    bins: int
+    patches: int
+    frames: int
+    samples: int
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < (0 if name == "bins" else 1):
+                raise InputError(f"A row needs {name} of 1 at least, not {value}.")
+
+
+class Row:
+    """A row being filled. `add` units while they fit, then `build` it."""
+
+    def __init__(self, shape: RowShape, config: ModelConfig):
+        self.shape, self.config = shape, config
+        self.examples: list[tuple[Example, np.ndarray]] = []  # and where each one's merged patches lie
+        self.tokens = 0
+        self._patches = np.zeros(shape.bins, np.int64)  # taken of each bin
+        self._frames = np.zeros(shape.bins, np.int64)
+        self._visuals: list[tuple[Example, list[tuple[int, int]]]] = []  # bin and offset of each frame
+
+    def add(self, unit: Unit) -> bool:
+        """Takes the unit if it fits; if not, leaves the row as it was.
+
+        Raises:
+            InputError: the unit would not fit into an empty row either.
+        """
+        tokens = sum(len(example.input_ids) for example in unit)
+        placed = None
+        if self.tokens + tokens <= self.shape.tokens and len(self.examples) + len(unit) <= self.shape.samples:
+            placed = self._place(frame_sizes(unit[0]).prod(axis=1))
+        if placed is None:
+            if not self.examples:
+                raise self._too_large(unit, tokens)
+            return False
+        self.tokens += tokens
+        self._visuals.append((unit[0], placed))
+        index = self._index(unit[0], placed)
+        self.examples += [(example, index) for example in unit]
+        return True
+
+    def build(self, pad_id: int, dtype: Any = np.float32) -> Batch:
+        """The row as a batch of one row and one group, patches in `dtype`."""
+        shape, S = self.shape, self.shape.tokens
+        input_ids, labels = np.full((1, S), pad_id, np.int32), np.full((1, S), -100, np.int32)
+        position_ids, segment_ids = np.zeros((3, 1, S), np.int32), np.zeros((1, S), np.int32)
+        visual_index = np.full((1, S), -1, np.int32)
+        start = 0
+        for segment, (example, index) in enumerate(self.examples, 1):
+            at = slice(start, start := start + len(example.input_ids))
+            input_ids[0, at], labels[0, at] = example.input_ids, example.labels
+            position_ids[:, 0, at], segment_ids[0, at] = example.position_ids, segment
+            placeholders = np.isin(example.input_ids, (self.config.image_token_id, self.config.video_token_id))
+            visual_index[0, at][placeholders] = index
+        patches = np.zeros((1, shape.bins, shape.patches, self.config.vision.patch_dim), dtype)
+        frame_hw = np.zeros((1, shape.bins, shape.frames, 2), np.int32)
+        count = np.zeros(shape.bins, np.int64)
+        for example, placed in self._visuals:
+            first = 0
+            for (bin_, offset), (h, w) in zip(placed, frame_sizes(example), strict=True):
+                patches[0, bin_, offset : offset + h * w] = example.pixel_values[first : first + h * w]
+                frame_hw[0, bin_, count[bin_]] = h, w
+                first, count[bin_] = first + h * w, count[bin_] + 1
+        lengths = np.array([self.tokens], np.int32)
+        return Batch(input_ids, labels, position_ids, lengths, patches, frame_hw, visual_index, segment_ids)
+
+    def _place(self, sizes: np.ndarray) -> list[tuple[int, int]] | None:
+        """Bin and offset for frames of these sizes, first fit, and takes the room; None if there is not enough."""
+        patches, frames = self._patches.copy(), self._frames.copy()
+        placed = []
+        for size in sizes.tolist():
+            free = np.flatnonzero((patches + size <= self.shape.patches) & (frames < self.shape.frames))
+            if not len(free):
+                return None
+            placed.append((int(free[0]), int(patches[free[0]])))
+            patches[free[0]] += size
+            frames[free[0]] += 1
+        self._patches, self._frames = patches, frames
+        return placed
+
+    def _index(self, example: Example, placed: list[tuple[int, int]]) -> np.ndarray:
+        """Where the example's merged patches lie in the row's padded array, int32 (visual tokens,)."""
+        merge = self.config.vision.merge_factor
+        parts = [
+            (bin_ * self.shape.patches + offset) // merge + np.arange(size // merge)
+            for (bin_, offset), size in zip(placed, frame_sizes(example).prod(axis=1).tolist(), strict=True)
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int32)
+
+    def _too_large(self, unit: Unit, tokens: int) -> InputError:
+        sizes = frame_sizes(unit[0]).prod(axis=1)
+        return InputError(
+            f"The sample has {tokens} tokens and {len(sizes)} frames of up to {sizes.max(initial=0)} patches, more "
+            f"than an empty row can hold ({self.shape.tokens} tokens, {self.shape.bins} bins of {self.shape.patches} "
+            "patches). Show fewer frames (n_frames), show them smaller (max_pixels), or make rows larger."
+        )
+
+
+def stack_rows(rows: Sequence[Batch]) -> Batch:
+    """Rows of one shape as one batch, each a group of its own."""
+
+    def join(name: str) -> np.ndarray:
+        return np.concatenate([getattr(row, name) for row in rows], axis=1 if name == "position_ids" else 0)
+
+    return Batch(**{field.name: join(field.name) for field in dataclasses.fields(Batch)})
