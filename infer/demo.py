@@ -15,15 +15,20 @@ from infer.random_model import write_random_checkpoint
 from tarsier_jax.cli import run
 
 
-def render_clip(path: Path, frames: int = 48, height: int = 144, width: int = 192) -> Path:
-    """Writes an mp4 in which a red disc crosses a blue square; 24 frames a second."""
+def render_frames(frames: int = 48, height: int = 144, width: int = 192) -> np.ndarray:
+    """A red disc crosses a blue square, uint8 (frames, height, width, 3)."""
     rows, columns = np.mgrid[:height, :width]
     clip = np.full((frames, height, width, 3), 235, np.uint8)
     clip[:, 50:100, 70:120] = (40, 80, 200)
     for i, frame in enumerate(clip):
-        disc = (rows - 72) ** 2 + (columns - 20 - 150 * i / (frames - 1)) ** 2 < 18**2
+        disc = (rows - height / 2) ** 2 + (columns - 20 - (width - 42) * i / (frames - 1)) ** 2 < 18**2
         frame[disc] = (210, 40, 40)
-    imageio.imwrite(path, clip, fps=24, codec="libx264")
+    return clip
+
+
+def render_clip(path: Path) -> Path:
+    """Writes the frames as an mp4 of 24 frames a second."""
+    imageio.imwrite(path, render_frames(), fps=24, codec="libx264")
     return path
 
 

@@ -25,11 +25,14 @@ def prepare_process() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def resolve_dtype(dtype: str) -> str:
-    """ "auto" is bfloat16 on accelerators and float32 on CPUs, which compute bfloat16 slowly."""
+def resolve_dtype(dtype: str, platform: str | None = None) -> str:
+    """ "auto" is bfloat16 on accelerators and float32 on CPUs, which compute bfloat16 slowly.
+
+    platform: "cpu", "gpu" or "tpu"; JAX's default backend when None.
+    """
     if dtype != "auto":
         return dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,14 @@
+"""The debug size of every recipe: a random model of two layers and rendered clips, seconds on a CPU."""
+
+from ml_collections import ConfigDict
+
+
+def debug(config: ConfigDict) -> ConfigDict:
+    """Shrinks a recipe; what makes it this recipe (learning rates, frozen parts, the loss) stays."""
+    config.model = config.data.train = config.data.eval = "random"
+    config.steps, config.log_every, config.save_every, config.eval_every = 20, 1, 10, 10
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 2)
+    config.processor.n_frames, config.processor.max_pixels = 4, 12_544
+    config.data.tokens, config.data.bins, config.data.patches, config.data.frames = 512, 16, 64, 2
+    config.data.rows, config.data.workers = 8, 2
+    return config

@@ -1,0 +1,20 @@
+"""Qwen2-VL-7B-Instruct on Tarsier2-Recap-585K: what Tarsier2-Recap-7B is. See docs/training.md.
+
+Published: two epochs at a learning rate of 2e-5 (model card). Batch size and frames are not; those of the report's
+fine-tuning stages (arXiv 2501.07888, table 12) are taken.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.debug import debug
+from train.config import default_config
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    config = default_config()
+    config.model = "Qwen/Qwen2-VL-7B-Instruct"
+    config.steps = 18_300  # 2 x 585,643 clips, 64 a step; fewer where several share a row
+    config.data.rows = 64
+    config.optimizer.peak_lr = 2e-5
+    config.optimizer.warmup_steps = 250
+    return debug(config) if size == "debug" else config

@@ -1,0 +1,341 @@
+"""The data of a run: annotation lines, mixed and shuffled, decoded in worker processes, packed into rows (grain).
+
+Row r of every batch packs the samples r, r + B, r + 2 B, ... of the shuffled mixture, B being the rows of a step in
+all. So a batch does not depend on how many processes or workers made it.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import grain
+import jax
+import numpy as np
+
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.batch import Batch
+from tarsier_jax.processing.packing import Row, RowShape, Unit
+from tarsier_jax.processing.processor import Processor
+
+FORGIVEN = 10  # bad samples that stop no run, whatever their share
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What the recipes choose.
+
+    train: annotation files, comma-separated, each with an optional weight: "a.jsonl=3,b.jsonl=1". Without weights every
+    sample is as likely as any other. eval: held-out files, the same way.  media_root: what relative paths of videos and
+    images start from.  tokens, bins, patches, frames, samples: the shape of a row, see `RowShape`.
+    rows: of a step, over all devices and parts.  lookahead: decoded samples among which a row looks for one that fits.
+    workers: processes that decode; 0 decodes in a thread.  max_bad_share: of samples that cannot be used, beyond which
+    the run stops.
+    """
+
+    train: str = ""
+    eval: str = ""
+    media_root: str = ""
+    tokens: int = 16_384
+    bins: int = 28
+    patches: int = 2432
+    frames: int = 16
+    samples: int = 64
+    rows: int = 64
+    lookahead: int = 4
+    workers: int = 4
+    max_bad_share: float = 0.01
+
+    @property
+    def row_shape(self) -> RowShape:
+        return RowShape(self.tokens, self.bins, self.patches, self.frames, self.samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of an annotation file; `number` counts from 1."""
+
+    file: str
+    number: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """A sample that cannot be used, and why."""
+
+    file: str
+    line: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A sample ready to be packed; extra: arrays of its own, such as DPO's reference log-probabilities."""
+
+    unit: Unit
+    extra: Mapping[str, np.ndarray]
+
+
+@jax.tree_util.register_dataclass  # as a tree, its arrays come out of worker processes through shared memory
+@dataclasses.dataclass(frozen=True)
+class PackedRow:
+    """A row, and what happened since the stream's last one: samples drawn, and cut or bad ones among them."""
+
+    batch: Batch
+    extra: dict[str, np.ndarray]
+    seen: int
+    cut: int
+    bad: tuple[Bad, ...]
+
+
+# What makes a unit of a line's JSON. Raises TarsierError for one that cannot be used.
+Load = Callable[[Mapping[str, Any], np.random.Generator], Loaded]
+
+
+class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportMissingTypeArgument]
+    """The lines of a JSON lines file, read where they stand; memory holds eight bytes a line.
+
+    Raises:
+        InputError: there is no such file, or it holds no lines.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                starts, numbers, at = [], [], 0
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        starts.append(at)
+                        numbers.append(number)
+                    at += len(line)
+        except OSError as e:
+            raise InputError(f"The annotations {path} cannot be read ({e.strerror}). Check config.data.") from None
+        if not starts:
+            raise InputError(f"The annotations {path} hold no lines. Check config.data.")
+        self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: SupportsIndex) -> Line:
+        i = int(index)
+        with open(self.path, "rb") as file:
+            file.seek(int(self._starts[i]))
+            return Line(self.path, int(self._numbers[i]), file.readline().decode(errors="replace"))
+
+
+def parse_files(files: str) -> list[tuple[str, float | None]]:
+    """ "a.jsonl=3,b.jsonl" -> [("a.jsonl", 3.0), ("b.jsonl", None)]. Raises InputError."""
+    parsed = []
+    for part in filter(None, (part.strip() for part in files.split(","))):
+        path, equals, weight = part.rpartition("=")
+        try:
+            parsed.append((path, float(weight)) if equals and not Path(part).exists() else (part, None))
+        except ValueError:
+            raise InputError(f"{part!r} in config.data should be FILE or FILE=WEIGHT.") from None
+    if len({weight is None for _, weight in parsed}) > 1 or any(w is not None and w <= 0 for _, w in parsed):
+        raise InputError(f"{files!r} in config.data: give every file a weight above 0, or none of them.")
+    if not parsed:
+        raise InputError("config.data.train names no file. Give --config.data.train=annotations.jsonl.")
+    return parsed
+
+
+def lines_of(files: str, seed: int, repeat: bool) -> grain.MapDataset:
+    """The mixture: shuffled and endless if `repeat`, else every line once and in order."""
+    parsed = parse_files(files)
+    sources = [AnnotationFile(path) for path, _ in parsed]
+    if not repeat:
+        return grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
+    datasets = [grain.MapDataset.source(s).seed(seed + i).shuffle().repeat() for i, s in enumerate(sources)]
+    weights = [weight or float(len(source)) for (_, weight), source in zip(parsed, sources, strict=True)]
+    return grain.MapDataset.mix(datasets, [w / sum(weights) for w in weights])
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadLine(grain.transforms.RandomMap):
+    """Line -> Loaded or Bad."""
+
+    load: Load
+    packer: "Packer"
+    media_root: str = ""
+
+    def random_map(self, element: Line, rng: np.random.Generator) -> Loaded | Bad:
+        try:
+            try:
+                sample = json.loads(element.text)
+            except ValueError as e:
+                raise InputError(f"The line is no JSON ({e}).") from None
+            if not isinstance(sample, dict):
+                raise InputError("The line is no JSON object.")
+            loaded = self.load(with_root(sample, self.media_root), rng)
+            if not any((example.labels >= 0).any() for example in loaded.unit):
+                raise InputError("Nothing of the sample is trained on: its answer is empty, or beyond max_seq_len.")
+            Row(self.packer.shape, self.packer.processor.config).add(loaded.unit)  # raises if no row can hold it
+            return loaded
+        except Exception as e:  # whatever a line of millions does, the run goes on; the share of bad ones is bounded
+            return Bad(element.file, element.number, f"{e}" if isinstance(e, InputError) else repr(e))
+
+
+def with_root(value: Any, root: str) -> Any:
+    """The sample with `root` before every relative path of a medium."""
+    if not root:
+        return value
+    if isinstance(value, list):
+        return [with_root(v, root) for v in value]
+    if not isinstance(value, dict):
+        return value
+    joined = {}
+    for key, v in value.items():
+        media = key in ("video_file", "image_file")
+        if media and isinstance(v, list):
+            joined[key] = [str(Path(root, x)) for x in v]
+        else:
+            joined[key] = str(Path(root, v)) if media and isinstance(v, str) else with_root(v, root)
+    return joined
+
+
+class PackedRows(grain.IterDataset):
+    """Rows, one from each of several streams of samples in turn."""
+
+    def __init__(self, streams: Sequence[grain.IterDataset], packer: "Packer"):
+        super().__init__(streams)
+        self._packer = packer
+
+    def __iter__(self) -> "_RowIterator":
+        return _RowIterator([stream.__iter__() for stream in self._parents], self._packer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packer:
+    """How rows are made of samples. extra: the shape that each extra array of a row has, (units, ...)."""
+
+    processor: Processor
+    shape: RowShape
+    lookahead: int
+    max_bad_share: float
+    dtype: str
+    extra: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+
+class _RowIterator(grain.DatasetIterator):
+    def __init__(self, streams: list[grain.DatasetIterator], packer: Packer):
+        super().__init__(streams)
+        self._streams = [_Stream(stream, packer) for stream in streams]
+        self._turn = 0
+
+    def __next__(self) -> PackedRow:
+        row = self._streams[self._turn].next_row()
+        self._turn = (self._turn + 1) % len(self._streams)
+        return row
+
+    def get_state(self) -> dict[str, Any]:
+        return {"turn": self._turn, "streams": [stream.get_state() for stream in self._streams]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._turn = state["turn"]
+        for stream, s in zip(self._streams, state["streams"], strict=True):
+            stream.set_state(s)
+
+
+class _Stream:
+    """Samples in, rows out. A few decoded samples wait; a row starts with the oldest and takes what else fits."""
+
+    def __init__(self, samples: grain.DatasetIterator, packer: Packer):
+        self._samples, self._packer = samples, packer
+        self._waiting: list[tuple[Any, Loaded]] = []  # with the state that the samples had before each
+        self._seen, self._bad = 0, 0
+        self._done = False
+
+    def get_state(self) -> dict[str, Any]:
+        waiting = [state for state, _ in self._waiting]
+        return {"samples": self._samples.get_state(), "waiting": waiting, "seen": self._seen, "bad": self._bad}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._waiting = []
+        for before in state["waiting"]:  # decoded anew, so that a checkpoint holds no pixels
+            self._samples.set_state(before)
+            self._waiting.append((before, next(self._samples)))
+        self._samples.set_state(state["samples"])
+        self._seen, self._bad, self._done = state["seen"], state["bad"], False
+
+    def next_row(self) -> PackedRow:
+        packer, bad, before = self._packer, list[Bad](), self._seen
+        row, taken = Row(packer.shape, packer.processor.config), list[Loaded]()
+        while True:
+            bad += self._fill()
+            fits = next((i for i, (_, loaded) in enumerate(self._waiting) if row.add(loaded.unit)), None)
+            if fits is None:
+                break
+            taken.append(self._waiting.pop(fits)[1])
+        extra = {name: self._extra(name, shape, taken) for name, shape in packer.extra.items()}
+        batch = row.build(packer.processor.pad_token_id, packer.dtype)
+        cut = sum(example.cut > 0 for loaded in taken for example in loaded.unit)
+        return PackedRow(batch, extra, self._seen - before, cut, tuple(bad))
+
+    def _fill(self) -> list[Bad]:
+        """Draws until enough samples wait; gives the bad ones among those drawn."""
+        bad = []
+        while len(self._waiting) < self._packer.lookahead and not self._done:
+            state = self._samples.get_state()
+            sample = next(self._samples, None)
+            if sample is None:
+                self._done = True
+                break
+            self._seen += 1
+            if isinstance(sample, Bad):
+                bad.append(sample)
+                self._bad += 1
+                check_share(self._bad, self._seen, self._packer.max_bad_share, sample)
+            else:
+                self._waiting.append((state, sample))
+        return bad
+
+    @staticmethod
+    def _extra(name: str, shape: tuple[int, ...], taken: Sequence[Loaded]) -> np.ndarray:
+        out = np.zeros((1, *shape), np.float32)
+        for i, loaded in enumerate(taken):
+            out[0, i] = loaded.extra[name]
+        return out
+
+
+def check_share(bad: int, seen: int, share: float, last: Bad) -> None:
+    """Raises InputError when too many samples were bad."""
+    if bad > FORGIVEN + share * seen:
+        raise InputError(
+            f"{bad} of {seen} samples cannot be used, more than data.max_bad_share {share:g} allows. The last one: "
+            f"{last.file} line {last.line}: {last.reason}"
+        )
+
+
+def make_rows(
+    lines: grain.MapDataset,
+    load: Load,
+    packer: Packer,
+    *,
+    seed: int,
+    media_root: str,
+    rows: int,
+    process: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+) -> grain.IterDataset:
+    """This process's share of the `rows` rows of every step, step after step, made in worker processes."""
+    local = rows // processes
+    workers = math.gcd(workers, local) if workers else 0
+    streams = local // max(workers, 1)
+    samples = lines.seed(seed).random_map(LoadLine(load, packer, media_root))[process::processes]
+    in_order = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    parents = [samples[stream::streams].to_iter_dataset(in_order) for stream in range(streams)]
+    packed = PackedRows(parents, packer)
+    if workers:
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        return packed.mp_prefetch(options, worker_init_fn=_leave_devices_alone)
+    return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2 * local)
+
+
+def _leave_devices_alone(worker: int, workers: int) -> None:
+    jax.config.update("jax_platforms", "cpu")

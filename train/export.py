@@ -1,0 +1,26 @@
+"""From the state of a run to a checkpoint that every program here loads, and `convert.orbax_to_hf` exports."""
+
+import shutil
+from pathlib import Path
+
+import jax
+
+from tarsier_jax.weights.orbax import write_converted
+from train.setup import Run
+from train.state import TrainState, build_model
+
+
+def export_trained(run: Run, state: TrainState) -> Path:
+    """Writes WORKDIR/model, a converted directory in the model's dtype, in place of what stood there.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    out = run.workdir / "model"
+    if jax.process_index() == 0:
+        shutil.rmtree(out, ignore_errors=True)  # of an earlier, shorter run
+    dtype = run.plan.config.dtype
+    cast = jax.jit(lambda state: {p: x.astype(dtype) for p, x in {**state.params, **state.frozen}.items()})
+    model = build_model(run.plan.graph, cast(state), dtype)
+    write_converted(out, model, run.model_directory, run.processor.chat_template)
+    return out

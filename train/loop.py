@@ -1,0 +1,269 @@
+"""The loop of SFT and DPO alike: data in, steps, reports, evaluation, checkpoints, and a clean end."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tarsier_jax.errors import TarsierError
+from tarsier_jax.processing.processor import Processor
+from train.checkpoints import Checkpoints, Progress
+from train.config import TrainConfig
+from train.data import PackedRow, check_share
+from train.evaluate import Evaluation
+from train.export import export_trained
+from train.log import BadSamples, Log, console_line, duration
+from train.metrics import Meter, Work, work_of
+from train.optimizer import make_schedule
+from train.setup import Job, Run, global_batch, open_run
+from train.state import TrainState, init_state, load_reference, make_train_step
+
+_COMPILATION = "/jax/core/compile/backend_compile_duration"
+_WARM_UP = 2  # steps after which nothing new should compile
+
+
+class NonFiniteLoss(TarsierError):
+    """The loss, or the norm of its gradient, is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended. stopped: by SIGTERM.  compilations: of steps after the first ones, where there should be none.
+    data_wait: the share of time, after the first steps, in which steps waited for data."""
+
+    step: int
+    loss: float
+    stopped: bool
+    compilations: int
+    data_wait: float
+
+
+def train(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig, Processor], Job]) -> Summary:
+    """Runs from the start, or from the workdir's last checkpoint, to config.steps.
+
+    Raises:
+        TarsierError: something of the configuration, the data or the disk cannot be used; the message says what.
+    """
+    run = open_run(config, workdir, make_job)
+    with jax.set_mesh(run.plan.mesh):
+        return _Loop(run).run_to_the_end()
+
+
+class _Loop:
+    def __init__(self, run: Run):
+        self.run, self.config, self.workdir = run, run.config, run.workdir
+        self.checkpoints = Checkpoints(run.workdir, run.config.keep)
+        data = run.config.data
+        self.rows = iter(run.rows(data.train, data.rows, repeat=True, workers=data.workers))
+        self.evaluation = Evaluation(run)
+        self.train_step = make_train_step(run.plan, run.job.loss)
+        self.schedule = make_schedule(run.config.optimizer, run.config.steps)
+        self.state, self.before = self._start()
+        self.first = self.step = int(self.state.step)
+        self.log = Log(run.workdir, self.first)
+        self.bad_samples = BadSamples(run.workdir)
+        self.meter, self.whole = Meter(run.plan.config), Meter(run.plan.config)
+        self.counted = Progress()  # of this process, since the start
+        self.pending: tuple[int, dict[str, jax.Array], list[PackedRow]] | None = None
+        self.recent: list[dict[str, float]] = []
+        self.loss = float("nan")
+        self.compilations, self.late_compilations = _Compilations(), 0
+
+    def _start(self) -> tuple[TrainState, Progress]:
+        if self.checkpoints.latest() is None:
+            return init_state(self.run.plan, self.run.model_directory), Progress()
+        state, progress = self.checkpoints.restore(self.run.plan.shapes, self.rows)
+        if self.run.job.with_reference:
+            state = dataclasses.replace(state, reference=load_reference(self.run.plan, self.run.model_directory))
+        return state, progress
+
+    def run_to_the_end(self) -> Summary:
+        self._say_hello()
+        steps, stop = self.config.steps, _Terminator(self.checkpoints)
+        with stop, self.compilations:
+            while self.step < steps and not stop.asked(self.step):
+                self._trace()
+                self._advance()
+                self._report_if_due()
+                if self._due(self.config.save_every):
+                    self._save()
+            self._check_pending()
+            if self.step > self.first:
+                self._save()
+            self.checkpoints.wait()
+        return self._finish(stopped=self.step < steps)
+
+    def _advance(self) -> None:
+        """One step. The device computes it while the host checks the one before and fetches the next one's data."""
+        start, compiled = time.perf_counter(), self.compilations.count
+        rows = [next(self.rows) for _ in range(self._local_rows)]
+        waited = time.perf_counter() - start
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+            batch = global_batch(rows, self.config.parts, self.run.plan.mesh)
+            self.state, metrics = self.train_step(self.state, batch)
+        self._check_pending()
+        if self.step >= self.first + _WARM_UP:
+            self.late_compilations += self.compilations.count - compiled
+        self.step += 1
+        self.pending = (self.step, metrics, rows)
+        work = sum((work_of(row.batch) for row in rows), Work())
+        self.meter.add(work, waited)
+        if self.step == self.first + _WARM_UP:
+            self.whole.reset()
+        self.whole.add(work, waited)
+        self._count(rows, work)
+
+    @property
+    def _local_rows(self) -> int:
+        return self.config.data.rows // self.run.row_groups
+
+    def _count(self, rows: list[PackedRow], work: Work) -> None:
+        bad = [sample for row in rows for sample in row.bad]
+        self.counted += Progress(
+            samples=work.samples,
+            tokens=work.tokens,
+            cut=sum(row.cut for row in rows),
+            bad=len(bad),
+            seen=sum(row.seen for row in rows),
+        )
+        if bad:
+            self.bad_samples.write(bad)
+            check_share(self.counted.bad, self.counted.seen, self.config.data.max_bad_share, bad[-1])
+
+    def _check_pending(self) -> None:
+        """Fetches the last step's metrics, which waits for it."""
+        if self.pending is None:
+            return
+        (step, metrics, rows), self.pending = self.pending, None
+        values = {name: float(value) for name, value in metrics.items()}
+        if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+            raise self._non_finite(step, values, rows)
+        self.loss = values["loss"]
+        self.recent.append(values)
+
+    def _non_finite(self, step: int, values: dict[str, float], rows: list[PackedRow]) -> NonFiniteLoss:
+        file = self.workdir / f"non_finite_step_{step}_process_{jax.process_index()}.npz"
+        arrays = {f"{name}_{i}": x for i, row in enumerate(rows) for name, x in vars(row.batch).items()}
+        arrays |= {f"{name}_{i}": x for i, row in enumerate(rows) for name, x in row.extra.items()}
+        np.savez(file, **{name: x.astype(np.float32) if "patches" in name else x for name, x in arrays.items()})
+        return NonFiniteLoss(
+            f"At step {step} the loss is {values['loss']} and the norm of its gradient {values['grad_norm']}. The rows "
+            f"are in {file}. The last checkpoint (step {self.checkpoints.latest()}) is whole: lower "
+            "optimizer.peak_lr, or mend the data, and start again to go on from it."
+        )
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _report_if_due(self) -> None:
+        last = self.step == self.config.steps
+        if self._due(self.config.log_every) or last:
+            self._check_pending()
+            values = {name: float(np.mean([v[name] for v in self.recent])) for name in self.recent[0]}
+            values |= {"lr": float(np.asarray(self.schedule(self.step - 1))), **self.meter.rates()}
+            self.recent.clear()
+            self.meter.reset()
+            self.log.scalars(self.step, values)
+            self.log.line(console_line(self.step, self.config.steps, values))
+        if self.config.data.eval and (self._due(self.config.eval_every) or (last and self.config.eval_every)):
+            self._check_pending()
+            values = self.evaluation.losses(self.state)
+            self.log.scalars(self.step, values)
+            self.log.line(f"step {self.step}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            for i, (name, caption) in enumerate(self.evaluation.captions(self.state)):
+                self.log.text(self.step, f"caption_{i}", caption)
+                self.log.line(f"  {name}: {caption}")
+            self.meter.reset()
+
+    def _trace(self) -> None:
+        if self.config.profile_at and self.step == self.config.profile_at:
+            self._check_pending()
+            jax.profiler.start_trace(str(self.workdir))
+        if self.config.profile_at and self.step == self.config.profile_at + 3:
+            self._check_pending()
+            jax.profiler.stop_trace()
+
+    def _save(self) -> None:
+        self._check_pending()  # what is not finite is not saved
+        self.checkpoints.save(self.step, self.state, self.rows, self._progress())
+
+    def _progress(self) -> Progress:
+        """Over all processes."""
+        counts = np.array(dataclasses.astuple(self.counted))
+        if jax.process_count() > 1:
+            counts = multihost_utils.process_allgather(counts).sum(axis=0)
+        return self.before + Progress(*(int(count) for count in counts))
+
+    def _say_hello(self) -> None:
+        run, mesh = self.run, self.run.plan.mesh
+        trained = sum(int(np.prod(x.shape)) for x in run.plan.shapes.params.values())
+        frozen = sum(int(np.prod(x.shape)) for x in run.plan.shapes.frozen.values())
+        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        device, data = mesh.devices.flat[0], self.config.data
+        self.log.line(
+            f"{run.job.name} of {run.model_directory}: {trained:,} parameters trained, {frozen:,} frozen, "
+            f"{run.plan.config.dtype}\n{mesh.size} x {device.device_kind} ({axes}), {data.rows} rows of {data.tokens} "
+            f"tokens a step, {self.config.steps} steps" + (f", going on from step {self.first}" if self.first else "")
+        )
+
+    def _finish(self, stopped: bool) -> Summary:
+        progress, rates = self._progress(), self.whole.rates()
+        exported = None if stopped else export_trained(self.run, self.state)
+        self.log.line(
+            f"{'stopped at' if stopped else 'finished'} step {self.step}: loss {self.loss:.4f}, "
+            f"{progress.samples:,} samples and {progress.tokens:,} tokens trained on, {progress.cut} cut, "
+            f"{progress.bad} bad"
+            + (f" (see {self.bad_samples.file})" if progress.bad else "")
+            + f"\n{duration(rates['seconds_per_step'] * (self.step - self.first))} in all, "
+            f"{rates['tokens_per_s']:,.0f} tokens/s, data wait {rates['data_wait']:.1%}, padding "
+            f"{rates['padding']:.1%}, {self.late_compilations} compilations after step {self.first + _WARM_UP}\n"
+            + ("the same command goes on from here" if stopped else f"the trained model is {exported}")
+        )
+        self.log.close()
+        self.checkpoints.close()
+        self.rows.close()
+        return Summary(self.step, self.loss, stopped, self.late_compilations, rates["data_wait"])
+
+
+class _Terminator:
+    """Notices SIGTERM, so that the step in progress is finished and saved."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints, self._seen = checkpoints, False
+
+    def asked(self, step: int) -> bool:
+        return self._seen or self._checkpoints.reached_preemption(step)
+
+    def __enter__(self) -> None:
+        # Of several processes one may see it earlier: there, jax.distributed catches it and they agree on a step.
+        if jax.process_count() == 1:
+            self._former = signal.signal(signal.SIGTERM, self._notice)
+
+    def _notice(self, *_: Any) -> None:
+        self._seen = True
+
+    def __exit__(self, *_: object) -> None:
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._former)
+
+
+class _Compilations:
+    """Counts the programs that XLA compiles meanwhile."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def _heard(self, event: str, *_: Any, **__: Any) -> None:
+        self.count += event == _COMPILATION
+
+    def __enter__(self) -> None:
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._heard)

@@ -1,0 +1,102 @@
+"""Losses of packed batches. Each gives (sum, weight, metrics); the trainer adds them up and divides once."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tarsier_jax.models.decoder import Decoder
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.batch import Batch
+
+CHUNK = 1024  # tokens of a row whose logits exist at once
+
+# The sum of a loss, what to divide it by, and further sums that are divided by the same.
+Loss = tuple[Float[Array, ""], Float[Array, ""], dict[str, Float[Array, ""]]]
+
+
+def next_tokens(batch: Batch) -> Int[Array, "B S"]:
+    """What each position should predict: the label of the next token if it is of the same sample, else -100."""
+    assert batch.segment_ids is not None
+    same = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
+    targets = jnp.where(same, batch.labels[:, 1:], -100)
+    return jnp.pad(targets, ((0, 0), (0, 1)), constant_values=-100)
+
+
+def token_log_probs(
+    decoder: Decoder, x: Float[Array, "B S D"], targets: Int[Array, "B S"], chunk: int = CHUNK
+) -> Float[Array, "B S"]:
+    """log p(target) at each position, float32; 0 where the target is -100.
+
+    The logits of `chunk` tokens a row exist at once, in the backward pass too, which computes them anew.
+    """
+    B, S, D = x.shape
+    chunk = min(chunk, S)
+    padding = -S % chunk
+    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(B, -1, chunk, D).swapaxes(0, 1)  # [n, B, chunk, D]
+    padded = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=-100)
+    padded = padded.reshape(B, -1, chunk).swapaxes(0, 1)  # [n, B, chunk]
+
+    @jax.checkpoint
+    def piece(decoder: Decoder, x: Array, targets: Array) -> Array:
+        logits = decoder.logits(x)  # [B, chunk, V]
+        # Picked by comparing: a gather would bring the vocabulary of all devices together.
+        at_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+        picked = jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1)
+        return jnp.where(targets >= 0, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
+
+    _, out = jax.lax.scan(lambda _, xs: (None, piece(decoder, *xs)), None, (x, padded))
+    return out.swapaxes(0, 1).reshape(B, -1)[:, :S]
+
+
+def sft_loss(model: Tarsier, batch: Batch, extra: dict[str, Any]) -> Loss:
+    """Cross-entropy of the assistant's tokens; the weight is their number."""
+    del extra
+    targets = next_tokens(batch)
+    log_probs = token_log_probs(model.decoder, model.hidden(batch), targets)
+    return -jnp.sum(log_probs), jnp.sum(targets >= 0, dtype=jnp.float32), {}
+
+
+def pair_log_probs(model: Tarsier, batch: Batch, pairs: int) -> Float[Array, "B pairs 2"]:
+    """log p(answer) of the chosen and the rejected answer of each pair; 0 for pairs that a row does not have.
+
+    The samples of a row are chosen, rejected, chosen, rejected, and so on.
+    """
+    log_probs = token_log_probs(model.decoder, model.hidden(batch), next_tokens(batch))
+    segments = jnp.arange(1, 2 * pairs + 1)
+    own = batch.segment_ids[..., None] == segments  # [B, S, 2 * pairs]
+    return jnp.einsum("bs,bsp->bp", log_probs, own.astype(jnp.float32)).reshape(-1, pairs, 2)
+
+
+def dpo_loss(model: Tarsier, batch: Batch, extra: dict[str, Any], beta: float, pairs: int) -> Loss:
+    """Direct preference optimisation; the weight is the number of pairs.
+
+    -log sigmoid(beta * ((chosen - reference chosen) - (rejected - reference rejected))), in log-probabilities of whole
+    answers. Source: equation 7 of arXiv 2305.18290.
+
+    Args:
+        extra: "reference", float32 (B, pairs, 2), the reference model's `pair_log_probs`; or "reference_model".
+        pairs: how many a row holds at most.
+    """
+    reference = extra.get("reference")
+    if reference is None:
+        reference = jax.lax.stop_gradient(pair_log_probs(extra["reference_model"], batch, pairs))
+    present = jnp.max(batch.segment_ids, axis=1)[:, None] >= 2 * jnp.arange(1, pairs + 1)  # [B, pairs]
+    policy = pair_log_probs(model, batch, pairs)
+    rewards = beta * (policy - reference)  # [B, pairs, 2]
+    margin = rewards[..., 0] - rewards[..., 1]
+    metrics = {
+        "reward_chosen": rewards[..., 0],
+        "reward_rejected": rewards[..., 1],
+        "margin": margin,
+        "accuracy": (margin > 0).astype(jnp.float32),
+        "log_prob_chosen": policy[..., 0],
+        "log_prob_rejected": policy[..., 1],
+    }
+
+    def total(values: Array) -> Array:
+        return jnp.sum(jnp.where(present, values, 0.0))
+
+    weight = jnp.sum(present, dtype=jnp.float32)
+    return total(-jax.nn.log_sigmoid(margin)), weight, {name: total(values) for name, values in metrics.items()}

@@ -1,0 +1,124 @@
+"""How much work is in a step, and how fast it is done."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.processing.batch import Batch
+
+# Peak bfloat16 FLOP/s of a device, by what `device_kind` starts with. Source: the vendors' data sheets, not sparse.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """Of the device's kind; None where it is not known."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What rows hold: what is computed on, and what is padding."""
+
+    samples: int = 0
+    tokens: int = 0
+    tokens_with_padding: int = 0
+    patches: int = 0
+    patches_with_padding: int = 0
+    token_pairs: int = 0  # that attend to each other
+    patch_pairs: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    @property
+    def padding(self) -> float:
+        """The share of padding among tokens and patches."""
+        return 1 - (self.tokens + self.patches) / max(self.tokens_with_padding + self.patches_with_padding, 1)
+
+
+def work_of(batch: Batch) -> Work:
+    """Of packed rows, on the host."""
+    sizes = batch.frame_hw.prod(axis=-1).astype(np.int64)
+    lengths = np.concatenate([np.bincount(row[row > 0])[1:] for row in batch.segment_ids])
+    return Work(
+        samples=len(lengths),
+        tokens=int(lengths.sum()),
+        tokens_with_padding=batch.input_ids.size,
+        patches=int(sizes.sum()),
+        patches_with_padding=int(np.prod(batch.patches.shape[:3])),
+        token_pairs=int((lengths * (lengths + 1) // 2).sum()),
+        patch_pairs=int((sizes**2).sum()),
+    )
+
+
+def step_flops(config: ModelConfig, work: Work) -> float:
+    """Floating-point operations of a training step: matrix products, forward and twice that backward.
+
+    Recomputed activations and padding are not counted, nor norms and softmax: what is left is model FLOPs, as in the
+    PaLM report (arXiv 2204.02311, appendix B).
+    """
+    text, vision = config.text, config.vision
+    heads = (text.num_heads + text.num_kv_heads) * 2 * text.head_dim  # q, o and k, v
+    layer = text.hidden_size * (heads + 3 * text.mlp_dim)
+    token = text.num_layers * layer + text.hidden_size * text.vocab_size
+    block = vision.embed_dim * (4 * vision.embed_dim + 2 * vision.mlp_dim)
+    width = vision.embed_dim * vision.merge_factor
+    merger = width * (width + vision.out_dim) / vision.merge_factor
+    patch = vision.patch_dim * vision.embed_dim + vision.depth * block + merger
+    attention = 2 * text.num_layers * text.num_heads * text.head_dim * work.token_pairs
+    attention += 2 * vision.depth * vision.embed_dim * work.patch_pairs
+    return 3 * 2 * (token * work.tokens + patch * work.patches + attention)
+
+
+def _over_processes(work: Work) -> Work:
+    if jax.process_count() == 1:
+        return work
+    everywhere = multihost_utils.process_allgather(np.array(dataclasses.astuple(work), np.float64))
+    return Work(*(int(count) for count in everywhere.sum(axis=0)))
+
+
+class Meter:
+    """Adds up the steps since the last report."""
+
+    def __init__(self, config: ModelConfig):
+        self._config = config
+        peaks = [peak_flops(device) for device in jax.devices()]
+        self._peak = sum(peak for peak in peaks if peak) if all(peaks) else None
+        self.reset()
+
+    def reset(self) -> None:
+        self._start, self._waited, self._steps, self._work = time.perf_counter(), 0.0, 0, Work()
+
+    def add(self, work: Work, waited: float) -> None:
+        """One step: this process's work, and the seconds that it waited for data."""
+        self._steps, self._work, self._waited = self._steps + 1, self._work + work, self._waited + waited
+
+    def rates(self) -> dict[str, float]:
+        """tokens/s and samples/s over all devices, seconds a step, shares of waiting and padding, mfu if known."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        work = _over_processes(self._work)
+        rates = {
+            "tokens_per_s": work.tokens / seconds,
+            "samples_per_s": work.samples / seconds,
+            "seconds_per_step": seconds / max(self._steps, 1),
+            "data_wait": self._waited / seconds,
+            "padding": work.padding,
+        }
+        if self._peak:
+            rates["mfu"] = step_flops(self._config, work) / seconds / self._peak
+        return rates

@@ -1,0 +1,132 @@
+"""AdamW with cosine decay, global-norm clipping, learning-rate groups and layer-wise decay of the vision tower.
+
+Parameters are a flat dict, path -> array, as everywhere in this room: "decoder/norm/weight". Paths are chosen by
+regular expressions that match them whole.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from tarsier_jax.errors import InputError
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """What the recipes choose.
+
+    peak_lr is reached after warmup_steps and decays along a cosine to final_lr at the last step.
+    vision_layer_decay: the learning rate of the vision tower's block i of n is peak_lr * decay^(n - i), that of its
+    patch embedding decay^(n + 1).  lr_groups: (regex, factor) pairs, the first match counts.  freeze: parameters that
+    are not trained; they have no optimizer state.  no_decay: parameters without weight decay.  mu_dtype: of the first
+    moment; the second stays float32, because bfloat16 would swallow its small increments.
+    """
+
+    peak_lr: float = 2e-5
+    final_lr: float = 0.0
+    warmup_steps: int = 1000
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    vision_layer_decay: float = 0.9
+    lr_groups: tuple[tuple[str, float], ...] = ()
+    freeze: tuple[str, ...] = ()
+    no_decay: tuple[str, ...] = (r".*/bias", r".*norm[12]?/weight")
+    mu_dtype: str = "float32"
+
+
+def split_frozen(params: Mapping[str, Any], freeze: Sequence[str]) -> tuple[Params, Params]:
+    """(trained, frozen) parameters.
+
+    Raises:
+        InputError: a pattern matches no parameter, or nothing is left to train.
+    """
+    _check_patterns("freeze", freeze, params)
+    frozen = {path: value for path, value in params.items() if _matches(path, freeze)}
+    trained = {path: value for path, value in params.items() if path not in frozen}
+    if not trained:
+        raise InputError("optimizer.freeze freezes every parameter. Leave some to train.")
+    return trained, frozen
+
+
+def lr_factors(params: Mapping[str, Any], config: OptimizerConfig) -> dict[str, Any]:
+    """What each parameter's learning rate is multiplied with: a scalar, or a factor for each of its stacked layers.
+
+    Raises:
+        InputError: a pattern of lr_groups matches no parameter.
+    """
+    _check_patterns("lr_groups", [pattern for pattern, _ in config.lr_groups], params)
+    factors = {}
+    for path, value in params.items():
+        group = next((factor for pattern, factor in config.lr_groups if re.fullmatch(pattern, path)), 1.0)
+        factors[path] = np.float32(group) * _layer_decay(path, value.shape, config.vision_layer_decay, params)
+    return factors
+
+
+def _layer_decay(path: str, shape: Sequence[int], decay: float, params: Mapping[str, Any]) -> Any:
+    """Blocks are stacked along the first dimension of their parameters. Source of the rule: arXiv 2106.08254."""
+    if path.startswith("vision/blocks/"):
+        n = shape[0]
+        return (decay ** np.arange(n, 0, -1, dtype=np.float32)).reshape(n, *[1] * (len(shape) - 1))
+    if path.startswith("vision/patch_embed/"):
+        depth = next((v.shape[0] for p, v in params.items() if p.startswith("vision/blocks/")), 0)
+        return np.float32(decay ** (depth + 1))
+    return np.float32(1.0)
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine.
+
+    Raises:
+        InputError: the warm-up is longer than the run.
+    """
+    if not 0 <= config.warmup_steps <= steps:
+        raise InputError(f"optimizer.warmup_steps is {config.warmup_steps}, but the run has {steps} steps.")
+    return optax.schedules.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.peak_lr,
+        peak_value=config.peak_lr,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(steps, config.warmup_steps + 1),
+        end_value=config.final_lr,
+    )
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, params: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    """The whole update. `params`: the trained ones, or their shapes. Source of AdamW: arXiv 1711.05101.
+
+    Raises:
+        InputError: see `make_schedule` and `lr_factors`.
+    """
+    factors = lr_factors(params, config)
+    decayed = {path: not _matches(path, config.no_decay) for path in params}
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    )
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in patterns)
+
+
+def _check_patterns(name: str, patterns: Sequence[str], params: Mapping[str, Any]) -> None:
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in params):
+            raise InputError(
+                f"optimizer.{name} has {pattern!r}, which matches no parameter. Names look like "
+                f"{', '.join(sorted(params)[:3])}; a pattern matches a whole name, so end it in '.*' for a group."
+            )

@@ -1,0 +1,193 @@
+"""From a configuration to everything that a run needs: model, mesh, processor, data, plan."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from infer.runtime import resolve_dtype
+from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.errors import InputError
+from tarsier_jax.models.attention import default_implementation
+from tarsier_jax.processing.chat import CHATML, marks_answers
+from tarsier_jax.processing.packing import stack_rows
+from tarsier_jax.processing.processor import Processor, load_processor
+from tarsier_jax.sharding import BATCH, make_mesh
+from tarsier_jax.weights import resolve
+from train.checkpoints import claim
+from train.config import MeshConfig, TrainConfig
+from train.data import Load, PackedRow, Packer, lines_of, make_rows
+from train.debug import write_debug_clips, write_debug_model
+from train.state import LossFunction, Plan, StepBatch, batch_shardings, make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What SFT and DPO differ in.
+
+    prepare: an annotation as a plain conversation.  load: the same as a unit to pack.  extra: see `Packer`.
+    """
+
+    name: str
+    loss: LossFunction
+    prepare: Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]
+    load: Load
+    extra: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    with_reference: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, ready to start."""
+
+    config: TrainConfig
+    workdir: Path
+    model_directory: Path
+    processor: Processor
+    plan: Plan
+    job: Job
+
+    @property
+    def row_groups(self) -> int:
+        """In how many shares processes load the rows of a step."""
+        return row_share(self.plan.mesh)[1]
+
+    def rows(self, files: str, rows: int, *, repeat: bool, workers: int) -> grain.IterDataset:
+        """This process's rows of the mixture that `files` names, `rows` a step over all processes."""
+        data = self.config.data
+        group, groups = row_share(self.plan.mesh)
+        packer = Packer(
+            processor=self.processor,
+            shape=data.row_shape,
+            lookahead=data.lookahead,
+            max_bad_share=data.max_bad_share,
+            dtype=self.plan.config.dtype,
+            extra=self.job.extra,
+        )
+        return make_rows(
+            lines_of(files, self.config.seed, repeat),
+            self.job.load,
+            packer,
+            seed=self.config.seed,
+            media_root=data.media_root,
+            rows=rows,
+            process=group,
+            processes=groups,
+            workers=workers,
+        )
+
+
+def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig, Processor], Job]) -> Run:
+    """Checks all that can be checked before the first batch.
+
+    Raises:
+        TarsierError: the checkpoint, the mesh, the annotations or the workdir do not fit.
+    """
+    config = _with_debug_files(config, workdir)
+    if not config.model:
+        raise InputError("config.model names no checkpoint. Give --config.model=DIRECTORY or a hub id.")
+    mesh = mesh_of(config.mesh)
+    check_rows(config, mesh)
+    directory = resolve(config.model)
+    model_config = run_config(load_config(directory), config, mesh.devices.flat[0].platform)
+    processor = training_processor(directory, model_config, config)
+    job = make_job(config, processor)
+    try:
+        plan = make_plan(model_config, config.optimizer, config.steps, mesh, job.with_reference)
+    except ValueError as e:
+        raise InputError(f"{e} Choose other sizes in config.mesh.") from None
+    text, vision = dataclasses.asdict(model_config.text), dataclasses.asdict(model_config.vision)
+    freeze = list(config.optimizer.freeze)
+    claim(workdir, {"program": job.name, "text": text, "vision": vision, "freeze": freeze, "rows": config.data.rows})
+    return Run(config, workdir, directory, processor, plan, job)
+
+
+def run_config(model: ModelConfig, config: TrainConfig, platform: str) -> ModelConfig:
+    """The model's configuration with what the run chooses: dtype, attention, remat."""
+    dtype = resolve_dtype(config.dtype, platform)
+    attention = default_implementation(platform, dtype) if config.attention == "auto" else config.attention
+    return dataclasses.replace(model, dtype=dtype, attention=attention, remat=config.remat)
+
+
+def training_processor(directory: Path, model: ModelConfig, config: TrainConfig) -> Processor:
+    """The checkpoint's processor with the run's options.
+
+    A template that does not mark answers (Qwen2-VL's) is replaced by `CHATML`, which renders the same conversation.
+    """
+    processor = dataclasses.replace(load_processor(directory, model), options=config.processor)
+    if marks_answers(processor.chat_template):
+        return processor
+    return dataclasses.replace(processor, chat_template=CHATML)
+
+
+def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh, with -1 filled in.
+
+    Raises:
+        InputError: the axes do not match the devices.
+    """
+    count = len(devices) if devices is not None else jax.device_count()
+    sizes = dataclasses.asdict(config)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    given = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(open_axes) > 1 or given < 1 or count % given or (not open_axes and given != count):
+        text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise InputError(
+            f"config.mesh {text} does not match {count} devices: the sizes multiply to {given}. Their product has to "
+            f"be {count}; one of them may be -1 for what the others leave."
+        )
+    return make_mesh(**{axis: count // given if size == -1 else size for axis, size in sizes.items()}, devices=devices)
+
+
+def check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises InputError when rows cannot be split into parts and over the mesh."""
+    across = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.parts < 1 or config.data.rows % (config.parts * across):
+        raise InputError(
+            f"config.data.rows={config.data.rows} is no multiple of config.parts={config.parts} times the "
+            f"{across} devices along data and fsdp. Choose a multiple of {config.parts * across}."
+        )
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process loads the index-th of `count` equal shares of a step's rows.
+
+    Processes share rows where the tensor axis spans them.
+    """
+    sharding = NamedSharding(mesh, P(BATCH))
+    across = mesh.shape["data"] * mesh.shape["fsdp"]
+    indices = sharding.addressable_devices_indices_map((across,)).values()
+    starts = sorted({index[0].start or 0 for index in indices if index is not None})
+    return starts[0] // len(starts), across // len(starts)
+
+
+def global_batch(rows: Sequence[PackedRow], parts: int, mesh: Mesh) -> StepBatch:
+    """The rows of all processes as one step's arrays on the devices."""
+    n = len(rows) // parts
+    stacked = [
+        StepBatch(
+            stack_rows([row.batch for row in rows[i * n : (i + 1) * n]]),
+            {name: np.concatenate([row.extra[name] for row in rows[i * n : (i + 1) * n]]) for name in rows[0].extra},
+        )
+        for i in range(parts)
+    ]
+    local = jax.tree.map(lambda *x: x[0][None] if parts == 1 else np.stack(x), *stacked)
+    shardings = batch_shardings(local, mesh)
+    return jax.tree.map(lambda s, x: jax.make_array_from_process_local_data(s, x), shardings, local)
+
+
+def _with_debug_files(config: TrainConfig, workdir: Path) -> TrainConfig:
+    """Writes the model and the clips that "random" stands for."""
+    if config.model == "random":
+        config = dataclasses.replace(config, model=str(write_debug_model(workdir / "random_model")))
+    if config.data.train == "random":
+        files = write_debug_clips(workdir / "random_clips")
+        data = dataclasses.replace(config.data, train=str(files), eval=str(files), media_root=str(files.parent))
+        config = dataclasses.replace(config, data=data)
+    return config

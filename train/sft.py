@@ -1,0 +1,35 @@
+"""Supervised fine-tuning: `python -m train.sft --config configs/recap_7b.py --config.data.train=FILE --workdir DIR`.
+
+Started again with the same flags, it goes on from the workdir's last checkpoint. See docs/training.md.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tarsier_jax.cli import run
+from tarsier_jax.processing.processor import Processor
+from train.config import TrainConfig
+from train.data import Loaded
+from train.launch import launch
+from train.losses import sft_loss
+from train.setup import Job
+from train.tasks import prepare
+
+
+def sft_job(config: TrainConfig, processor: Processor) -> Job:
+    """Trains on the assistant's turns."""
+
+    def plain(sample: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return prepare(sample, rng, config.processor.n_frames)
+
+    def load(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+        return Loaded([processor(plain(sample, rng), training=True, rng=rng)], {})
+
+    return Job("sft", sft_loss, plain, load)
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: launch(sys.argv, sft_job)))

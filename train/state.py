@@ -1,0 +1,199 @@
+"""The state of a run and its one step: a pure function, jitted with explicit shardings and donation."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.batch import Batch
+from tarsier_jax.sharding import BATCH, parameter_path, parameter_shardings
+from tarsier_jax.weights import load_weights
+from tarsier_jax.weights.names import abstract_state
+from train.losses import Loss
+from train.optimizer import OptimizerConfig, Params, make_optimizer, split_frozen
+
+LossFunction = Callable[[Tarsier, Batch, dict[str, Any]], Loss]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes, and what it keeps.
+
+    params: trained parameters, float32, path -> array.  frozen: the others, in the model's dtype.  opt_state: optax's,
+    for the trained ones only.  reference: the frozen model that DPO compares with, in the model's dtype; or None.
+    """
+
+    step: Any
+    params: Params
+    frozen: Params
+    opt_state: Any
+    reference: Params | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """What one step trains on. Every array has a leading dimension: the parts whose gradients are added up.
+
+    extra: further arrays that a loss needs, such as DPO's reference log-probabilities.
+    """
+
+    batch: Batch
+    extra: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is fixed before a run: the model's structure, where everything lies, and the update."""
+
+    config: ModelConfig
+    graph: nnx.GraphDef
+    mesh: Mesh
+    tx: optax.GradientTransformation
+    shapes: TrainState  # jax.ShapeDtypeStruct with shardings
+
+    @property
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda x: x.sharding, self.shapes)
+
+
+def make_plan(
+    config: ModelConfig, optimizer: OptimizerConfig, steps: int, mesh: Mesh, with_reference: bool = False
+) -> Plan:
+    """Shapes and shardings of the whole state; takes no memory.
+
+    Raises:
+        InputError: the optimizer's patterns or its schedule do not fit.
+        ValueError: a mesh axis does not divide the dimension that it splits.
+    """
+    graph, abstract = abstract_state(config)
+    shardings = {parameter_path(p): s for p, s in parameter_shardings(abstract, mesh).items()}
+    shapes = {parameter_path(p): leaf.shape for p, leaf in nnx.to_flat_state(abstract)}
+
+    def arrays(paths: Any, dtype: Any) -> Params:
+        return {p: jax.ShapeDtypeStruct(shapes[p], jnp.dtype(dtype), sharding=shardings[p]) for p in paths}
+
+    trained, frozen = split_frozen(arrays(shapes, config.dtype), optimizer.freeze)
+    params = arrays(trained, "float32")
+    tx = make_optimizer(optimizer, steps, params)
+    everywhere = NamedSharding(mesh, P())
+
+    def place(path: Any, leaf: Any) -> Any:  # a moment lies where its parameter does
+        name = next((k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in params), None)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name] if name else everywhere)
+
+    opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    reference = arrays(shapes, config.dtype) if with_reference else None
+    return Plan(config, graph, mesh, tx, TrainState(step, params, frozen, opt_state, reference))
+
+
+def init_state(plan: Plan, directory: Path) -> TrainState:
+    """The state before the first step, from a checkpoint's weights; nothing is ever whole on one device.
+
+    Raises:
+        CheckpointError: see `tarsier_jax.weights.load_weights`.
+    """
+    loaded, dtype = _load(plan, directory, "float32"), plan.config.dtype
+
+    def start(loaded: Params) -> TrainState:
+        trained = {p: loaded[p] for p in plan.shapes.params}
+        frozen = {p: loaded[p].astype(dtype) for p in plan.shapes.frozen}
+        reference = None if plan.shapes.reference is None else {p: x.astype(dtype) for p, x in loaded.items()}
+        return TrainState(jnp.int32(0), trained, frozen, plan.tx.init(trained), reference)
+
+    return jax.jit(start, out_shardings=plan.shardings, donate_argnums=0)(loaded)
+
+
+def load_reference(plan: Plan, directory: Path) -> Params:
+    """The parameters of DPO's reference model. Raises CheckpointError."""
+    return _load(plan, directory, plan.config.dtype)
+
+
+def _load(plan: Plan, directory: Path, dtype: str) -> Params:
+    model = load_weights(directory, dataclasses.replace(plan.config, param_dtype=dtype), plan.mesh)
+    return {parameter_path(p): leaf[...] for p, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def build_model(graph: nnx.GraphDef, params: Params, dtype: str) -> Tarsier:
+    """The model that computes in `dtype`. Norms keep the dtype they have."""
+    # Cast here, and not where they are used, so that devices exchange parameters and gradients in `dtype`.
+    cast = {p: x if "norm" in p else x.astype(dtype) for p, x in params.items()}
+    state = nnx.from_flat_state([(tuple(p.split("/")), nnx.Param(x)) for p, x in cast.items()])
+    return nnx.merge(graph, state)
+
+
+def make_train_step(plan: Plan, loss: LossFunction) -> Any:
+    """The jitted `step(state, step_batch) -> (state, metrics)`; consumes the state.
+
+    metrics: float32 scalars, those of the loss and "loss", "weight", "grad_norm", "update_norm", "param_norm".
+    """
+    gradient = jax.value_and_grad(_loss_of_params(plan, loss), has_aux=True)
+
+    def step(state: TrainState, batch: StepBatch) -> tuple[TrainState, dict[str, Array]]:
+        def part(sums: Any, part: StepBatch) -> tuple[Any, None]:
+            (total, aux), gradients = gradient(state.params, state, part)
+            gradients = jax.lax.with_sharding_constraint(gradients, plan.shardings.params)
+            return jax.tree.map(jnp.add, sums, (total, aux, gradients)), None
+
+        first = jax.tree.map(lambda x: x[0], batch)
+        (total, aux), gradients = jax.eval_shape(gradient, state.params, state, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, aux, gradients))
+        (total, (weight, sums), gradients), _ = jax.lax.scan(part, zeros, batch)
+        divisor = jnp.maximum(weight, 1.0)
+        gradients = jax.tree.map(lambda g: g / divisor, gradients)
+        updates, opt_state = plan.tx.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {name: value / divisor for name, value in sums.items()}
+        norms = {"grad_norm": gradients, "update_norm": updates, "param_norm": params}
+        metrics |= {"loss": total / divisor, "weight": weight}
+        metrics |= {name: optax.global_norm(tree) for name, tree in norms.items()}
+        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings, NamedSharding(plan.mesh, P())))
+
+
+def make_eval_step(plan: Plan, loss: LossFunction) -> Any:
+    """The jitted `step(state, step_batch) -> sums`: "loss", "weight" and those of the loss, not yet divided."""
+    loss_of_params = _loss_of_params(plan, loss)
+
+    def step(state: TrainState, batch: StepBatch) -> dict[str, Array]:
+        total, (weight, sums) = loss_of_params(state.params, state, jax.tree.map(lambda x: x[0], batch))
+        return {"loss": total, "weight": weight, **sums}
+
+    return jax.jit(step, out_shardings=NamedSharding(plan.mesh, P()))
+
+
+def _loss_of_params(plan: Plan, loss: LossFunction) -> Callable[..., Any]:
+    dtype = plan.config.dtype
+
+    def loss_of_params(params: Params, state: TrainState, part: StepBatch) -> Any:
+        extra = dict(part.extra)
+        if state.reference is not None:
+            extra["reference_model"] = build_model(plan.graph, state.reference, dtype)
+        model = build_model(plan.graph, {**params, **state.frozen}, dtype)
+        total, weight, metrics = loss(model, part.batch, extra)
+        return total, (weight, metrics)
+
+    return loss_of_params
+
+
+def batch_shardings(batch: StepBatch, mesh: Mesh) -> StepBatch:
+    """Rows, and the groups of frames that belong to them, are split over data and fsdp."""
+
+    def place(path: Any, _: Any) -> NamedSharding:
+        rows_second = any(getattr(k, "name", None) == "position_ids" for k in path)  # (parts, 3, B, S)
+        return NamedSharding(mesh, P(None, None, BATCH) if rows_second else P(None, BATCH))
+
+    return jax.tree_util.tree_map_with_path(place, batch)
