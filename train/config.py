@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -103,51 +104,34 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-_NAMES = "--workdir, --distributed, --coordinator, --num_processes, --process_id"
-
-
-@dataclasses.dataclass(frozen=True)
-class CommandLine:
-    """What was asked for at the command line."""
-
-    config: TrainConfig
-    workdir: str
-    distributed: bool
-    coordinator: str | None
-    num_processes: int | None
-    process_id: int | None
-
-
-def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """`--config FILE[:debug] --config.KEY=VALUE --workdir DIR`, and how processes find each other.
-
-    Raises:
-        InputError: a flag or key does not exist or has an unfit value.
-    """
+def define_flags() -> flags.FlagValues:
+    """The flag --config FILE[:debug], with --config.KEY=VALUE for every key, to which a program adds its own."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", help_string="A recipe in configs/.", flag_values=values)
-    flags.DEFINE_string("workdir", None, "Where checkpoints and logs go.", flag_values=values)
-    flags.DEFINE_bool("distributed", False, "Find the other processes (TPU pod, Slurm, MPI).", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, elsewhere.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "With --coordinator.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "With --coordinator.", flag_values=values)
+    return values
+
+
+def read_flags(values: flags.FlagValues) -> TrainConfig:
+    """Parses the process's command line (ml_collections looks there for --config.KEY) into `values` and the config.
+
+    Raises:
+        InputError: a flag or key does not exist, or has an unfit value.
+    """
+    names = ", ".join(f"--{name}" for name in values if name != "config")
     try:
-        rest = values(list(argv))
+        rest = values(list(sys.argv))[1:]
+        if not isinstance(values.config, ConfigDict):
+            raise InputError("Give a recipe: --config configs/recap_7b.py, or configs/recap_7b.py:debug.")
+    except flags.UnrecognizedFlagError as e:
+        raise InputError(f"--{e.flagname} does not exist. {_hint(e.flagname)} Other flags: {names}.") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-        raise InputError(f"{_reason(e)} Recipes are in configs/; every key is listed in train/config.py.") from None
-    if len(rest) > 1:
-        raise InputError(f"{rest[1]!r} is no flag. Flags are --config, --config.KEY=VALUE, {_NAMES}.")
-    if not isinstance(values.config, ConfigDict) or not values.workdir:
-        raise InputError("Give --config configs/RECIPE.py and --workdir DIR.")
-    return CommandLine(
-        parse_config(values.config),
-        values.workdir,
-        values.distributed or values.coordinator is not None,
-        values.coordinator,
-        values.num_processes,
-        values.process_id,
-    )
+        raise InputError(f"{e} Recipes are in configs/; every key is explained in train/config.py.") from None
+    if rest:
+        raise InputError(f"{rest[0]!r} is no flag. Flags are --config, --config.KEY=VALUE, {names}.")
+    return parse_config(values.config)
 
 
-def _reason(error: Exception) -> str:
-    return str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().rstrip(".") + "."
+def _hint(flag: str) -> str:
+    keys = [f"config.{key}" for key, _ in default_config().iteritems(flatten=True)]
+    close = difflib.get_close_matches(flag, keys, 1, cutoff=0.5)
+    return f"Did you mean --{close[0]}?" if close else "Every key of --config.KEY is explained in train/config.py."

@@ -73,22 +73,27 @@ class Bad:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A sample ready to be packed; extra: arrays of its own, such as DPO's reference log-probabilities."""
+    """A sample ready to be packed.
+
+    extra: arrays of its own, such as DPO's reference log-probabilities.  key: what it can be found by.
+    """
 
     unit: Unit
     extra: Mapping[str, np.ndarray]
+    key: str = ""
 
 
 @jax.tree_util.register_dataclass  # as a tree, its arrays come out of worker processes through shared memory
 @dataclasses.dataclass(frozen=True)
 class PackedRow:
-    """A row, and what happened since the stream's last one: samples drawn, and cut or bad ones among them."""
+    """A row, the keys of its units, and since the stream's last one: samples drawn, and cut or bad ones among them."""
 
     batch: Batch
     extra: dict[str, np.ndarray]
     seen: int
     cut: int
     bad: tuple[Bad, ...]
+    keys: tuple[str, ...]
 
 
 # What makes a unit of a line's JSON. Raises TarsierError for one that cannot be used.
@@ -274,7 +279,8 @@ class _Stream:
         extra = {name: self._extra(name, shape, taken) for name, shape in packer.extra.items()}
         batch = row.build(packer.processor.pad_token_id, packer.dtype)
         cut = sum(example.cut > 0 for loaded in taken for example in loaded.unit)
-        return PackedRow(batch, extra, self._seen - before, cut, tuple(bad))
+        keys = tuple(loaded.key for loaded in taken)
+        return PackedRow(batch, extra, self._seen - before, cut, tuple(bad), keys)
 
     def _fill(self) -> list[Bad]:
         """Draws until enough samples wait; gives the bad ones among those drawn."""

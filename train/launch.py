@@ -1,40 +1,45 @@
 """What happens between the command line and the loop."""
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from absl import flags
 
 from infer.runtime import prepare_process
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.processor import Processor
-from train.config import CommandLine, TrainConfig, parse_command_line
+from train.config import TrainConfig, define_flags, read_flags
 from train.loop import train
 from train.setup import Job
 
 TERMINATED = 143  # the exit status of a process that SIGTERM ended
 
 
-def launch(argv: Sequence[str], make_job: Callable[[TrainConfig, Processor], Job]) -> int:
-    """Runs what the flags ask for; gives the exit status. Raises TarsierError."""
-    flags = parse_command_line(argv)
+def launch(make_job: Callable[[TrainConfig], Job]) -> int:
+    """Runs what the command line asks for; gives the exit status. Raises TarsierError."""
+    values = define_flags()
+    flags.DEFINE_string("workdir", None, "Where checkpoints and logs go.", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "Find the other processes (TPU pod, Slurm, MPI).", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, elsewhere.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "With --coordinator.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "With --coordinator.", flag_values=values)
+    config = read_flags(values)
+    if not values.workdir:
+        raise InputError("Give --workdir DIR, where checkpoints and logs go.")
     prepare_process()
-    if flags.distributed:
-        _join(flags)
-    summary = train(flags.config, Path(flags.workdir).absolute(), make_job)
+    if values.distributed or values.coordinator:
+        _join(values.coordinator, values.num_processes, values.process_id)
+    summary = train(config, Path(values.workdir).absolute(), make_job)
     return TERMINATED if summary.stopped else 0
 
 
-def _join(flags: CommandLine) -> None:
+def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Finds the other processes."""
     try:
-        jax.distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id)
     except (ValueError, RuntimeError) as e:
         raise InputError(
             f"The processes did not find each other ({str(e).splitlines()[0]}). --distributed works on TPU pods, under "
             "Slurm and under MPI; elsewhere give each process --coordinator=HOST:PORT, --num_processes=N and its own "
             "--process_id."
         ) from None
-    if jax.process_index() > 0:
-        sys.stdout.flush()

@@ -12,7 +12,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tarsier_jax.errors import TarsierError
-from tarsier_jax.processing.processor import Processor
 from train.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig
 from train.data import PackedRow, check_share
@@ -44,7 +43,7 @@ class Summary:
     data_wait: float
 
 
-def train(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig, Processor], Job]) -> Summary:
+def train(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], Job]) -> Summary:
     """Runs from the start, or from the workdir's last checkpoint, to config.steps.
 
     Raises:

@@ -1,6 +1,7 @@
 """From a configuration to everything that a run needs: model, mesh, processor, data, plan."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tarsier_jax.sharding import BATCH, make_mesh
 from tarsier_jax.weights import resolve
 from train.checkpoints import claim
 from train.config import MeshConfig, TrainConfig
-from train.data import Load, PackedRow, Packer, lines_of, make_rows
+from train.data import Loaded, PackedRow, Packer, lines_of, make_rows
 from train.debug import write_debug_clips, write_debug_model
 from train.state import LossFunction, Plan, StepBatch, batch_shardings, make_plan
 
@@ -37,7 +38,7 @@ class Job:
     name: str
     loss: LossFunction
     prepare: Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]
-    load: Load
+    load: Callable[[Processor, Mapping[str, Any], np.random.Generator], Loaded]
     extra: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     with_reference: bool = False
 
@@ -72,7 +73,7 @@ class Run:
         )
         return make_rows(
             lines_of(files, self.config.seed, repeat),
-            self.job.load,
+            functools.partial(self.job.load, self.processor),
             packer,
             seed=self.config.seed,
             media_root=data.media_root,
@@ -83,7 +84,7 @@ class Run:
         )
 
 
-def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig, Processor], Job]) -> Run:
+def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], Job]) -> Run:
     """Checks all that can be checked before the first batch.
 
     Raises:
@@ -97,7 +98,7 @@ def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig
     directory = resolve(config.model)
     model_config = run_config(load_config(directory), config, mesh.devices.flat[0].platform)
     processor = training_processor(directory, model_config, config)
-    job = make_job(config, processor)
+    job = make_job(config)
     try:
         plan = make_plan(model_config, config.optimizer, config.steps, mesh, job.with_reference)
     except ValueError as e:

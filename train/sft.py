@@ -19,17 +19,17 @@ from train.setup import Job
 from train.tasks import prepare
 
 
-def sft_job(config: TrainConfig, processor: Processor) -> Job:
+def sft_job(config: TrainConfig) -> Job:
     """Trains on the assistant's turns."""
 
     def plain(sample: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return prepare(sample, rng, config.processor.n_frames)
 
-    def load(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+    def load(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
         return Loaded([processor(plain(sample, rng), training=True, rng=rng)], {})
 
     return Job("sft", sft_loss, plain, load)
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: launch(sys.argv, sft_job)))
+    sys.exit(run(lambda: launch(sft_job)))

@@ -158,7 +158,7 @@ def make_train_step(plan: Plan, loss: LossFunction) -> Any:
         metrics = {name: value / divisor for name, value in sums.items()}
         norms = {"grad_norm": gradients, "update_norm": updates, "param_norm": params}
         metrics |= {"loss": total / divisor, "weight": weight}
-        metrics |= {name: optax.global_norm(tree) for name, tree in norms.items()}
+        metrics |= {name: optax.tree.norm(tree) for name, tree in norms.items()}
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings, NamedSharding(plan.mesh, P())))

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.disturb import KINDS, disturb
 from tarsier_jax.processing.sampling import allocate_frames, select_frames
 from tarsier_jax.processing.video import Clip, open_clip
 
@@ -73,6 +74,9 @@ def open_visuals(
 ) -> list[Visual]:
     """Opens every image and video of checked messages, in order, and chooses the frames.
 
+    A video with "disturb": {"kind": "reverse", "seed": 3} shows the chosen frames as `disturb` leaves them. All that is
+    random there comes from the seed (0 if none is given), the kind too if none is given; `rng` plays no part in it.
+
     Raises:
         InputError: a file cannot be opened, or has not the frames asked for.
     """
@@ -87,6 +91,8 @@ def open_visuals(
         video = item["video"]
         clip = open_clip(_source(video))
         indices = select_frames(video, clip.length, clip.rate, next(counts), sampler, rng, clip.name)
+        if (way := video.get("disturb")) is not None:
+            indices = disturb(indices, way.get("kind"), np.random.default_rng(way.get("seed") or 0), clip.name)
         visuals.append(Visual("video", clip, indices, video.get("mask_boxes"), -len(indices) % divisor))
     return visuals
 
@@ -161,6 +167,21 @@ def _check_choice(video: Mapping[str, Any], where: str) -> None:
             raise InputError(f"{where}: {key} has to be a list of numbers, not {_short(value)}.")
     if video.get("fps") is not None and video["fps"] <= 0:
         raise InputError(f"{where}: fps has to be above 0, not {video['fps']}.")
+    if video.get("disturb") is not None:
+        _check_disturb(video, where)
+
+
+def _check_disturb(video: Mapping[str, Any], where: str) -> None:
+    way = video["disturb"]
+    if not isinstance(way, Mapping) or way.keys() - {"kind", "seed"}:
+        raise InputError(f'{where}: disturb has to be like {{"kind": "reverse", "seed": 3}}, not {_short(way)}.')
+    kind, seed = way.get("kind"), way.get("seed")
+    if kind is not None and kind not in KINDS:
+        raise InputError(f"{where}: the kind of disturb has to be one of {', '.join(KINDS)}, not {_short(kind)}.")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise InputError(f"{where}: the seed of disturb has to be a whole number from 0 on, not {_short(seed)}.")
+    if video.get("mask_boxes") is not None:
+        raise InputError(f"{where}: disturb would move frames away from their mask_boxes. Leave out one of the two.")
 
 
 def _source(item: Mapping[str, Any]) -> Any:

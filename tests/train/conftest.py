@@ -1,0 +1,44 @@
+"""A clip whose frames tell their number, and the processor of a tiny Tarsier2."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from infer.random_model import byte_tokenizer, random_config
+from tarsier_jax.config import parse_config
+from tarsier_jax.processing.processor import Processor, load_processor
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> str:
+    """A directory of 40 frames of 64 x 48 pixels; frame i is grey of brightness 20 + 5 i."""
+    directory = tmp_path / "clip"
+    directory.mkdir()
+    for i in range(40):
+        Image.new("RGB", (64, 48), (20 + 5 * i,) * 3).save(directory / f"{i}.png")
+    return str(directory)
+
+
+@pytest.fixture
+def processor(tmp_path: Path) -> Processor:
+    tokenizer = byte_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens))
+    size = tokenizer.get_vocab_size()
+    return load_processor(tmp_path, parse_config(random_config(size, image_token_id=size - 2)))
+
+
+def trained_on(processor: Processor, sample: dict) -> str:
+    """The text that training on a sample teaches."""
+    example = processor(sample, training=True)
+    return str(processor.tokenizer.decode(example.labels[example.labels != -100]))
+
+
+def question_and_answer(sample: dict) -> tuple[str, str]:
+    """The texts of a sample of two turns."""
+    asked, answered = sample["messages"]
+    assert (asked["role"], answered["role"]) == ("user", "assistant")
+    return asked["content"][-1]["text"], answered["content"][0]["text"]

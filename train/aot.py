@@ -1,0 +1,188 @@
+"""Compiles a recipe's real step for a TPU slice on a machine without one, and says whether it fits.
+
+    python -m train.aot --config configs/recap_7b.py --topology v5e:16x16 [--program dpo] [--config.KEY=VALUE]
+
+Prints bytes a chip (arguments, temporaries, outputs), the largest array that every chip holds whole, collectives by
+kind and count, and FITS or the excess. Needs the extra `tpu`: libtpu compiles on any machine. The compiler's estimates
+of FLOPs and time ignore loop counts and are not shown. Where config.model is no directory at hand, the sizes are
+Qwen2-VL-7B's.
+"""
+
+import collections
+import dataclasses
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# The TPU compiler must not look for a TPU, nor JAX for any other device.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from tarsier_jax.cli import run
+from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.batch import Batch
+from train.config import TrainConfig, define_flags, read_flags
+from train.dpo import dpo_job
+from train.setup import Job, check_rows, mesh_of, run_config
+from train.sft import sft_job
+from train.state import Plan, StepBatch, batch_shardings, make_plan, make_train_step
+
+GIB = 2**30
+# What a program may use of a chip's memory; the runtime keeps some for itself.
+ROOM = {"v5e": 15 * GIB, "v5p": 94 * GIB, "v4": 31 * GIB, "v6e": 31 * GIB}
+JOBS = {"sft": sft_job, "dpo": dpo_job}
+COLLECTIVES = ("all-gather", "all-reduce-scatter", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Bytes a chip, and what goes over the wires. total: at the peak, donated arguments counted once.
+
+    collectives, kernels: None where JAX cannot read the compiler's program.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    largest_replicated: int
+    replicated_name: str
+    collectives: dict[str, int] | None
+    kernels: int | None
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.outputs
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a TPU slice such as "v5e:2x4", known to the compiler only. Raises InputError."""
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    except Exception as e:  # the compiler's plugin raises what it likes
+        raise InputError(f"There is no topology {name!r} ({str(e).splitlines()[0]}). Try v5e:16x16.") from None
+
+
+def abstract_step_batch(config: TrainConfig, plan: Plan, job: Job) -> StepBatch:
+    """The shapes of one step's rows."""
+    shape, parts = config.data.row_shape, config.parts
+    B, S, F = config.data.rows // parts, shape.tokens, shape.bins
+    C, dtype = plan.config.vision.patch_dim, jnp.dtype(plan.config.dtype)
+
+    def array(*dims: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((parts, *dims), dtype)
+
+    batch = Batch(
+        input_ids=array(B, S),
+        labels=array(B, S),
+        position_ids=array(3, B, S),
+        lengths=array(B),
+        patches=array(B, F, shape.patches, C, dtype=dtype),
+        frame_hw=array(B, F, shape.frames, 2),
+        visual_index=array(B, S),
+        segment_ids=array(B, S),
+    )
+    step = StepBatch(batch, {name: array(B, *dims, dtype=jnp.float32) for name, dims in job.extra.items()})
+    place = batch_shardings(step, plan.mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), step, place)
+
+
+def compile_step(config: TrainConfig, model: ModelConfig, job: Job, mesh: Mesh) -> Footprint:
+    """Compiles the step that `train.loop` runs."""
+    check_rows(config, mesh)
+    plan = make_plan(model, config.optimizer, config.steps, mesh, job.with_reference)
+    with jax.set_mesh(mesh):
+        lowered = make_train_step(plan, job.loss).lower(plan.shapes, abstract_step_batch(config, plan, job))
+        compiled = lowered.compile()
+    memory, text = compiled.memory_analysis(), _text(compiled)
+    name, largest = _largest_replicated(plan)
+    return Footprint(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        largest_replicated=largest,
+        replicated_name=name,
+        collectives=_collectives(text) if text else None,
+        kernels=text.count('custom_call_target="tpu_custom_call"') if text else None,
+    )
+
+
+def _text(compiled: Any) -> str | None:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # jaxlib's own parser is older than libtpu's programs
+        return None
+
+
+def _largest_replicated(plan: Plan) -> tuple[str, int]:
+    """Of the state's arrays, the largest that every device holds whole."""
+    whole = [("none", 0)]
+    for path, x in jax.tree_util.tree_flatten_with_path(plan.shapes)[0]:
+        if x.sharding.is_fully_replicated:
+            whole.append((jax.tree_util.keystr(path), int(np.prod(x.shape)) * x.dtype.itemsize))
+    return max(whole, key=lambda named: named[1])
+
+
+def _collectives(hlo: str) -> dict[str, int]:
+    """How often each kind stands in the program; one in a loop over layers counts once."""
+    found = re.findall(rf"= \S+ ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo)
+    return dict(collections.Counter(found))
+
+
+def report(footprint: Footprint, room: int) -> str:
+    f = footprint
+    verdict = "FITS" if f.total <= room else f"EXCEEDS by {(f.total - room) / GIB:.2f} GiB"
+    return (
+        f"arguments {f.arguments / GIB:.2f}  temporaries {f.temporaries / GIB:.2f}  outputs {f.outputs / GIB:.2f}  "
+        f"total {f.total / GIB:.2f} GiB a chip of {room / GIB:.0f}\n"
+        f"largest replicated array of the state: {f.replicated_name}, {f.largest_replicated / 2**20:.2f} MiB\n"
+        f"{_wires(f)}\n{verdict}"
+    )
+
+
+def _wires(f: Footprint) -> str:
+    if f.collectives is None:
+        return "collectives: this JAX cannot print the programs of this kind of chip"
+    kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(f.collectives.items()))
+    return f"collectives: {kinds or 'none'}; {f.kernels} splash kernels"
+
+
+def main() -> int:
+    values = define_flags()
+    flags.DEFINE_string("topology", "v5e:16x16", "KIND:SIZE of the slice.", flag_values=values)
+    flags.DEFINE_enum("program", "sft", list(JOBS), "Whose step is compiled.", flag_values=values)
+    config = read_flags(values)
+    kind = values.topology.partition(":")[0]
+    if kind not in ROOM:
+        raise InputError(f"--topology {values.topology}: the kind of chip is one of {', '.join(ROOM)}.")
+    directory = Path(config.model)
+    model = load_config(directory) if (directory / "config.json").exists() else ModelConfig()
+    mesh = mesh_of(config.mesh, topology_devices(values.topology))
+    model = run_config(model, config, "tpu")
+    job = JOBS[values.program](config)
+    text, data = model.text, config.data
+    print(
+        f"{job.name}, {text.num_layers} x {text.hidden_size}, {values.topology} ({dict(mesh.shape)}), {data.rows} rows "
+        f"of {data.tokens} tokens and {data.bins} x {data.patches} patches in {config.parts} parts",
+        flush=True,
+    )
+    start = time.perf_counter()
+    footprint = compile_step(config, model, job, mesh)
+    print(f"compiled in {time.perf_counter() - start:.0f} s\n{report(footprint, ROOM[kind])}")
+    return 0 if footprint.total <= ROOM[kind] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
