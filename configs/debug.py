@@ -9,6 +9,7 @@ def debug(config: ConfigDict) -> ConfigDict:
     config.steps, config.log_every, config.save_every, config.eval_every = 20, 1, 10, 10
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 2)
     config.processor.n_frames, config.processor.max_pixels = 4, 12_544
-    config.data.tokens, config.data.bins, config.data.patches, config.data.frames = 512, 16, 64, 2
-    config.data.rows, config.data.workers = 8, 2
+    config.data.tokens, config.data.bins, config.data.patches, config.data.frames = 448, 8, 64, 2
+    config.data.rows, config.data.workers = 4, 2
+    config.data.samples = min(config.data.samples, 4)
     return config

@@ -1,7 +1,7 @@
-"""Qwen2-VL-7B-Instruct on Tarsier2-Recap-585K: what Tarsier2-Recap-7B is. See docs/training.md.
+"""Tarsier2-Recap-7B: Qwen2-VL-7B-Instruct on Tarsier2-Recap-585K. docs/training.md leads through it.
 
-Published: two epochs at a learning rate of 2e-5 (model card). Batch size and frames are not; those of the report's
-fine-tuning stages (arXiv 2501.07888, table 12) are taken.
+Published: two epochs at a learning rate of 2e-5 (model card). Batch size and frames are not; they are those of the
+fine-tuning stages in arXiv 2501.07888, table 12.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from train.config import default_config
 def get_config(size: str = "full") -> ConfigDict:
     config = default_config()
     config.model = "Qwen/Qwen2-VL-7B-Instruct"
-    config.steps = 18_300  # 2 x 585,643 clips, 64 a step; fewer where several share a row
+    config.steps = 18_300  # two epochs of 585,643 clips, 64 a step; fewer are needed where clips share rows
     config.data.rows = 64
     config.optimizer.peak_lr = 2e-5
     config.optimizer.warmup_steps = 250

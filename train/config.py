@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -131,7 +131,14 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
     return parse_config(values.config)
 
 
+def _keys(prefix: str, values: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _keys(f"{prefix}.{key}", value)
+        else:
+            yield f"{prefix}.{key}"
+
+
 def _hint(flag: str) -> str:
-    keys = [f"config.{key}" for key, _ in default_config().iteritems(flatten=True)]
-    close = difflib.get_close_matches(flag, keys, 1, cutoff=0.5)
+    close = difflib.get_close_matches(flag, list(_keys("config", dataclasses.asdict(TrainConfig()))), 1, cutoff=0.5)
     return f"Did you mean --{close[0]}?" if close else "Every key of --config.KEY is explained in train/config.py."

@@ -1,7 +1,7 @@
 """The data of a run: annotation lines, mixed and shuffled, decoded in worker processes, packed into rows (grain).
 
-Row r of every batch packs the samples r, r + B, r + 2 B, ... of the shuffled mixture, B being the rows of a step in
-all. So a batch does not depend on how many processes or workers made it.
+One row of every batch packs the samples r, r + B, r + 2 B, ... of the shuffled mixture, for each r below B, the rows of
+a step in all. So the rows of a batch, but for their order, do not depend on how many processes or workers made them.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any, SupportsIndex
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Batch
@@ -142,7 +143,8 @@ def parse_files(files: str) -> list[tuple[str, float | None]]:
             parsed.append((path, float(weight)) if equals and not Path(part).exists() else (part, None))
         except ValueError:
             raise InputError(f"{part!r} in config.data should be FILE or FILE=WEIGHT.") from None
-    if len({weight is None for _, weight in parsed}) > 1 or any(w is not None and w <= 0 for _, w in parsed):
+    weights = [weight for _, weight in parsed if weight is not None]
+    if len(weights) not in (0, len(parsed)) or not all(0 < weight < math.inf for weight in weights):
         raise InputError(f"{files!r} in config.data: give every file a weight above 0, or none of them.")
     if not parsed:
         raise InputError("config.data.train names no file. Give --config.data.train=annotations.jsonl.")
@@ -263,7 +265,9 @@ class _Stream:
         self._waiting = []
         for before in state["waiting"]:  # decoded anew, so that a checkpoint holds no pixels
             self._samples.set_state(before)
-            self._waiting.append((before, next(self._samples)))
+            sample = next(self._samples)
+            if isinstance(sample, Loaded):  # its video may be gone since
+                self._waiting.append((before, sample))
         self._samples.set_state(state["samples"])
         self._seen, self._bad, self._done = state["seen"], state["bad"], False
 
@@ -278,7 +282,7 @@ class _Stream:
             taken.append(self._waiting.pop(fits)[1])
         extra = {name: self._extra(name, shape, taken) for name, shape in packer.extra.items()}
         batch = row.build(packer.processor.pad_token_id, packer.dtype)
-        cut = sum(example.cut > 0 for loaded in taken for example in loaded.unit)
+        cut = sum(any(example.cut for example in loaded.unit) for loaded in taken)
         keys = tuple(loaded.key for loaded in taken)
         return PackedRow(batch, extra, self._seen - before, cut, tuple(bad), keys)
 
@@ -338,6 +342,7 @@ def make_rows(
     parents = [samples[stream::streams].to_iter_dataset(in_order) for stream in range(streams)]
     packed = PackedRows(parents, packer)
     if workers:
+        flags.FLAGS.mark_as_parsed()  # grain reads flags of its own, which no command line of ours holds
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         return packed.mp_prefetch(options, worker_init_fn=_leave_devices_alone)
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2 * local)

@@ -6,6 +6,7 @@ A line is a conversation whose last answer has "chosen" and "rejected" texts. St
 on from the workdir's last checkpoint. See docs/training.md.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
@@ -19,15 +20,15 @@ from train.config import TrainConfig
 from train.data import Loaded
 from train.launch import launch
 from train.losses import dpo_loss
-from train.reference import ReferenceFile
-from train.setup import Job
+from train.reference import ReferenceFile, sample_key, write_reference
+from train.setup import Job, Run
 from train.tasks import prepare, split_preference
 
 
 def dpo_job(config: TrainConfig) -> Job:
     """Trains the chosen answers' log-probabilities up, and the rejected ones' down, against the reference's."""
     n_frames, pairs = config.processor.n_frames, max(config.data.samples // 2, 1)
-    stored = None if config.dpo.reference == "weights" else ReferenceFile(config.dpo.reference)
+    loss = functools.partial(dpo_loss, beta=config.dpo.beta, pairs=pairs)
 
     def chosen(sample: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return prepare(split_preference(sample)[0], rng, n_frames)
@@ -38,11 +39,19 @@ def dpo_job(config: TrainConfig) -> Job:
         for half in split_preference(sample):
             rng = np.random.default_rng(seed)  # both answers are about the same frames
             unit.append(processor(prepare(half, rng, n_frames), training=True, rng=rng))
-        return Loaded(unit, {} if stored is None else {"reference": stored.of(sample)})
+        return Loaded(unit, {}, sample_key(sample))
 
-    loss = functools.partial(dpo_loss, beta=config.dpo.beta, pairs=pairs)
-    extra = {} if stored is None else {"reference": (pairs, 2)}
-    return Job("dpo", loss, chosen, load, extra, with_reference=stored is None)
+    if config.dpo.reference == "weights":
+        return Job("dpo", loss, chosen, load, with_reference=True)
+    stored = ReferenceFile(config.dpo.reference)
+
+    def load_with_reference(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+        return dataclasses.replace(load(processor, sample, rng), extra={"reference": stored.of(sample)})
+
+    def before(run: Run) -> None:
+        write_reference(dataclasses.replace(run, job=Job("reference", loss, chosen, load)), pairs)
+
+    return Job("dpo", loss, chosen, load_with_reference, {"reference": (pairs, 2)}, before=before)
 
 
 if __name__ == "__main__":

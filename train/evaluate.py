@@ -27,9 +27,9 @@ class Evaluation:
 
     def losses(self, state: TrainState) -> dict[str, float]:
         """The loss over all held-out samples, once each, and what else the job measures; names begin "eval_"."""
-        mesh = self._run.plan.mesh
+        mesh, config = self._run.plan.mesh, self._run.config
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        iterator = iter(self._run.rows(self._run.config.data.eval, rows, repeat=False, workers=0))
+        iterator = iter(self._run.rows(lines_of(config.data.eval, config.seed, repeat=False), rows))
         sums: dict[str, float] = {}
         while True:
             batch: list[PackedRow] = [next(iterator) for _ in range(rows // self._run.row_groups)]

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from tarsier_jax.errors import TarsierError
 from train.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig
-from train.data import PackedRow, check_share
+from train.data import PackedRow, check_share, lines_of
 from train.evaluate import Evaluation
 from train.export import export_trained
 from train.log import BadSamples, Log, console_line, duration
@@ -51,6 +51,8 @@ def train(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], 
     """
     run = open_run(config, workdir, make_job)
     with jax.set_mesh(run.plan.mesh):
+        if run.job.before:
+            run.job.before(run)
         return _Loop(run).run_to_the_end()
 
 
@@ -59,7 +61,8 @@ class _Loop:
         self.run, self.config, self.workdir = run, run.config, run.workdir
         self.checkpoints = Checkpoints(run.workdir, run.config.keep)
         data = run.config.data
-        self.rows = iter(run.rows(data.train, data.rows, repeat=True, workers=data.workers))
+        lines = lines_of(data.train, run.config.seed, repeat=True)
+        self.rows = iter(run.rows(lines, data.rows, data.workers))
         self.evaluation = Evaluation(run)
         self.train_step = make_train_step(run.plan, run.job.loss)
         self.schedule = make_schedule(run.config.optimizer, run.config.steps)

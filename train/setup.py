@@ -23,7 +23,7 @@ from tarsier_jax.sharding import BATCH, make_mesh
 from tarsier_jax.weights import resolve
 from train.checkpoints import claim
 from train.config import MeshConfig, TrainConfig
-from train.data import Loaded, PackedRow, Packer, lines_of, make_rows
+from train.data import Loaded, PackedRow, Packer, make_rows
 from train.debug import write_debug_clips, write_debug_model
 from train.state import LossFunction, Plan, StepBatch, batch_shardings, make_plan
 
@@ -33,6 +33,7 @@ class Job:
     """What SFT and DPO differ in.
 
     prepare: an annotation as a plain conversation.  load: the same as a unit to pack.  extra: see `Packer`.
+    before: what has to be done before the first step.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Job:
     load: Callable[[Processor, Mapping[str, Any], np.random.Generator], Loaded]
     extra: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     with_reference: bool = False
+    before: Callable[["Run"], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +57,18 @@ class Run:
     job: Job
 
     @property
+    def row_group(self) -> int:
+        """Which share of a step's rows this process loads."""
+        return row_share(self.plan.mesh)[0]
+
+    @property
     def row_groups(self) -> int:
-        """In how many shares processes load the rows of a step."""
+        """How many shares there are."""
         return row_share(self.plan.mesh)[1]
 
-    def rows(self, files: str, rows: int, *, repeat: bool, workers: int) -> grain.IterDataset:
-        """This process's rows of the mixture that `files` names, `rows` a step over all processes."""
+    def rows(self, lines: grain.MapDataset, rows: int, workers: int = 0) -> grain.IterDataset:
+        """This process's rows of packed samples, `rows` a step over all processes."""
         data = self.config.data
-        group, groups = row_share(self.plan.mesh)
         packer = Packer(
             processor=self.processor,
             shape=data.row_shape,
@@ -72,14 +78,14 @@ class Run:
             extra=self.job.extra,
         )
         return make_rows(
-            lines_of(files, self.config.seed, repeat),
+            lines,
             functools.partial(self.job.load, self.processor),
             packer,
             seed=self.config.seed,
             media_root=data.media_root,
             rows=rows,
-            process=group,
-            processes=groups,
+            process=self.row_group,
+            processes=self.row_groups,
             workers=workers,
         )
 

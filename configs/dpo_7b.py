@@ -1,0 +1,23 @@
+"""Tarsier2's preference stage: vanilla DPO on 20,000 pairs, one pair a row. arXiv 2501.07888, table 12 and appendix D.
+
+Start from the model of SFT-2: --config.model=DIRECTORY. A row holds a pair of full-size videos of 16 frames; the two
+answers share its frames, which the vision tower sees once.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.debug import debug
+from train.config import default_config
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    config = default_config()
+    config.steps = 1000
+    config.data.rows = 64
+    config.data.samples = 2
+    config.data.tokens = 20_480
+    config.data.bins = 16
+    config.optimizer.peak_lr = 1e-6
+    config.optimizer.warmup_steps = 100
+    config.dpo.beta = 0.1
+    return debug(config) if size == "debug" else config

@@ -1,0 +1,20 @@
+"""Tarsier2's pre-training: Qwen2-VL-7B on 40 million samples. arXiv 2501.07888, table 12.
+
+Videos show 8 to 128 frames, by duration: give them `fps` and `min_n_frames` in the annotations.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.debug import debug
+from train.config import default_config
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    config = default_config()
+    config.model = "Qwen/Qwen2-VL-7B-Instruct"
+    config.steps = 200_000
+    config.processor.max_n_frames = 128
+    config.data.rows = 384
+    config.optimizer.peak_lr = 2e-5
+    config.optimizer.warmup_steps = 1000
+    return debug(config) if size == "debug" else config

@@ -1,0 +1,50 @@
+"""Runs of `python -m train.sft` as a user starts them, on simulated devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+# A learning rate that moves the loss, and a checkpoint every third step.
+SETTINGS = ("--config.optimizer.peak_lr=1e-3", "--config.save_every=3", "--config.eval_every=0")
+
+
+def start(workdir: Path, *flags: str, devices: int = 1, program: str = "sft", recipe: str = "recap_7b") -> Any:
+    """The debug size of a recipe; gives the running process."""
+    command = [sys.executable, "-m", f"train.{program}", f"--config=configs/{recipe}.py:debug", f"--workdir={workdir}"]
+    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*command, *SETTINGS, *flags], env={**os.environ, **environment}, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def finish(process: Any, status: int = 0) -> str:
+    """What it printed."""
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == status, f"{out}\n{err}"
+    return out + err
+
+
+def curve(workdir: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm, of every step."""
+    if not (workdir / "metrics.jsonl").exists():
+        return []
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def weights(workdir: Path) -> dict[str, np.ndarray]:
+    """The trained model's parameters, as they lie on the disk."""
+    arrays = {}
+    for path in sorted((workdir / "model" / "params").iterdir()):
+        if (path / "zarr.json").exists():
+            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+            arrays[path.name] = ts.open(spec, read=True).result().read().result()
+    assert len(arrays) > 20
+    return arrays

@@ -1,0 +1,77 @@
+"""A run that is killed, terminated or cut short goes on as if nothing had happened."""
+
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.train.programs import curve, finish, start, weights
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    printed = finish(start(workdir))
+    assert "0 compilations after step 2" in printed
+    return workdir
+
+
+def interrupt(process: Any, workdir: Path, after: int, how: signal.Signals) -> None:
+    """Sends the signal once the run has logged `after` steps."""
+    deadline = time.monotonic() + 600
+    while len(curve(workdir)) < after:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+
+
+def assert_same_run(workdir: Path, other: Path) -> None:
+    assert curve(workdir) == curve(other)  # bit for bit: JSON holds every digit
+    ours, theirs = weights(workdir), weights(other)
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_killed_twice(tmp_path: Path, uninterrupted: Path) -> None:
+    for after in (5, 13):
+        process = start(tmp_path)
+        interrupt(process, tmp_path, after, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    printed = finish(start(tmp_path))
+    assert re.search(r"going on from step \d+", printed)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_sigterm_loses_no_step(tmp_path: Path, uninterrupted: Path) -> None:
+    process = start(tmp_path, "--config.save_every=0")
+    interrupt(process, tmp_path, 7, signal.SIGTERM)
+    printed = finish(process, status=143)
+    found = re.search(r"stopped at step (\d+)", printed)
+    assert found is not None
+    assert (tmp_path / "checkpoints" / found[1]).is_dir() and int(found[1]) >= 7
+    assert f"going on from step {found[1]}" in finish(start(tmp_path, "--config.save_every=0"))
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_checkpoint_cut_short_is_not_loaded(tmp_path: Path, uninterrupted: Path) -> None:
+    """Orbax gives a checkpoint its name when it is whole; what a kill leaves behind has another."""
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    whole = tmp_path / "checkpoints" / "18"
+    shutil.copytree(whole, tmp_path / "checkpoints" / "19.orbax-checkpoint-tmp")
+    shutil.rmtree(tmp_path / "checkpoints" / "20")
+    assert "going on from step 18" in finish(start(tmp_path))
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_workdir_of_another_model(tmp_path: Path, uninterrupted: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "run.json"
+    run.write_text(run.read_text().replace('"num_layers": 2', '"num_layers": 4'))
+    printed = finish(start(tmp_path), status=1)
+    assert "belongs to another run: text was" in printed and "another --workdir" in printed

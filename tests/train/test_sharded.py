@@ -1,0 +1,36 @@
+"""Twenty steps are the same on one device, on eight, and on eight that two processes share."""
+
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.train.programs import curve, finish, start
+
+MESH = ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    workdir = tmp_path_factory.mktemp("one")
+    finish(start(workdir))
+    losses = np.array(curve(workdir))
+    assert losses.shape == (20, 3) and losses[-1, 1] < losses[0, 1] - 0.1
+    return losses
+
+
+def test_eight_devices(tmp_path: Path, on_one_device: np.ndarray) -> None:
+    finish(start(tmp_path, *MESH, devices=8))
+    np.testing.assert_allclose(curve(tmp_path), on_one_device, rtol=1e-5, atol=0)
+
+
+def test_two_processes_of_four_devices(tmp_path: Path, on_one_device: np.ndarray) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"--coordinator=localhost:{free.getsockname()[1]}"
+    flags = (*MESH, address, "--num_processes=2")
+    other = start(tmp_path, *flags, "--process_id=1", devices=4)
+    printed = finish(start(tmp_path, *flags, "--process_id=0", devices=4))
+    assert "step 20/20" in printed and "step 1/20" not in finish(other)  # only one of them speaks
+    np.testing.assert_allclose(curve(tmp_path), on_one_device, rtol=1e-5, atol=0)
