@@ -2,9 +2,10 @@
 
 import dataclasses
 import difflib
+import itertools
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absl import flags
@@ -94,14 +95,24 @@ def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where} has to hold keys, but is {value!r}.")
         return _build(hint, value, where)
     if typing.get_origin(hint) is tuple:
-        return tuple(tuple(v) if isinstance(v, list | tuple) else v for v in value)
+        return _tuple(typing.get_args(hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and not isinstance(value, hint):
         raise InputError(f"{where} has to be of type {hint.__name__}, but is {value!r}.")
     return value
+
+
+def _tuple(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    """`hints`: of each item, or (hint, ...)."""
+    if not isinstance(value, list | tuple) or (... not in hints and len(value) != len(hints)):
+        raise InputError(f"{where} has to be a tuple{f' of {len(hints)}' if ... not in hints else ''}, not {value!r}.")
+    each = hints[:1] * len(value) if ... in hints else hints
+    return tuple(_value(hint, v, f"{where}[{i}]") for i, (hint, v) in enumerate(zip(each, value, strict=True)))
 
 
 def define_flags() -> flags.FlagValues:
@@ -120,25 +131,33 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
     names = ", ".join(f"--{name}" for name in values if name != "config")
     try:
         rest = values(list(sys.argv))[1:]
-        if not isinstance(values.config, ConfigDict):
-            raise InputError("Give a recipe: --config configs/recap_7b.py, or configs/recap_7b.py:debug.")
+        if not isinstance(values.config, ConfigDict):  # None, or what ml_collections makes of a missing file
+            given = f"{config_flags.get_config_filename(values['config'])} does not exist. " if values.config else ""
+            raise InputError(f"{given}Give a recipe: --config configs/recap_7b.py, or configs/recap_7b.py:debug.")
     except flags.UnrecognizedFlagError as e:
-        raise InputError(f"--{e.flagname} does not exist. {_hint(e.flagname)} Other flags: {names}.") from None
+        raise InputError(f"--{e.flagname} does not exist. {_hint(e.flagname, values)} Other flags: {names}.") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-        raise InputError(f"{e} Recipes are in configs/; every key is explained in train/config.py.") from None
+        unknown = [key for key in _given_keys() if key not in _keys()]
+        problem = f"--{unknown[0]} does not exist. {_hint(unknown[0])}" if unknown else str(e)
+        raise InputError(f"{problem} Recipes are in configs/; every key is explained in train/config.py.") from None
     if rest:
         raise InputError(f"{rest[0]!r} is no flag. Flags are --config, --config.KEY=VALUE, {names}.")
     return parse_config(values.config)
 
 
-def _keys(prefix: str, values: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _keys(f"{prefix}.{key}", value)
-        else:
-            yield f"{prefix}.{key}"
+def _given_keys() -> list[str]:
+    """ "config.data.rows" for --config.data.rows=64, and so on."""
+    names = (argument.lstrip("-").partition("=")[0] for argument in sys.argv[1:])
+    return [name for name in names if name.startswith("config.")]
 
 
-def _hint(flag: str) -> str:
-    close = difflib.get_close_matches(flag, list(_keys("config", dataclasses.asdict(TrainConfig()))), 1, cutoff=0.5)
-    return f"Did you mean --{close[0]}?" if close else "Every key of --config.KEY is explained in train/config.py."
+def _keys(prefix: str = "config", cls: Any = TrainConfig) -> list[str]:
+    """All that --config.KEY may name."""
+    fields = {f"{prefix}.{name}": hint for name, hint in typing.get_type_hints(cls).items()}
+    below = [_keys(name, hint) for name, hint in fields.items() if dataclasses.is_dataclass(hint)]
+    return [*fields, *itertools.chain(*below)]
+
+
+def _hint(flag: str, others: Iterable[str] = ()) -> str:
+    close = difflib.get_close_matches(flag, [*_keys(), *others], 1, cutoff=0.5)
+    return f"Did you mean --{close[0]}?" if close else ""

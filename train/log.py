@@ -65,7 +65,7 @@ class BadSamples:
         self._known = set(self.file.read_text().splitlines()) if self.file.exists() else set()
 
     def write(self, samples: Sequence[Bad]) -> None:
-        lines = [json.dumps(dataclasses.asdict(sample)) for sample in samples]
+        lines = dict.fromkeys(json.dumps(dataclasses.asdict(sample)) for sample in samples)
         with self.file.open("a") as file:
             file.writelines(f"{line}\n" for line in lines if line not in self._known)
         self._known.update(lines)

@@ -1,14 +1,16 @@
 """Losses of packed batches. Each gives (sum, weight, metrics); the trainer adds them up and divides once."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from tarsier_jax.models.decoder import Decoder
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
+from tarsier_jax.sharding import BATCH, current_mesh, fit_spec
 
 CHUNK = 1024  # tokens of a row whose logits exist at once
 
@@ -25,12 +27,31 @@ def next_tokens(batch: Batch) -> Int[Array, "B S"]:
 
 
 def token_log_probs(
-    decoder: Decoder, x: Float[Array, "B S D"], targets: Int[Array, "B S"], chunk: int = CHUNK
+    head: Float[Array, "V D"], x: Float[Array, "B S D"], targets: Int[Array, "B S"], chunk: int = CHUNK
 ) -> Float[Array, "B S"]:
     """log p(target) at each position, float32; 0 where the target is -100.
 
-    The logits of `chunk` tokens a row exist at once, in the backward pass too, which computes them anew.
+    Args:
+        head: `Decoder.head()`.  x: final hidden states.  chunk: tokens of a row whose logits exist at once, in the
+            backward pass too, which computes them anew.
     """
+    local = functools.partial(_local_log_probs, chunk=chunk)
+    mesh = current_mesh()
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return local(head, x, targets)
+
+    def gathered(head: Array, x: Array, targets: Array) -> Array:
+        return local(jax.lax.all_gather(head, "fsdp", axis=1, tiled=True), x, targets)
+
+    # By hand over data and fsdp: the head is gathered once and its gradient scattered once, not in every chunk.
+    rows = fit_spec(targets.shape, (BATCH, None), mesh)
+    specs = (P(None, "fsdp"), rows, rows)
+    return jax.shard_map(
+        gathered, mesh=mesh, in_specs=specs, out_specs=rows, axis_names={"data", "fsdp"}, check_vma=False
+    )(head, x, targets)
+
+
+def _local_log_probs(head: Array, x: Array, targets: Array, chunk: int) -> Array:
     B, S, D = x.shape
     chunk = min(chunk, S)
     padding = -S % chunk
@@ -39,14 +60,14 @@ def token_log_probs(
     padded = padded.reshape(B, -1, chunk).swapaxes(0, 1)  # [n, B, chunk]
 
     @jax.checkpoint
-    def piece(decoder: Decoder, x: Array, targets: Array) -> Array:
-        logits = decoder.logits(x)  # [B, chunk, V]
+    def piece(head: Array, x: Array, targets: Array) -> Array:
+        logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
         # Picked by comparing: a gather would bring the vocabulary of all devices together.
         at_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         picked = jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1)
         return jnp.where(targets >= 0, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
-    _, out = jax.lax.scan(lambda _, xs: (None, piece(decoder, *xs)), None, (x, padded))
+    _, out = jax.lax.scan(lambda _, xs: (None, piece(head, *xs)), None, (x, padded))
     return out.swapaxes(0, 1).reshape(B, -1)[:, :S]
 
 
@@ -54,7 +75,7 @@ def sft_loss(model: Tarsier, batch: Batch, extra: dict[str, Any]) -> Loss:
     """Cross-entropy of the assistant's tokens; the weight is their number."""
     del extra
     targets = next_tokens(batch)
-    log_probs = token_log_probs(model.decoder, model.hidden(batch), targets)
+    log_probs = token_log_probs(model.decoder.head(), model.hidden(batch), targets)
     return -jnp.sum(log_probs), jnp.sum(targets >= 0, dtype=jnp.float32), {}
 
 
@@ -63,7 +84,7 @@ def pair_log_probs(model: Tarsier, batch: Batch, pairs: int) -> Float[Array, "B 
 
     The samples of a row are chosen, rejected, chosen, rejected, and so on.
     """
-    log_probs = token_log_probs(model.decoder, model.hidden(batch), next_tokens(batch))
+    log_probs = token_log_probs(model.decoder.head(), model.hidden(batch), next_tokens(batch))
     segments = jnp.arange(1, 2 * pairs + 1)
     own = batch.segment_ids[..., None] == segments  # [B, S, 2 * pairs]
     return jnp.einsum("bs,bsp->bp", log_probs, own.astype(jnp.float32)).reshape(-1, pairs, 2)

@@ -125,6 +125,10 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 
 def _check_patterns(name: str, patterns: Sequence[str], params: Mapping[str, Any]) -> None:
     for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise InputError(f"optimizer.{name} has {pattern!r}, which is no regular expression ({e}).") from None
         if not any(re.fullmatch(pattern, path) for path in params):
             raise InputError(
                 f"optimizer.{name} has {pattern!r}, which matches no parameter. Names look like "

@@ -143,7 +143,8 @@ def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = dataclasses.asdict(config)
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     given = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(open_axes) > 1 or given < 1 or count % given or (not open_axes and given != count):
+    negative = min(sizes.values()) < -1
+    if negative or len(open_axes) > 1 or given < 1 or count % given or (not open_axes and given != count):
         text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise InputError(
             f"config.mesh {text} does not match {count} devices: the sizes multiply to {given}. Their product has to "
@@ -155,10 +156,10 @@ def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:
     """Raises InputError when rows cannot be split into parts and over the mesh."""
     across = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.parts < 1 or config.data.rows % (config.parts * across):
+    if min(config.parts, config.data.rows) < 1 or config.data.rows % (config.parts * across):
         raise InputError(
             f"config.data.rows={config.data.rows} is no multiple of config.parts={config.parts} times the "
-            f"{across} devices along data and fsdp. Choose a multiple of {config.parts * across}."
+            f"{across} devices along data and fsdp. Choose a multiple of {max(config.parts, 1) * across}."
         )
 
 

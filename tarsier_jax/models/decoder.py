@@ -134,7 +134,9 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the next token, in float32."""
-        if self.lm_head is not None:
-            return self.lm_head(x, out_dtype=jnp.float32)
-        table = self.embed.weight[...].astype(self.config.dtype)
-        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
+
+    def head(self) -> Float[Array, "V D"]:
+        """What turns hidden states into logits: a matrix of its own, or the embedding's."""
+        weight = (self.lm_head or self.embed).weight
+        return weight[...].astype(self.config.dtype)
