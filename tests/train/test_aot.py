@@ -1,0 +1,41 @@
+"""The real step of a recipe compiles for a pod, on a machine without one, and fits."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tarsier_jax.errors import InputError
+from train import aot
+
+
+def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
+    """One sequence of 16,384 tokens a chip, on 256 chips."""
+    flags = ["--config=configs/recap_7b.py", "--config.data.rows=256", "--topology=v5e:16x16"]
+    command = [sys.executable, "-m", "train.aot", *flags]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "FITS"
+    arguments, total = (float(re.search(rf"{k} ([\d.]+)", done.stdout)[1]) for k in ("arguments", "total"))
+    # Of 8.3 billion parameters, each with two moments, a chip holds 1/256; the rest is its row.
+    assert 0.36 < arguments < 1 and arguments < total < 15
+    replicated = re.search(r"largest replicated array of the state: \S+ ([\d.]+) MiB", done.stdout)
+    assert replicated is not None and float(replicated[1]) < 1
+    assert "8 splash kernels" in done.stdout  # two towers: forward, again for the backward pass, and its two kernels
+
+
+def test_an_unknown_topology(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["aot", "--config=configs/recap_7b.py:debug", "--topology=v9:2x2"])
+    with pytest.raises(InputError, match="v9:2x2: the kind of chip is one of v5e"):
+        aot.main()
+
+
+def test_a_report_says_what_is_too_much() -> None:
+    footprint = aot.Footprint(2 * aot.GIB, 15 * aot.GIB, 0, 2**19, "norm", {"all-gather": 3}, 2)
+    lines = aot.report(footprint, 15 * aot.GIB).splitlines()
+    assert "total 17.00 GiB a chip of 15" in lines[0] and "all-gather 3" in lines[2]
+    assert lines[-1] == "EXCEEDS by 2.00 GiB"

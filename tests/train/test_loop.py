@@ -1,0 +1,105 @@
+"""A run from the start to its summary, and the ways in which it stops."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tarsier_jax
+from configs.recap_7b import get_config
+from tarsier_jax.errors import CheckpointError, InputError
+from tarsier_jax.weights import convert_to_hf
+from train.checkpoints import Checkpoints, Progress
+from train.config import TrainConfig, parse_config
+from train.debug import write_debug_clips
+from train.loop import NonFiniteLoss, train
+from train.sft import sft_job
+from train.state import TrainState
+
+
+def debug_config(**over: Any) -> TrainConfig:
+    config = get_config("debug")
+    config.steps, config.data.workers, config.eval_every = 4, 0, 4
+    config.update_from_flattened_dict(over)
+    return parse_config(config)
+
+
+def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips = write_debug_clips(tmp_path / "clips")
+    lines = clips.read_text().splitlines()
+    missing = lines[0].replace("0.gif", "missing.gif")
+    (clips.parent / "train.jsonl").write_text("\n".join([*lines, missing, "{not json"]))
+    workdir = tmp_path / "run"
+    data = {
+        "data.train": str(clips.parent / "train.jsonl"),
+        "data.eval": str(clips),
+        "data.media_root": str(clips.parent),
+    }
+    config = debug_config(**data, profile_at=1, **{"optimizer.peak_lr": 1e-3, "data.max_bad_share": 0.5})
+    summary = train(config, workdir, sft_job)
+    assert (summary.step, summary.stopped, summary.compilations) == (4, False, 0)
+
+    printed = capsys.readouterr().out
+    assert "step 4/4  loss" in printed and "eval_loss" in printed and "finished step 4" in printed
+    assert printed.count("annotations.jsonl line") == 2  # captions of two held-out clips
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4, 4]
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "data_wait", "padding"} <= logged[0].keys()
+    assert logged[3]["loss"] < logged[0]["loss"] and 0 < logged[4]["eval_loss"] < 6
+    assert list(workdir.glob("events.out.tfevents.*")) and list(workdir.glob("plugins/profile/*/*.xplane.pb"))
+
+    bad = [json.loads(line) for line in (workdir / "bad_samples_0.jsonl").read_text().splitlines()]
+    assert {sample["line"] for sample in bad} <= {9, 10} and bad
+    assert any("missing.gif does not exist" in s["reason"] or "no JSON" in s["reason"] for s in bad)
+
+    model, processor = tarsier_jax.load(workdir / "model")
+    question = json.loads(lines[0])["messages"][:1]
+    question[0]["content"][0]["video"]["video_file"] = str(clips.parent / "0.gif")
+    (answer,) = tarsier_jax.generate(model, processor, [{"messages": question}], max_new_tokens=8)
+    assert answer
+    assert "model.safetensors" in " ".join(p.name for p in _hf(workdir / "model", tmp_path / "hf"))
+
+
+def _hf(model: Path, out: Path) -> list[Path]:
+    convert_to_hf(model, out)
+    return list(out.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    config = debug_config(**{"optimizer.peak_lr": 1e20, "optimizer.warmup_steps": 0, "save_every": 1, "eval_every": 0})
+    with pytest.raises(NonFiniteLoss, match=r"At step (\d).*lower optimizer.peak_lr") as raised:
+        train(config, tmp_path, sft_job)
+    step = int(str(raised.value).split("At step ")[1][0])
+    (file,) = tmp_path.glob("non_finite_step_*.npz")
+    rows = np.load(file)
+    assert file.name == f"non_finite_step_{step}_process_0.npz" and rows["input_ids_0"].shape == (1, 448)
+    kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert max(kept) < step  # nothing that came of it was saved
+
+
+def test_only_bad_samples(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("[]\n" * 3)
+    config = debug_config(**{"data.train": str(tmp_path / "bad.jsonl"), "data.eval": ""})
+    with pytest.raises(InputError, match=r"11 of 11 samples.*max_bad_share 0.01.*bad.jsonl line \d: .*no JSON object"):
+        train(config, tmp_path / "run", sft_job)
+
+
+def test_no_space_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = TrainState(jnp.int32(3), {"decoder/norm/weight": jnp.ones(2**18)}, {}, ())
+    data: Any = iter(grain.MapDataset.range(3).to_iter_dataset())
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(3, state, data, Progress())
+    checkpoints.wait()
+    usage = dataclasses.make_dataclass("Usage", ["free"])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(2**19))
+    with pytest.raises(CheckpointError, match=r"needs 0\.0 GiB, but only 0\.0 GiB are free.*goes on from its last"):
+        checkpoints.save(4, state, data, Progress())
+    assert checkpoints.latest() == 3
+    restored, _ = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state), data)
+    np.testing.assert_array_equal(restored.params["decoder/norm/weight"], state.params["decoder/norm/weight"])
