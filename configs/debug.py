@@ -3,8 +3,12 @@
 from ml_collections import ConfigDict
 
 
-def debug(config: ConfigDict) -> ConfigDict:
-    """Shrinks a recipe; what makes it this recipe (learning rates, frozen parts, the loss) stays."""
+def sized(config: ConfigDict, size: str) -> ConfigDict:
+    """The recipe as it is ("full") or shrunk; what makes it this recipe (learning rates, the loss) stays."""
+    if size not in ("full", "debug"):
+        raise ValueError(f"A recipe has no size {size!r}; its sizes are full and debug.")
+    if size == "full":
+        return config
     config.model = config.data.train = config.data.eval = "random"
     config.steps, config.log_every, config.save_every, config.eval_every = 20, 1, 10, 10
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 2)

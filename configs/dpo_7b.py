@@ -6,7 +6,7 @@ answers share its frames, which the vision tower sees once.
 
 from ml_collections import ConfigDict
 
-from configs.debug import debug
+from configs.debug import sized
 from train.config import default_config
 
 
@@ -20,4 +20,4 @@ def get_config(size: str = "full") -> ConfigDict:
     config.optimizer.peak_lr = 1e-6
     config.optimizer.warmup_steps = 100
     config.dpo.beta = 0.1
-    return debug(config) if size == "debug" else config
+    return sized(config, size)

@@ -5,7 +5,7 @@ Videos show 8 to 128 frames, by duration: give them `fps` and `min_n_frames` in 
 
 from ml_collections import ConfigDict
 
-from configs.debug import debug
+from configs.debug import sized
 from train.config import default_config
 
 
@@ -17,4 +17,4 @@ def get_config(size: str = "full") -> ConfigDict:
     config.data.rows = 384
     config.optimizer.peak_lr = 2e-5
     config.optimizer.warmup_steps = 1000
-    return debug(config) if size == "debug" else config
+    return sized(config, size)

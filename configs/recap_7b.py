@@ -6,7 +6,7 @@ fine-tuning stages in arXiv 2501.07888, table 12.
 
 from ml_collections import ConfigDict
 
-from configs.debug import debug
+from configs.debug import sized
 from train.config import default_config
 
 
@@ -17,4 +17,4 @@ def get_config(size: str = "full") -> ConfigDict:
     config.data.rows = 64
     config.optimizer.peak_lr = 2e-5
     config.optimizer.warmup_steps = 250
-    return debug(config) if size == "debug" else config
+    return sized(config, size)

@@ -5,7 +5,7 @@ Start from the model of SFT-1: --config.model=DIRECTORY.
 
 from ml_collections import ConfigDict
 
-from configs.debug import debug
+from configs.debug import sized
 from train.config import default_config
 
 
@@ -15,4 +15,4 @@ def get_config(size: str = "full") -> ConfigDict:
     config.data.rows = 64
     config.optimizer.peak_lr = 2e-6
     config.optimizer.warmup_steps = 250
-    return debug(config) if size == "debug" else config
+    return sized(config, size)

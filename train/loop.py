@@ -24,6 +24,7 @@ from train.setup import Job, Run, global_batch, open_run
 from train.state import TrainState, init_state, load_reference, make_train_step
 
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
+_TRACED = 3  # steps of a profile
 _WARM_UP = 2  # steps after which nothing new should compile
 
 
@@ -53,7 +54,11 @@ def train(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], 
     with jax.set_mesh(run.plan.mesh):
         if run.job.before:
             run.job.before(run)
-        return _Loop(run).run_to_the_end()
+        loop = _Loop(run)
+        try:
+            return loop.run_to_the_end()
+        finally:
+            loop.close()
 
 
 class _Loop:
@@ -70,7 +75,8 @@ class _Loop:
         self.first = self.step = int(self.state.step)
         self.log = Log(run.workdir, self.first)
         self.bad_samples = BadSamples(run.workdir)
-        self.meter, self.whole = Meter(run.plan.config), Meter(run.plan.config)
+        vision_trained = any(path.startswith("vision/") for path in run.plan.shapes.params)
+        self.meter, self.whole = (Meter(run.plan.config, vision_trained) for _ in range(2))
         self.counted = Progress()  # of this process, since the start
         self.pending: tuple[int, dict[str, jax.Array], list[PackedRow]] | None = None
         self.recent: list[dict[str, float]] = []
@@ -90,8 +96,8 @@ class _Loop:
         steps, stop = self.config.steps, _Terminator(self.checkpoints)
         with stop, self.compilations:
             while self.step < steps and not stop.asked(self.step):
-                self._trace()
                 self._advance()
+                self._trace()
                 self._report_if_due()
                 if self._due(self.config.save_every):
                     self._save()
@@ -184,12 +190,13 @@ class _Loop:
             self.meter.reset()
 
     def _trace(self) -> None:
-        if self.config.profile_at and self.step == self.config.profile_at:
-            self._check_pending()
-            jax.profiler.start_trace(str(self.workdir))
-        if self.config.profile_at and self.step == self.config.profile_at + 3:
-            self._check_pending()
-            jax.profiler.stop_trace()
+        at = self.config.profile_at
+        if at and self.step in (at, at + _TRACED):
+            self._check_pending()  # a trace holds whole steps
+            if self.step == at:
+                jax.profiler.start_trace(str(self.workdir))
+            else:
+                jax.profiler.stop_trace()
 
     def _save(self) -> None:
         self._check_pending()  # what is not finite is not saved
@@ -227,10 +234,13 @@ class _Loop:
             f"{rates['padding']:.1%}, {self.late_compilations} compilations after step {self.first + _WARM_UP}\n"
             + ("the same command goes on from here" if stopped else f"the trained model is {exported}")
         )
-        self.log.close()
+        return Summary(self.step, self.loss, stopped, self.late_compilations, rates["data_wait"])
+
+    def close(self) -> None:
+        """Waits for a save in progress, and ends the worker processes."""
         self.checkpoints.close()
         self.rows.close()
-        return Summary(self.step, self.loss, stopped, self.late_compilations, rates["data_wait"])
+        self.log.close()
 
 
 class _Terminator:

@@ -66,8 +66,10 @@ def work_of(batch: Batch) -> Work:
     )
 
 
-def step_flops(config: ModelConfig, work: Work) -> float:
+def step_flops(config: ModelConfig, work: Work, vision_trained: bool = True) -> float:
     """Floating-point operations of a training step: matrix products, forward and twice that backward.
+
+    A vision tower that is not trained runs forward only.
 
     Recomputed activations and padding are not counted, nor norms and softmax: what is left is model FLOPs, as in the
     PaLM report (arXiv 2204.02311, appendix B).
@@ -80,9 +82,9 @@ def step_flops(config: ModelConfig, work: Work) -> float:
     width = vision.embed_dim * vision.merge_factor
     merger = width * (width + vision.out_dim) / vision.merge_factor
     patch = vision.patch_dim * vision.embed_dim + vision.depth * block + merger
-    attention = 2 * text.num_layers * text.num_heads * text.head_dim * work.token_pairs
-    attention += 2 * vision.depth * vision.embed_dim * work.patch_pairs
-    return 3 * 2 * (token * work.tokens + patch * work.patches + attention)
+    decoder = token * work.tokens + 2 * text.num_layers * text.num_heads * text.head_dim * work.token_pairs
+    tower = patch * work.patches + 2 * vision.depth * vision.embed_dim * work.patch_pairs
+    return 2 * (3 * decoder + (3 if vision_trained else 1) * tower)
 
 
 def _over_processes(work: Work) -> Work:
@@ -95,8 +97,8 @@ def _over_processes(work: Work) -> Work:
 class Meter:
     """Adds up the steps since the last report."""
 
-    def __init__(self, config: ModelConfig):
-        self._config = config
+    def __init__(self, config: ModelConfig, vision_trained: bool = True):
+        self._config, self._vision_trained = config, vision_trained
         peaks = [peak_flops(device) for device in jax.devices()]
         self._peak = sum(peak for peak in peaks if peak) if all(peaks) else None
         self.reset()
@@ -120,5 +122,5 @@ class Meter:
             "padding": work.padding,
         }
         if self._peak:
-            rates["mfu"] = step_flops(self._config, work) / seconds / self._peak
+            rates["mfu"] = step_flops(self._config, work, self._vision_trained) / seconds / self._peak
         return rates

@@ -103,13 +103,16 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, steps: int, params: Mapping[str, Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """The whole update. `params`: the trained ones, or their shapes. Source of AdamW: arXiv 1711.05101.
+    """The whole update, of the trained ones among `params` (all of the model's, or their shapes).
+
+    Source of AdamW: arXiv 1711.05101.
 
     Raises:
-        InputError: see `make_schedule` and `lr_factors`.
+        InputError: see `split_frozen`, `make_schedule` and `lr_factors`.
     """
-    factors = lr_factors(params, config)
-    decayed = {path: not _matches(path, config.no_decay) for path in params}
+    trained, _ = split_frozen(params, config.freeze)
+    factors = {path: factor for path, factor in lr_factors(params, config).items() if path in trained}
+    decayed = {path: not _matches(path, config.no_decay) for path in trained}
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype),

@@ -84,9 +84,9 @@ def make_plan(
     def arrays(paths: Any, dtype: Any) -> Params:
         return {p: jax.ShapeDtypeStruct(shapes[p], jnp.dtype(dtype), sharding=shardings[p]) for p in paths}
 
-    trained, frozen = split_frozen(arrays(shapes, config.dtype), optimizer.freeze)
-    params = arrays(trained, "float32")
-    tx = make_optimizer(optimizer, steps, params)
+    every = arrays(shapes, config.dtype)
+    trained, frozen = split_frozen(every, optimizer.freeze)
+    params, tx = arrays(trained, "float32"), make_optimizer(optimizer, steps, every)
     everywhere = NamedSharding(mesh, P())
 
     def place(path: Any, leaf: Any) -> Any:  # a moment lies where its parameter does
@@ -95,7 +95,7 @@ def make_plan(
 
     opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    reference = arrays(shapes, config.dtype) if with_reference else None
+    reference = every if with_reference else None
     return Plan(config, graph, mesh, tx, TrainState(step, params, frozen, opt_state, reference))
 
 

@@ -117,9 +117,10 @@ class Row:
     def _too_large(self, unit: Unit, tokens: int) -> InputError:
         sizes = frame_sizes(unit[0]).prod(axis=1)
         return InputError(
-            f"The sample has {tokens} tokens and {len(sizes)} frames of up to {sizes.max(initial=0)} patches, more "
-            f"than an empty row can hold ({self.shape.tokens} tokens, {self.shape.bins} bins of {self.shape.patches} "
-            "patches). Show fewer frames (n_frames), show them smaller (max_pixels), or make rows larger."
+            f"{len(unit)} answers of {tokens} tokens, with {len(sizes)} frames of up to {sizes.max(initial=0)} patches, "
+            f"are more than an empty row can hold: {self.shape.samples} answers, {self.shape.tokens} tokens, "
+            f"{self.shape.bins} bins of {self.shape.patches} patches or {self.shape.frames} frames. Show fewer frames "
+            "(n_frames), show them smaller (max_pixels), or make rows larger."
         )
 
 

@@ -139,9 +139,12 @@ def test_a_row_can_be_filled_to_the_last_place() -> None:
 @pytest.mark.parametrize(
     ("sample", "sizes"),
     [
-        (example(33), r"33 tokens and 0 frames of up to 0 patches, more than .*\(32 tokens, 3 bins of 24 patches\)"),
-        (example(1, (1, 4, 8)), r"10 tokens and 1 frames of up to 32 patches, more than .* 3 bins of 24 patches"),
-        (example(1, (4, 4, 4), (1, 2, 2)), r"20 tokens and 5 frames of up to 16 patches, more than .* 3 bins of 24"),
+        (example(33), r"1 answers of 33 tokens, with 0 frames of up to 0 patches, are more .* 32 tokens, 3 bins"),
+        (example(1, (1, 4, 8)), r"10 tokens, with 1 frames of up to 32 patches, are more than .* 3 bins of 24 patches"),
+        (
+            example(1, (4, 4, 4), (1, 2, 2)),
+            r"20 tokens, with 5 frames of up to 16 patches, are more than .* 3 bins of 24",
+        ),
     ],
 )
 def test_a_sample_that_no_row_can_hold(sample: Example, sizes: str) -> None:
