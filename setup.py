@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 DEMO = ["imageio[ffmpeg]>=2.34"]  # renders the demo's clip
+TRAIN = [*DEMO, "optax>=0.2.5", "grain>=0.2.15", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"]
 
 setup(
     name="tarsier_jax",
@@ -28,7 +29,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "demo": DEMO,
+        "train": TRAIN,
         # jax[tpu] brings the TPU compiler, which needs no TPU.
-        "test": [*DEMO, "jax[tpu]", "torch==2.13.0", "pytest>=8", "ruff>=0.14", "pyright>=1.1.400"],
+        "test": [*TRAIN, "jax[tpu]", "torch==2.13.0", "pytest>=8", "ruff>=0.14", "pyright>=1.1.400"],
     },
 )

@@ -40,7 +40,7 @@ TEXT = 26  # tokens of the prompt around the video
 IMAGE, START, END = 151_655, 151_652, 151_653
 
 
-def make_reference(directory: Path) -> Any:
+def make_reference(directory: Path, tied: bool = False) -> Any:
     """A random model in transformers, saved into `directory`."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -54,7 +54,7 @@ def make_reference(directory: Path) -> Any:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
     }
     vision = {"depth": 8, "embed_dim": 320, "num_heads": 4, "hidden_size": 896}
-    config = Qwen2VLConfig(text_config=text, vision_config=vision)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(config).eval()

@@ -12,7 +12,7 @@ from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.sharding import BATCH, current_mesh, fit_spec
 
-CHUNK = 1024  # tokens of a row whose logits exist at once
+CHUNK = 1024  # tokens of a device whose logits exist at once
 
 # The sum of a loss, what to divide it by, and further sums that are divided by the same.
 Loss = tuple[Float[Array, ""], Float[Array, ""], dict[str, Float[Array, ""]]]
@@ -32,12 +32,12 @@ def token_log_probs(
     """log p(target) at each position, float32; 0 where the target is -100.
 
     Args:
-        head: `Decoder.head()`.  x: final hidden states.  chunk: tokens of a row whose logits exist at once, in the
-            backward pass too, which computes them anew.
+        head: `Decoder.head()`.  x: final hidden states.  chunk: tokens of a device whose logits exist at once, in
+            the backward pass too, which computes them anew.
     """
     local = functools.partial(_local_log_probs, chunk=chunk)
     mesh = current_mesh()
-    if mesh is None or mesh.shape["fsdp"] == 1:
+    if mesh is None:
         return local(head, x, targets)
 
     def gathered(head: Array, x: Array, targets: Array) -> Array:
@@ -53,7 +53,7 @@ def token_log_probs(
 
 def _local_log_probs(head: Array, x: Array, targets: Array, chunk: int) -> Array:
     B, S, D = x.shape
-    chunk = min(chunk, S)
+    chunk = min(max(chunk // B, 1), S)  # of each row
     padding = -S % chunk
     x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(B, -1, chunk, D).swapaxes(0, 1)  # [n, B, chunk, D]
     padded = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=-100)

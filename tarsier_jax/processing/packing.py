@@ -116,8 +116,9 @@ class Row:
 
     def _too_large(self, unit: Unit, tokens: int) -> InputError:
         sizes = frame_sizes(unit[0]).prod(axis=1)
+        largest = sizes.max(initial=0)
         return InputError(
-            f"{len(unit)} answers of {tokens} tokens, with {len(sizes)} frames of up to {sizes.max(initial=0)} patches, "
+            f"{len(unit)} answers of {tokens} tokens, with {len(sizes)} frames of up to {largest} patches, "
             f"are more than an empty row can hold: {self.shape.samples} answers, {self.shape.tokens} tokens, "
             f"{self.shape.bins} bins of {self.shape.patches} patches or {self.shape.frames} frames. Show fewer frames "
             "(n_frames), show them smaller (max_pixels), or make rows larger."

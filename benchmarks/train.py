@@ -1,0 +1,181 @@
+"""Full fine-tuning: the real step of `train.sft` on random weights and random packed samples.
+
+    python -m benchmarks.train                     # a CPU, against transformers and torch.optim.AdamW, side by side
+    python -m benchmarks.train --size 2b           # an accelerator: MFU, memory; --profile DIR writes a trace
+
+small: the model of `benchmarks.describe` with tied embeddings, float32, eight samples of one to six frames of 12 x 22 patches, packed into
+rows of 1,024 tokens; the reference takes the samples one by one and adds up their gradients, as training code without
+packing does. 2b: Qwen2-VL-2B's sizes, bfloat16, a row of 16,384 tokens a device.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+if "2b" not in sys.argv:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.describe import END, IMAGE, START, THREADS, make_reference, reference_inputs, seconds
+from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig, load_config
+from tarsier_jax.models.attention import default_implementation
+from tarsier_jax.processing.batch import Example
+from tarsier_jax.processing.packing import Row, RowShape
+from tarsier_jax.processing.positions import mrope_positions
+from tarsier_jax.sharding import make_mesh
+from train.data import PackedRow
+from train.losses import sft_loss
+from train.metrics import Work, peak_flops, step_flops, work_of
+from train.optimizer import OptimizerConfig
+from train.setup import global_batch
+from train.state import Plan, StepBatch, TrainState, init_state, make_plan, make_train_step
+
+OPTIMIZER = OptimizerConfig(warmup_steps=0)
+TEXT_2B = TextConfig(151_936, 1536, 8960, 28, 12, 2, 128, tie_embeddings=True)
+FRAMES = (1, 6, 2, 5, 3, 4, 2, 6)  # of each small sample
+
+
+def make_example(config: ModelConfig, frames: int, height: int, width: int, answer: int, seed: int) -> Example:
+    """A video, a question of 20 tokens and an answer."""
+    rng = np.random.default_rng(seed)
+    grid = np.array([[frames, height, width]], np.int32)
+    words = rng.integers(0, 150_000, 20 + answer).tolist()
+    ids = np.array([START, *[IMAGE] * (frames * height * width // 4), END, *words], np.int32)
+    labels = np.where(np.arange(len(ids)) >= len(ids) - answer, ids, -100).astype(np.int32)
+    pixels = rng.standard_normal((frames * height * width, config.vision.patch_dim)).astype(np.float32)
+    return Example(ids, labels, pixels, grid, mrope_positions(ids, grid, 2, (IMAGE,)))
+
+
+def pack(examples: list[Example], shape: RowShape, config: ModelConfig) -> list[PackedRow]:
+    """First fit, in order."""
+    rows: list[Row] = []
+    for example in examples:
+        if not any(row.add([example]) for row in rows):
+            rows.append(Row(shape, config))
+            rows[-1].add([example])
+    return [PackedRow(row.build(0, config.dtype), {}, 0, 0, (), ()) for row in rows]
+
+
+def time_steps(plan: Plan, state: TrainState, batch: StepBatch, steps: int, profile: str | None) -> list[float]:
+    """Seconds of each step, after two that compile and warm up."""
+    step_function, times = make_train_step(plan, sft_loss), []
+    for i in range(steps + 2):
+        if i == 2 and profile:
+            jax.profiler.start_trace(profile)
+        start = time.perf_counter()
+        state, metrics = step_function(state, batch)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - start)
+    if profile:
+        jax.profiler.stop_trace()
+    return times[2:]
+
+
+def random_state(plan: Plan) -> TrainState:
+    def make() -> TrainState:
+        keys = iter(jax.random.split(jax.random.key(0), len(plan.shapes.params)))
+        params = {p: 0.02 * jax.random.normal(next(keys), x.shape, x.dtype) for p, x in plan.shapes.params.items()}
+        return TrainState(jnp.int32(0), params, {}, plan.tx.init(params))
+
+    return jax.jit(make, out_shardings=plan.shardings)()
+
+
+def benchmark_2b(steps: int, tokens: int, profile: str | None) -> None:
+    """One row a device, of 16 frames of 360p, packed."""
+    platform, count = jax.default_backend(), jax.device_count()
+    attention = default_implementation(platform, "bfloat16")
+    vision = VisionConfig(out_dim=TEXT_2B.hidden_size)
+    config = ModelConfig(TEXT_2B, vision, dtype="bfloat16", attention=attention, remat="full")
+    mesh = make_mesh(fsdp=count)
+    plan = make_plan(config, OPTIMIZER, 100, mesh)
+    shape = RowShape(tokens, bins=tokens // 512, patches=2432, frames=4, samples=16)
+    a_video = 16 * 26 * 46 // 4 + 322  # 16 frames of 26 x 46 patches, a question and an answer of 300 tokens
+    videos = [make_example(config, 16, 26, 46, 300, i) for i in range(count * (tokens // a_video))]
+    rows = pack(videos, shape, config)
+    work = sum((work_of(row.batch) for row in rows), Work())
+    with jax.set_mesh(mesh):
+        times = time_steps(plan, random_state(plan), global_batch(rows, 1, mesh), steps, profile)
+    step, device = statistics.median(times), jax.devices()[0]
+    memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    peak = peak_flops(device)
+    flops = step_flops(config, work)
+    print(f"{count} x {device.device_kind}, {attention}: {work.tokens:,} tokens of {tokens * count:,}, ", end="")
+    print(f"{step * 1e3:.0f} ms a step, {work.tokens / step:,.0f} tokens/s, {flops / step / count / 1e12:.1f} TFLOP/s")
+    print(f"MFU {flops / step / peak / count:.1%}" if peak else "MFU unknown: no peak for this device", end=", ")
+    print(f"peak memory {memory / 2**30:.2f} GiB")
+
+
+def benchmark_small(steps: int) -> None:
+    """Ours and the reference's steps in turn."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory() as directory:
+        theirs = make_reference(Path(directory), tied=True)
+        config = dataclasses.replace(load_config(directory), remat="dots")
+        plan = make_plan(config, OPTIMIZER, 100, make_mesh(devices=jax.devices()[:1]))
+        state = init_state(plan, Path(directory))
+    examples = [make_example(config, frames, 12, 22, 24 + 8 * i, i) for i, frames in enumerate(FRAMES)]
+    rows = pack(examples, RowShape(1024, 16, 272, 1, 8), config)
+    work = sum((work_of(row.batch) for row in rows), Work())
+    batch = global_batch(rows, 1, plan.mesh)
+    step_function = make_train_step(plan, sft_loss)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=OPTIMIZER.peak_lr, eps=OPTIMIZER.eps)
+    answers = sum(int((e.labels >= 0).sum()) for e in examples)
+    losses: dict[str, float] = {}
+
+    def ours() -> None:
+        nonlocal state
+        state, metrics = step_function(state, batch)
+        losses["ours"] = float(metrics["loss"])
+
+    def reference() -> None:
+        optimizer.zero_grad()
+        total = 0.0
+        for e in examples:
+            logits = theirs(**reference_inputs([e])).logits[0, :-1]
+            targets = torch.from_numpy(e.labels[1:]).long()
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / answers
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), OPTIMIZER.clip_norm)
+        optimizer.step()
+        losses["reference"] = total
+
+    ours(), reference()
+    print(f"{len(examples)} samples of {work.tokens} tokens in {len(rows)} rows, padding {work.padding:.1%}")
+    print(f"loss of the first step: ours {losses['ours']:.6f}, reference {losses['reference']:.6f}")
+    times: dict[str, list[float]] = {"ours": [], "reference": []}
+    for _ in range(steps):
+        times["ours"].append(seconds(ours))
+        times["reference"].append(seconds(reference))
+    a, b = (statistics.median(times[who]) for who in ("ours", "reference"))
+    print(f"ours {a:.2f} s a step ({work.tokens / a:.0f} tokens/s)   reference {b:.2f} s   ratio {b / a:.2f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=("small", "2b"), default="small")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=16_384, help="of a row of the 2b size")
+    parser.add_argument("--profile", help="directory for a trace of the 2b size")
+    args = parser.parse_args()
+    if args.size == "2b":
+        benchmark_2b(args.steps, args.tokens, args.profile)
+    else:
+        benchmark_small(args.steps)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
