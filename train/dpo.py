@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tarsier_jax.cli import run
+from tarsier_jax.errors import InputError
 from tarsier_jax.processing.processor import Processor
 from train.config import TrainConfig
 from train.data import Loaded
@@ -43,6 +44,11 @@ def dpo_job(config: TrainConfig) -> Job:
 
     if config.dpo.reference == "weights":
         return Job("dpo", loss, chosen, load, with_reference=True)
+    if config.processor.video_sampler == "v2":
+        raise InputError(
+            "dpo.reference is a file, but processor.video_sampler v2 shows other frames at every turn. Choose sampler "
+            "v1, or --config.dpo.reference=weights."
+        )
     stored = ReferenceFile(config.dpo.reference)
 
     def load_with_reference(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:

@@ -109,10 +109,16 @@ def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig
         plan = make_plan(model_config, config.optimizer, config.steps, mesh, job.with_reference)
     except ValueError as e:
         raise InputError(f"{e} Choose other sizes in config.mesh.") from None
-    text, vision = dataclasses.asdict(model_config.text), dataclasses.asdict(model_config.vision)
-    freeze = list(config.optimizer.freeze)
-    claim(workdir, {"program": job.name, "text": text, "vision": vision, "freeze": freeze, "rows": config.data.rows})
+    claim(workdir, _facts(config, job, model_config))
     return Run(config, workdir, directory, processor, plan, job)
+
+
+def _facts(config: TrainConfig, job: Job, model: ModelConfig) -> dict[str, Any]:
+    """What has to stay for a run to go on: what its checkpoints hold, and how its data is dealt out."""
+    data = {key: getattr(config.data, key) for key in ("rows", "lookahead", "workers")}
+    towers = {"text": dataclasses.asdict(model.text), "vision": dataclasses.asdict(model.vision)}
+    freeze = list(config.optimizer.freeze)
+    return {"program": job.name, **towers, "freeze": freeze, **data, "processes": jax.process_count()}
 
 
 def run_config(model: ModelConfig, config: TrainConfig, platform: str) -> ModelConfig:
