@@ -129,6 +129,10 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
         InputError: a flag or key does not exist, or has an unfit value.
     """
     names = ", ".join(f"--{name}" for name in values if name != "config")
+    if {"-h", "--help"} & set(sys.argv):
+        print(f"{sys.modules['__main__'].__doc__}\nFlags: --config FILE[:debug], --config.KEY=VALUE, {names}\n")
+        print(f"{TrainConfig.__doc__}\ndata: {DataConfig.__doc__}\noptimizer: {OptimizerConfig.__doc__}")
+        raise SystemExit(0)
     try:
         rest = values(list(sys.argv))[1:]
         if not isinstance(values.config, ConfigDict):  # None, or what ml_collections makes of a missing file
@@ -138,7 +142,8 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
         raise InputError(f"--{e.flagname} does not exist. {_hint(e.flagname, values)} Other flags: {names}.") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         unknown = [key for key in _given_keys() if key not in _keys()]
-        problem = f"--{unknown[0]} does not exist. {_hint(unknown[0])}" if unknown else str(e)
+        reason = str(e).strip().splitlines()[-1].strip()  # ml_collections quotes a recipe's whole traceback
+        problem = f"--{unknown[0]} does not exist. {_hint(unknown[0])}" if unknown else reason
         raise InputError(f"{problem} Recipes are in configs/; every key is explained in train/config.py.") from None
     if rest:
         raise InputError(f"{rest[0]!r} is no flag. Flags are --config, --config.KEY=VALUE, {names}.")

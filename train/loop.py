@@ -224,8 +224,9 @@ class _Loop:
     def _finish(self, stopped: bool) -> Summary:
         progress, rates = self._progress(), self.whole.rates()
         exported = None if stopped else export_trained(self.run, self.state)
+        loss = f"loss {self.loss:.4f}" if self.step > self.first else "no step was left to do"
         self.log.line(
-            f"{'stopped at' if stopped else 'finished'} step {self.step}: loss {self.loss:.4f}, "
+            f"{'stopped at' if stopped else 'finished'} step {self.step}: {loss}, "
             f"{progress.samples:,} samples and {progress.tokens:,} tokens trained on, {progress.cut} cut, "
             f"{progress.bad} bad"
             + (f" (see {self.bad_samples.file})" if progress.bad else "")

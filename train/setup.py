@@ -96,6 +96,10 @@ def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig
     Raises:
         TarsierError: the checkpoint, the mesh, the annotations or the workdir do not fit.
     """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--workdir {workdir} cannot be made ({e.strerror}). Choose another one.") from None
     config = _with_debug_files(config, workdir)
     if not config.model:
         raise InputError("config.model names no checkpoint. Give --config.model=DIRECTORY or a hub id.")
