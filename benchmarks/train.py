@@ -155,7 +155,8 @@ def benchmark_small(steps: int) -> None:
         optimizer.step()
         losses["reference"] = total
 
-    ours(), reference()
+    ours()
+    reference()
     print(f"{len(examples)} samples of {work.tokens} tokens in {len(rows)} rows, padding {work.padding:.1%}")
     print(f"loss of the first step: ours {losses['ours']:.6f}, reference {losses['reference']:.6f}")
     times: dict[str, list[float]] = {"ours": [], "reference": []}
