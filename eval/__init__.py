@@ -1,0 +1,1 @@
+"""Programs that score descriptions and answers, and clips to score them on."""

@@ -1,0 +1,1 @@
+"""Clips of moving shapes: scripts, frames, descriptions, questions, and a judge that reads descriptions by grammar."""

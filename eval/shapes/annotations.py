@@ -1,0 +1,66 @@
+"""Lines of annotations as the benchmarks have them: descriptions like DREAM-1K's, questions like TVBench's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from eval.shapes.describe import describe, event_sentences
+from eval.shapes.questions import Question
+from eval.shapes.world import Scene
+
+PROMPT = "Describe the video in detail."
+GROUNDED_PROMPT = "Describe the video in detail, and give the frames of each event."
+_QUESTION_SETS = {"order": "Event Order", "direction": "Moving Direction", "antonym": "Event Antonym"}
+
+
+def annotation(
+    scene: Scene,
+    video: Mapping[str, Any],
+    idx: int,
+    rate: float = 16.0,
+    reference: str | None = None,
+    prompt: str = PROMPT,
+) -> dict[str, Any]:
+    """A line that asks for a description.
+
+    Beside what DREAM-1K has, `extra_info` holds `spans`, the first and last frame of every event (see `world`). Clips
+    are grouped by their number of events: `dataset` is "Shapes/3_events".
+
+    Args:
+        video: the item's source, {"video_file": "0.mp4"} or {"frames": array}.  rate: frames a second.
+        reference: the description; the plainest if not given.
+    """
+    events = event_sentences(scene)
+    extra = {
+        "duration": round(scene.frames / rate, 2),
+        "events": events,
+        "spans": [[event.first, event.last] for event in scene.events],
+        "n_events": len(events),
+        "n_shots": 1,
+        "n_subjects": len(scene.shapes),
+    }
+    answer = {"type": "text", "text": "", "reference": describe(scene) if reference is None else reference}
+    return {
+        "messages": [_ask(video, prompt), {"role": "assistant", "content": [answer]}],
+        "dataset": f"Shapes/{len(events)}_events",
+        "task": "video/caption",
+        "idx": idx,
+        "extra_info": extra,
+        "vid": idx,
+    }
+
+
+def question_annotation(question: Question, video: Mapping[str, Any], idx: int, vid: int) -> dict[str, Any]:
+    """A line that asks a question; the answer begins with " Answer: (", so that a letter is what comes next."""
+    begun, letter = {"type": "text", "text": " Answer: ("}, {"type": "text", "text": "", "reference": question.answer}
+    return {
+        "messages": [_ask(video, question.prompt()), {"role": "assistant", "content": [begun, letter]}],
+        "dataset": f"ShapesQA/{_QUESTION_SETS[question.kind]}",
+        "task": "video/QA",
+        "idx": idx,
+        "vid": vid,
+    }
+
+
+def _ask(video: Mapping[str, Any], prompt: str) -> dict[str, Any]:
+    items = [{"type": "video", "video": dict(video)}, {"type": "text", "text": prompt}]
+    return {"role": "user", "content": items}

@@ -1,0 +1,116 @@
+"""The judge: events out of a description by grammar (see `words`), entailment by matching, in order.
+
+Recall is the share of the reference's events that the description tells, precision the share of the description's
+events that are in the reference (AutoDQ, arXiv 2407.00634). Events match if they are equal and in the same order: they
+are the longest common subsequence of the two lists, so that of two events told the wrong way round one is lost.
+What cannot be read up to the end of a sentence is one event that matches nothing. Case, articles, commas, the period at
+the end and frame tags do not matter.
+"""
+
+import re
+from collections.abc import Sequence
+
+from eval.shapes.words import ALONE, OF_TWO, WITH, name_after
+from eval.shapes.world import COLOURS, KINDS, Fact
+from tarsier_jax.errors import InputError
+
+UNREAD = "unread"  # the verb of what cannot be read
+
+
+def _any(words: Sequence[str]) -> str:
+    return "(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + ")"
+
+
+_OF_TWO = {phrase: verb for verb, phrases in OF_TWO.items() for phrase in phrases}
+_WITH = {phrase: verb for verb, phrases in WITH.items() for phrase in phrases}
+_NAME = f"(?:(?:an?|the) )?({_any(list(COLOURS))} {_any(KINDS)})"
+_LINKS = "(?:(?:and|then|next|first|finally|after that|at the end|also) )*"
+_END = "(?: |$)"
+_PAIR_CLAUSE = re.compile(f"{_LINKS}{_NAME} and {_NAME} ({_any(list(_OF_TWO))}){_END}")
+_WITH_CLAUSE = re.compile(f"{_LINKS}(?:{_NAME} |(it) )?({_any(list(_WITH))}) {_NAME}{_END}")
+_CLAUSE = re.compile(f"{_LINKS}(?:{_NAME} |(it) )?({_any(list(ALONE))}){_END}")
+_TAG = re.compile(r"<frame:[^>]*>")
+
+
+class _Reader:
+    """Reads clauses; remembers what "it" is, and who a clause without a subject is about."""
+
+    def __init__(self) -> None:
+        self.events: list[Fact] = []
+        self.it: str | None = None
+        self.subject: str | None = None
+
+    def sentence(self, text: str) -> None:
+        self.subject, at = None, 0
+        while at < len(text):
+            end = self._clause(text, at)
+            if end is None:
+                self.events.append(Fact(UNREAD, (), text[at:]))
+                return
+            at = end
+
+    def _clause(self, text: str, at: int) -> int | None:
+        """Reads one clause; says where it ends, or None if there is none to be read."""
+        if match := _PAIR_CLAUSE.match(text, at):
+            a, b, phrase = match.groups()
+            self._note(Fact(_OF_TWO[phrase], tuple(sorted((a, b)))), None, b)
+        elif (match := _WITH_CLAUSE.match(text, at)) and (subject := self._subject(match[1], match[2])):
+            self._note(Fact(_WITH[match[3]], tuple(sorted((subject, match[4])))), subject, match[4])
+        elif (match := _CLAUSE.match(text, at)) and (subject := self._subject(match[1], match[2])):
+            fact = Fact(ALONE[match[3]][0], (subject,), ALONE[match[3]][1])
+            self._note(fact, name_after(fact), name_after(fact))
+        else:
+            return None
+        return match.end()
+
+    def _subject(self, name: str | None, pronoun: str | None) -> str | None:
+        return name or (self.it if pronoun else self.subject)
+
+    def _note(self, fact: Fact, subject: str | None, it: str) -> None:
+        self.events.append(fact)
+        self.subject, self.it = subject, it
+
+
+def events_of(text: str) -> list[Fact]:
+    """The events that a text tells, in order; what cannot be read has the verb UNREAD."""
+    reader = _Reader()
+    for sentence in re.split(r"[.!?;\n]", _TAG.sub(" ", text.lower())):
+        if words := " ".join(sentence.replace(",", " ").split()):
+            reader.sentence(words)
+    return reader.events
+
+
+def matches(described: Sequence[Fact], reference: Sequence[Fact]) -> int:
+    """The length of the longest common subsequence; what could not be read equals nothing."""
+    row = [0] * (len(reference) + 1)
+    for fact in described:
+        before = row
+        row = [0]
+        for j, other in enumerate(reference):
+            same = fact == other and fact.verb != UNREAD
+            row.append(before[j] + 1 if same else max(before[j + 1], row[j]))
+    return row[-1]
+
+
+def score(description: str, reference_events: Sequence[str]) -> tuple[float, float]:
+    """Recall and precision, 0 to 1. A list without events scores 1, as in AutoDQ."""
+    described = events_of(description)
+    reference = [fact for event in reference_events for fact in events_of(event)]
+    found = matches(described, reference)
+    return found / len(reference) if reference else 1.0, found / len(described) if described else 1.0
+
+
+def corpus_scores(descriptions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Mean recall and precision of many clips, and F1 of these means: keys recall, precision, f1.
+
+    Raises:
+        InputError: the lists differ in length, or are empty.
+    """
+    if not descriptions or len(descriptions) != len(references):
+        raise InputError(
+            f"There are {len(descriptions)} descriptions and {len(references)} lists of events. Give as many of each."
+        )
+    scores = [score(text, events) for text, events in zip(descriptions, references, strict=True)]
+    recall, precision = (sum(values) / len(scores) for values in zip(*scores, strict=True))
+    both = recall + precision
+    return {"recall": recall, "precision": precision, "f1": 2 * recall * precision / both if both else 0.0}

@@ -1,0 +1,91 @@
+"""The language of the moving shapes: every phrase that `describe` uses and `judge` reads.
+
+The first of several ways to say a thing is the plain one.
+
+    sentence = [connective] (name | "it") predicate
+             | [connective] name predicate-with name
+             | [connective] name "and" name predicate-of-two
+"""
+
+from eval.shapes.world import COLOURS, DIRECTIONS, TURNS, Fact
+
+MOVES = ("moves", "slides", "glides")
+WAYS = {
+    "left": ("to the left", "left"),
+    "right": ("to the right", "right"),
+    "up": ("up", "upwards"),
+    "down": ("down", "downwards"),
+}
+SPINS = ("turns", "rotates", "spins")
+BECOMES = ("turns", "becomes", "changes to")
+SIMPLE = {
+    "grow": ("grows", "gets bigger", "becomes larger"),
+    "shrink": ("shrinks", "gets smaller", "becomes smaller"),
+    "appear": ("appears", "fades in", "shows up"),
+    "disappear": ("disappears", "fades out", "vanishes"),
+    "jump": ("jumps", "hops", "jumps up and down"),
+}
+OF_TWO = {  # said of "the red circle and the blue square"
+    "collide": ("collide", "bump into each other", "run into each other"),
+    "swap": ("swap places", "trade places", "switch places"),
+}
+WITH = {  # said of the red circle, before "the blue square"
+    "collide": ("collides with", "bumps into", "runs into"),
+    "swap": ("swaps places with", "trades places with", "switches places with"),
+}
+FIRST = ("", "First, ")
+NEXT = ("Then ", "Next, ", "After that, ", "")
+LAST = ("Finally, ", "Then ", "At the end, ")
+JOINED = ("and then", "and")  # a second event in the same sentence
+
+
+def predicates(verb: str, detail: str) -> list[str]:
+    """What may be said of one shape that does something."""
+    if verb == "move":
+        return [f"{move} {way}" for move in MOVES for way in WAYS[detail]]
+    if verb == "turn":
+        return [f"{spin} {detail}" for spin in SPINS]
+    if verb == "recolour":
+        return [f"{become} {detail}" for become in BECOMES]
+    return list(SIMPLE[verb])
+
+
+def sentences(fact: Fact, a: str, b: str = "") -> list[str]:
+    """All ways to tell a fact of one shape, called `a`, or of two. They begin in lower case and have no period."""
+    if not b:
+        return [f"{a} {predicate}" for predicate in predicates(fact.verb, fact.detail)]
+    return [f"{a} and {b} {p}" for p in OF_TWO[fact.verb]] + [f"{a} {p} {b}" for p in WITH[fact.verb]]
+
+
+def article(name: str) -> str:
+    """The name with "a" or "an"."""
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def plain(fact: Fact, definite: bool = True) -> str:
+    """The canonical sentence of a fact, "The red circle moves to the left."."""
+    names = [f"the {name}" if definite else article(name) for name in fact.names]
+    return as_sentence(sentences(fact, *names)[0])
+
+
+def as_sentence(text: str) -> str:
+    """With a capital and a period."""
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def name_after(fact: Fact) -> str:
+    """What the shape that did something is called from then on."""
+    return f"{fact.detail} {fact.names[0].split()[1]}" if fact.verb == "recolour" else fact.names[0]
+
+
+ALONE = {  # every predicate of one shape, and what it says
+    predicate: (verb, detail)
+    for verb, details in (
+        ("move", DIRECTIONS),
+        ("turn", TURNS),
+        ("recolour", tuple(COLOURS)),
+        *((verb, ("",)) for verb in SIMPLE),
+    )
+    for detail in details
+    for predicate in predicates(verb, detail)
+}

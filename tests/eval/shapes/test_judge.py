@@ -1,0 +1,95 @@
+"""The judge reads all that can be said, and and every kind of mistake costs what it should."""
+
+import pytest
+
+from eval.shapes.judge import UNREAD, corpus_scores, events_of, matches, score
+from eval.shapes.world import Fact
+from tarsier_jax.errors import InputError
+
+EVENTS = [
+    "The red circle moves to the left.",
+    "The red circle turns blue.",
+    "The blue circle and the green square swap places.",
+    "The green square turns clockwise.",
+]
+MOVE = Fact("move", ("red circle",), "left")
+
+
+def test_pronouns_and_joined_sentences() -> None:
+    text = (
+        "First, a red circle moves left and then turns blue. It swaps places with a green square. It spins clockwise."
+    )
+    assert events_of(text) == [fact for event in EVENTS for fact in events_of(event)]
+    assert score(text, EVENTS) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the red circle moves to the left",
+        "THE RED CIRCLE SLIDES LEFT!",
+        "Then, red circle  glides to the left",
+        "<frame: 2-5> A red circle moves left.",
+        "And then the red circle moves to the left;",
+    ],
+)
+def test_small_variations(text: str) -> None:
+    assert events_of(text) == [MOVE]
+
+
+@pytest.mark.parametrize(
+    ("text", "recall", "precision"),
+    [
+        (" ".join(EVENTS), 1, 1),
+        (" ".join(EVENTS[:3]), 3 / 4, 1),  # missing
+        (" ".join(EVENTS) + " The green square jumps.", 1, 4 / 5),  # extra
+        (" ".join([EVENTS[1], EVENTS[0], *EVENTS[2:]]), 3 / 4, 3 / 4),  # two in the wrong order
+        (" ".join(reversed(EVENTS)), 1 / 4, 1 / 4),
+        (" ".join(["The red circle moves to the right.", *EVENTS[1:]]), 3 / 4, 3 / 4),  # wrong direction
+        (" ".join([*EVENTS[:3], "The green square turns counterclockwise."]), 3 / 4, 3 / 4),
+        (" ".join(["The blue circle moves to the left.", *EVENTS[1:]]), 3 / 4, 3 / 4),  # wrong colour
+        (" ".join([EVENTS[0], "It turns green.", *EVENTS[2:]]), 3 / 4, 3 / 4),
+        (" ".join([*EVENTS[:3], "The green star turns clockwise."]), 3 / 4, 3 / 4),  # wrong shape
+        (" ".join([EVENTS[0]] * 4), 1 / 4, 1 / 4),  # the same again and again
+        (f"{EVENTS[0]} Wonderful colours abound.", 1 / 4, 1 / 2),
+        ("Nothing that can be read", 0, 0),
+        ("It moves to the left.", 0, 0),  # what does?
+        ("Moves to the left.", 0, 0),
+        ("", 0, 1),
+    ],
+)
+def test_costs(text: str, recall: float, precision: float) -> None:
+    assert score(text, EVENTS) == pytest.approx((recall, precision))
+
+
+def test_rubbish_is_one_event_a_sentence() -> None:
+    events = events_of("The red circle moves left and then dances. Blah. The red circle and the star collide.")
+    assert [fact.verb for fact in events] == ["move", UNREAD, UNREAD, UNREAD]
+    assert matches(events, events) == 1  # rubbish matches nothing, not even itself
+
+
+def test_the_two_of_a_pair_may_come_in_either_order() -> None:
+    texts = ["A red star collides with a blue star.", "The blue star and the red star bump into each other."]
+    assert events_of(texts[0]) == events_of(texts[1]) == [Fact("collide", ("blue star", "red star"))]
+
+
+def test_it_is_the_shape_named_last() -> None:
+    text = "A red star runs into a blue cross. It jumps."
+    assert events_of(text)[1] == Fact("jump", ("blue cross",))
+    text = "A red star runs into a blue cross and then jumps."
+    assert events_of(text)[1] == Fact("jump", ("red star",))
+
+
+def test_reference_without_events() -> None:
+    assert score("A red circle jumps.", []) == (1.0, 0.0)
+    assert score("", []) == (1.0, 1.0)
+
+
+def test_corpus() -> None:
+    scores = corpus_scores([" ".join(EVENTS), EVENTS[0]], [EVENTS, EVENTS])
+    assert scores == pytest.approx({"recall": 5 / 8, "precision": 1.0, "f1": 2 * 5 / 8 / (13 / 8)})
+    assert corpus_scores(["Rubbish."], [EVENTS]) == {"recall": 0.0, "precision": 0.0, "f1": 0.0}
+    with pytest.raises(InputError, match="as many of each"):
+        corpus_scores([], [])
+    with pytest.raises(InputError, match="2 descriptions and 1 lists"):
+        corpus_scores(["", ""], [EVENTS])

@@ -1,0 +1,121 @@
+"""Scripts: the same from the same seed, physically sound, varied, and reversible."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from eval.shapes.script import MIN_FRAMES, generate
+from eval.shapes.world import COLOURS, KINDS, VERBS, Fact, Scene, facts, names_of, opposite, reverse, sprites_at
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.sampling import sample_uniform
+from tests.eval.shapes.scenes import by_hand, scene
+
+SEEDS = range(150)
+
+
+def test_same_seed_same_scene() -> None:
+    assert all(generate(np.random.default_rng(s)) == scene(s) for s in range(20))
+    assert len({scene(s) for s in SEEDS}) == len(SEEDS)
+
+
+def test_same_story_at_any_number_of_frames() -> None:
+    for seed in range(20):
+        assert facts(scene(seed)) == facts(scene(seed, 77))
+        assert scene(seed).shapes == scene(seed, 77).shapes
+
+
+def test_every_kind_colour_and_verb_occurs() -> None:
+    verbs = Counter(event.verb for s in SEEDS for event in scene(s).events)
+    assert verbs.keys() == set(VERBS)
+    assert min(verbs.values()) >= 0.04 * verbs.total()
+    assert {shape.kind for s in SEEDS for shape in scene(s).shapes} == set(KINDS)
+    assert {name.split()[0] for s in SEEDS for fact in facts(scene(s)) for name in fact.names} == set(COLOURS)
+    assert {len(scene(s).events) for s in SEEDS} == {1, 2, 3, 4, 5}
+    assert {len(scene(s).shapes) for s in SEEDS} == {1, 2, 3}
+
+
+def test_counts_that_are_asked_for() -> None:
+    made = generate(np.random.default_rng(0), frames=16, aspect=1.5, shapes=3, events=5)
+    assert (len(made.shapes), len(made.events), made.frames, made.width, made.height) == (3, 5, 16, 1.5, 1.0)
+
+
+@pytest.mark.parametrize("wrong", [{"frames": MIN_FRAMES - 1}, {"shapes": 4}, {"events": 0}, {"aspect": 3.0}])
+def test_refuses(wrong: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="1 to 3 shapes"):
+        generate(np.random.default_rng(0), **wrong)
+
+
+@pytest.mark.parametrize("frames", [MIN_FRAMES, 16, 21, 32, 50])
+def test_events_follow_one_another(frames: int) -> None:
+    for seed in range(50):
+        events = scene(seed, frames).events
+        assert all(0 <= e.first < e.last < frames for e in events)
+        assert all(a.last <= b.first for a, b in itertools.pairwise(events))
+
+
+@pytest.mark.parametrize("frames", [16, 21, 32, 50])
+def test_events_show_in_two_steps_between_sampled_frames(frames: int) -> None:
+    steps = list(itertools.pairwise(sample_uniform(frames, 16)))
+    for seed in range(50):
+        for event in scene(seed, frames).events:
+            assert sum(max(a, event.first) < min(b, event.last) for a, b in steps) >= 2
+
+
+def test_shapes_act_while_present_and_stay_inside_and_apart() -> None:
+    for seed in SEEDS:
+        made = scene(seed)
+        for event in made.events:
+            for change in event.changes:
+                assert change.before.present == (event.verb != "appear")
+                assert change.after.present == (event.verb != "disappear")
+        for frame in range(made.frames):
+            shown = [s for s in sprites_at(made, frame) if s.alpha > 0]
+            assert all(s.size < s.x < made.width - s.size and s.size < s.y < made.height - s.size for s in shown)
+            if not _colliding(made, frame):
+                assert all(
+                    np.hypot(a.x - b.x, a.y - b.y) > a.size + b.size for a, b in itertools.combinations(shown, 2)
+                )
+
+
+def _colliding(made: Scene, frame: int) -> bool:
+    return any(e.verb == "collide" and e.first < frame < e.last for e in made.events)
+
+
+def test_poses_join_up() -> None:
+    for seed in SEEDS:
+        made = scene(seed)
+        poses = [shape.pose for shape in made.shapes]
+        for change in (c for e in made.events for c in e.changes):
+            assert change.before == poses[change.shape]
+            poses[change.shape] = change.after
+
+
+def test_a_name_belongs_to_one_shape_and_facts_are_distinct() -> None:
+    for seed in SEEDS:
+        made = scene(seed)
+        names = [names_of(made, i) for i in range(len(made.shapes))]
+        assert len(set().union(*names)) == sum(map(len, names))
+        assert len(set(facts(made))) == len(made.events)
+
+
+def test_facts_name_a_shape_by_its_colour_at_that_moment() -> None:
+    assert facts(by_hand()) == [
+        Fact("move", ("red circle",), "left"),
+        Fact("recolour", ("red circle",), "blue"),
+        Fact("grow", ("blue circle",)),
+    ]
+
+
+def test_reverse() -> None:
+    back = reverse(by_hand())
+    assert facts(back) == [
+        Fact("shrink", ("blue circle",)),
+        Fact("recolour", ("blue circle",), "red"),
+        Fact("move", ("red circle",), "right"),
+    ]
+    assert [(e.first, e.last) for e in back.events] == [(0, 9), (10, 20), (20, 30)]
+    for seed in SEEDS:
+        assert facts(reverse(scene(seed))) == [opposite(fact) for fact in reversed(facts(scene(seed)))]
+        assert reverse(reverse(scene(seed))) == scene(seed)
