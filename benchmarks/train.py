@@ -97,7 +97,7 @@ def benchmark_2b(steps: int, tokens: int, profile: str | None) -> None:
     config = ModelConfig(TEXT_2B, vision, dtype="bfloat16", attention=attention, remat="full")
     mesh = make_mesh(fsdp=count)
     plan = make_plan(config, OPTIMIZER, 100, mesh)
-    shape = RowShape(tokens, bins=tokens // 512, patches=2432, frames=4, samples=16)
+    shape = RowShape(tokens, bins=tokens * 28 // 16_384, patches=2432, frames=4, samples=16)
     a_video = 16 * 26 * 46 // 4 + 322  # 16 frames of 26 x 46 patches, a question and an answer of 300 tokens
     videos = [make_example(config, 16, 26, 46, 300, i) for i in range(count * (tokens // a_video))]
     rows = pack(videos, shape, config)
