@@ -8,23 +8,13 @@ they are not shown.
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
-
-# The TPU compiler must not look for a TPU, nor JAX for any other device.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,13 +24,7 @@ from tarsier_jax.generation.sampling import make_sampling
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.sharding import BATCH, HEADS, fit_spec, make_mesh, parameter_shardings
-
-GIB = 2**30
-
-
-def topology_devices(name: str) -> Sequence[Any]:
-    """The devices of a TPU slice such as "v5e:2x4", known to the compiler only."""
-    return topologies.get_topology_desc(name, platform="tpu").devices
+from train.aot import GIB, bytes_of, topology_devices
 
 
 def abstract_model(config: ModelConfig, mesh: Mesh) -> Tarsier:
@@ -71,19 +55,16 @@ def abstract_batch(config: ModelConfig, mesh: Mesh, rows: int, tokens: int, fram
     )
 
 
-def report(name: str, compiled: Any, seconds: float) -> int:
-    """Prints one program's bytes a chip and returns their sum."""
-    m = compiled.memory_analysis()
-    # Donated arguments are outputs too and are counted once.
+def report(name: str, compiled: Any, seconds: float) -> None:
+    """Prints one program's bytes a chip."""
+    arguments, temporaries, outputs = bytes_of(compiled)
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
-    total = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     print(
-        f"{name:<8} arguments {m.argument_size_in_bytes / GIB:6.2f}  temporaries {m.temp_size_in_bytes / GIB:6.2f}  "
-        f"outputs {(m.output_size_in_bytes - m.alias_size_in_bytes) / GIB:6.2f}  total {total / GIB:6.2f} GiB a chip  "
+        f"{name:<8} arguments {arguments / GIB:6.2f}  temporaries {temporaries / GIB:6.2f}  "
+        f"outputs {outputs / GIB:6.2f}  total {(arguments + temporaries + outputs) / GIB:6.2f} GiB a chip  "
         f"({kernels} splash kernels; compiled in {seconds:.0f} s)",
         flush=True,
     )
-    return total
 
 
 def compile_for(
@@ -126,7 +107,7 @@ def main() -> int:
     parser.add_argument("--patches", type=int, default=2432)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     args = parser.parse_args()
-    mesh = make_mesh(data=args.data, tensor=args.tensor, devices=np.asarray(topology_devices(args.topology)).tolist())
+    mesh = make_mesh(data=args.data, tensor=args.tensor, devices=topology_devices(args.topology))
     config = ModelConfig(dtype="bfloat16", param_dtype="bfloat16", attention="splash")
     print(f"7B, {args.topology}, data={args.data} tensor={args.tensor}, {args.batch} prompts of {args.tokens} tokens")
     programs = compile_for(config, mesh, args.batch, args.tokens, args.frames, args.patches, args.max_new_tokens)

@@ -87,7 +87,6 @@ class HuggingFace:
                 "a second directory to compare with."
             ) from None
         self.torch, self.eos_token_ids = torch, list(eos_token_ids)
-        torch.set_grad_enabled(False)
         with torch.device("meta"):
             model = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_dict(config_for(config, "qwen2_vl")))
         tensors = {
@@ -101,7 +100,7 @@ class HuggingFace:
         for rotary in (model.model.language_model.rotary_emb, model.model.visual.rotary_pos_emb):
             fresh = type(rotary)(rotary.config)  # frequencies are no parameters, and the meta device holds none
             rotary.inv_freq, rotary.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
-        self.model: Any = model.eval()
+        self.model: Any = model.eval().requires_grad_(False)
 
     def _inputs(self, example: Example) -> dict[str, Any]:
         """Position ids are given: transformers 5 would number text after a long video differently."""

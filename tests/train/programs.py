@@ -17,7 +17,10 @@ SETTINGS = ("--config.optimizer.peak_lr=1e-3", "--config.save_every=3", "--confi
 def start(workdir: Path, *flags: str, devices: int = 1, program: str = "sft", recipe: str = "recap_7b") -> Any:
     """The debug size of a recipe; gives the running process."""
     command = [sys.executable, "-m", f"train.{program}", f"--config=configs/{recipe}.py:debug", f"--workdir={workdir}"]
-    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    # The programs are small and run for seconds: most of their time would go into optimising them.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags_of_xla = f"--xla_force_host_platform_device_count={devices} {quick}"
+    environment = {"XLA_FLAGS": flags_of_xla, "JAX_PLATFORMS": "cpu"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [*command, *SETTINGS, *flags], env={**os.environ, **environment}, stdout=pipe, stderr=pipe, text=True

@@ -11,13 +11,16 @@ from tarsier_jax.errors import InputError
 from train import aot
 
 
-def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
-    """One sequence of 16,384 tokens a chip, on 256 chips."""
-    flags = ["--config=configs/recap_7b.py", "--config.data.rows=256", "--topology=v5e:16x16"]
+def run_aot(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "train.aot", *flags]
-    done = subprocess.run(
+    return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
     )
+
+
+def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
+    """One sequence of 16,384 tokens a chip, on 256 chips."""
+    done = run_aot("--config=configs/recap_7b.py", "--config.data.rows=256", "--topology=v5e:16x16")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "FITS"
     arguments, total = (float(re.search(rf"{k} ([\d.]+)", done.stdout)[1]) for k in ("arguments", "total"))
@@ -26,6 +29,12 @@ def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
     replicated = re.search(r"largest replicated array of the state: \S+ ([\d.]+) MiB", done.stdout)
     assert replicated is not None and float(replicated[1]) < 1
     assert "8 splash kernels" in done.stdout  # two towers: forward, again for the backward pass, and its two kernels
+
+
+def test_a_step_that_the_compiler_refuses() -> None:
+    done = run_aot("--config=configs/recap_7b.py:debug", "--config.data.rows=65536", "--topology=v5e:2x2")
+    assert done.returncode == 1 and done.stderr == ""
+    assert done.stdout.splitlines()[-1].startswith("EXCEEDS: the compiler refuses (RESOURCE_EXHAUSTED")
 
 
 def test_an_unknown_topology(monkeypatch: pytest.MonkeyPatch) -> None:

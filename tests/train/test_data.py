@@ -247,7 +247,7 @@ def test_bad_lines_are_skipped_and_counted(tmp_path: Path, packer: Packer) -> No
     reasons = [bad.reason for bad in rows[0].bad]
     assert reasons[0].startswith("The line is no JSON (Expecting property name")
     assert reasons[1:3] == ["The line is no JSON object.", "Sample x is empty."]
-    assert "65 tokens and 0 frames" in reasons[3] and "(64 tokens" in reasons[3]
+    assert "1 answers of 65 tokens, with 0 frames" in reasons[3] and "8 answers, 64 tokens" in reasons[3]
     assert reasons[4] == "KeyError('tokens')"  # what no one thought of
 
 
