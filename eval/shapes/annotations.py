@@ -8,6 +8,7 @@ from eval.shapes.questions import Question
 from eval.shapes.world import Scene
 
 PROMPT = "Describe the video in detail."
+IMAGE_PROMPT = "Describe the image in detail."
 GROUNDED_PROMPT = "Describe the video in detail, and give the frames of each event."
 _QUESTION_SETS = {"order": "Event Order", "direction": "Moving Direction", "antonym": "Event Antonym"}
 

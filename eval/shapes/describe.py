@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from eval.shapes.words import FIRST, JOINED, LAST, NEXT, article, as_sentence, name_after, plain, sentences
-from eval.shapes.world import Fact, Scene, changed_frames, facts
+from eval.shapes.world import Fact, Scene, changed_frames, facts, pose_at
 from tarsier_jax.processing.sampling import sample_uniform
 
 _JOIN, _PRONOUN = 0.35, 0.7  # how often, at random, two events share a sentence, and a shape is "it"
@@ -37,6 +37,13 @@ def describe_grounded(scene: Scene, n: int = 16, rng: np.random.Generator | None
         for first, last, events in groups
         for text in [" ".join(told[i] for i in events)]
     )
+
+
+def describe_frame(scene: Scene, frame: int) -> str:
+    """What is to be seen in one frame, from left to right: "A red circle, a blue square."."""
+    poses = [(pose_at(scene, i, frame), shape.kind) for i, shape in enumerate(scene.shapes)]
+    names = [article(f"{pose.colour} {kind}") for pose, kind in sorted(poses, key=lambda p: p[0].x) if pose.present]
+    return as_sentence(", ".join(names) or "nothing")
 
 
 def frame_groups(scene: Scene, n: int) -> list[tuple[int, int, list[int]]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from eval.shapes.words import WAYS, as_sentence, plain
-from eval.shapes.world import COLOURS, DIRECTIONS, TURNS, Fact, Scene, facts, names_of, opposite
+from eval.shapes.world import COLOURS, DIRECTIONS, ROUND, TURNS, Fact, Scene, facts, names_of, opposite
 
 LETTERS = "ABCD"
 _MOTIONS = ("move", "jump", "collide", "swap")
@@ -48,7 +48,7 @@ def untrue(scene: Scene, rng: np.random.Generator) -> list[Fact]:
         verbs = {fact.verb for fact in told if names & set(fact.names)}
         for name in sorted(names):
             pool += [Fact(verb, (name,)) for verb in ("grow", "shrink")]
-            pool += [Fact("turn", (name,), turn) for turn in TURNS if shape.kind != "circle"]
+            pool += [Fact("turn", (name,), turn) for turn in TURNS if shape.kind not in ROUND]
             pool += [Fact("jump", (name,))] if not verbs & set(_MOTIONS) else []
             pool += [Fact("move", (name,), way) for way in DIRECTIONS if not verbs & set(_MOTIONS)]
             pool += [Fact(verb, (name,)) for verb in ("appear", "disappear")]

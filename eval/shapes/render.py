@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,26 @@ from eval.shapes.world import Background, Scene, Sprite, sprites_at
 from tarsier_jax.errors import InputError
 
 _FINER = 4  # masks are drawn that many times larger, and averaged
+# Every shape has a white rim, which shows its kind whatever its colour: a share of its size, or so many pixels.
+_RIM, _RIM_SHARE, _RIM_PIXELS = (245, 245, 245), 0.13, 1.5
 # One palette for all frames, and no dithering, so that what does not move does not flicker.
 _GIF_FILTER = "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none"
 _GIF: dict[str, Any] = {"codec": "gif", "pix_fmt_out": "pal8", "output_params": ["-filter_complex", _GIF_FILTER]}
 _MP4: dict[str, Any] = {"codec": "libx264", "quality": 8}
 
 
-def render(scene: Scene, height: int = 112, width: int = 112) -> np.ndarray:
-    """The frames of a scene, uint8 (scene.frames, height, width, 3), fitted into the middle, anti-aliased."""
+def render(scene: Scene, height: int = 112, width: int = 112, indices: Sequence[int] | None = None) -> np.ndarray:
+    """The frames of a scene, uint8 (frames, height, width, 3), fitted into the middle, anti-aliased.
+
+    Args:
+        indices: of the frames to draw; all if not given.
+    """
     ground = _draw_background(scene, height, width)
-    frames = np.empty((scene.frames, height, width, 3), np.uint8)
+    shown = range(scene.frames) if indices is None else indices
+    frames = np.empty((len(shown), height, width, 3), np.uint8)
     drawn: list[Sprite] | None = None
-    for i in range(scene.frames):
-        sprites = sprites_at(scene, i)
+    for i, index in enumerate(shown):
+        sprites = sprites_at(scene, index)
         if sprites == drawn:
             frames[i] = frames[i - 1]
             continue
@@ -85,53 +92,67 @@ def _pattern(ground: Background, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _draw(frame: np.ndarray, sprite: Sprite, scale: float, left: float, top: float) -> None:
-    """Draws a sprite into a frame, uint8 (H, W, 3); its mask is computed around it only."""
+    """Draws a sprite with a white rim into a frame, uint8 (H, W, 3); its masks are computed around it only."""
     if sprite.alpha == 0:
         return
+    x0, y0, masks = _masks(sprite, scale, left, top)
+    top_, left_ = max(0, -y0), max(0, -x0)
+    part = frame[y0 + top_ : y0 + len(masks[0]), x0 + left_ : x0 + len(masks[0])]
+    for rgb, mask in zip((_RIM, sprite.rgb), masks, strict=True):
+        alpha = mask[top_ : top_ + part.shape[0], left_ : left_ + part.shape[1], None]
+        part[:] = np.rint(part * (1 - alpha) + np.array(rgb, np.float32) * alpha).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=16)  # most sprites of a frame stand where they stood in the one before
+def _masks(sprite: Sprite, scale: float, left: float, top: float) -> tuple[int, int, list[np.ndarray]]:
+    """Where a square around the sprite begins, (x, y), and how much of rim, then of its own colour, to paint there."""
     x, y, size = left + sprite.x * scale, top + sprite.y * scale, sprite.size * scale
     x0, y0 = math.floor(x - size) - 1, math.floor(y - size) - 1
-    side = math.ceil(2 * size) + 3
-    mask = Image.new("L", (side * _FINER, side * _FINER))
-    points = _outline(sprite, x - x0, y - y0, size)
-    ImageDraw.Draw(mask).polygon(points, fill=255)
-    alpha = np.asarray(mask.reduce(_FINER), np.float32)[..., None] * (sprite.alpha / 255)
-    top_, left_ = max(0, -y0), max(0, -x0)
-    part = frame[y0 + top_ : y0 + side, x0 + left_ : x0 + side]
-    alpha = alpha[top_ : top_ + part.shape[0], left_ : left_ + part.shape[1]]
-    part[:] = np.rint(part * (1 - alpha) + np.array(sprite.rgb, np.float32) * alpha).astype(np.uint8)
+    loops, side = _outline(sprite, x - x0, y - y0, size), math.ceil(2 * size) + 3
+    rim = max(_RIM_PIXELS, _RIM_SHARE * size)
+    return x0, y0, [_mask(loops, side, width) * np.float32(sprite.alpha) for width in (0.0, rim)]
 
 
-def _outline(sprite: Sprite, x: float, y: float, size: float) -> list[tuple[float, float]]:
-    """Corners in pixels of the finer mask, of a sprite whose centre is (x, y) in pixels of the frame."""
+def _mask(loops: Sequence[Sequence[tuple[float, float]]], side: int, rim: float) -> np.ndarray:
+    """How much of each pixel lies inside a shape, and `rim` pixels or more from its edge, 0 to 1, (side, side)."""
+    image = Image.new("L", (side * _FINER, side * _FINER))
+    draw = ImageDraw.Draw(image)
+    for loop, fill in zip(loops, (255, 0), strict=False):
+        draw.polygon(loop, fill=fill)
+    for loop in loops if rim else ():
+        draw.line([*loop, *loop[:2]], fill=0, width=round(2 * rim * _FINER))
+    return np.asarray(image.reduce(_FINER), np.float32) / 255
+
+
+def _outline(sprite: Sprite, x: float, y: float, size: float) -> list[list[tuple[float, float]]]:
+    """Corners in pixels of the finer mask, of a sprite whose centre is (x, y) in pixels: its edge, then its hole's."""
     cos, sin = math.cos(math.radians(sprite.angle)), math.sin(math.radians(sprite.angle))
-    turned = ((u * cos - v * sin, u * sin + v * cos) for u, v in _corners(sprite.kind))
-    return [((x + u * size) * _FINER - 0.5, (y + v * size) * _FINER - 0.5) for u, v in turned]
+
+    def place(u: float, v: float) -> tuple[float, float]:
+        turned = u * cos - v * sin, u * sin + v * cos
+        return (x + turned[0] * size) * _FINER - 0.5, (y + turned[1] * size) * _FINER - 0.5
+
+    return [[place(u, v) for u, v in loop] for loop in _LOOPS[sprite.kind]]
 
 
-@functools.cache
-def _corners(kind: str) -> tuple[tuple[float, float], ...]:
-    """A shape of size 1, upright, around its centre, y down. The triangle has one short side, so that it has a top."""
-    return tuple(_CORNERS[kind]())
+def _circle(radius: float, corners: int = 48) -> list[tuple[float, float]]:
+    angles = [2 * math.pi * i / corners for i in range(corners)]
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for angle in angles]
 
 
-def _ring(radii: tuple[float, ...], turns: int, start: float = -90.0) -> Iterator[tuple[float, float]]:
-    count = len(radii) * turns
-    for i in range(count):
-        angle = math.radians(start + 360 * i / count)
-        yield radii[i % len(radii)] * math.cos(angle), radii[i % len(radii)] * math.sin(angle)
-
-
-def _cross(arm: float = 0.34) -> Iterator[tuple[float, float]]:
+def _cross(arm: float = 0.22) -> list[tuple[float, float]]:
     tip = math.sqrt(1 - arm**2)
+    corners = []
     for cos, sin in ((1, 0), (0, 1), (-1, 0), (0, -1)):
-        for u, v in ((-arm, -tip), (arm, -tip), (arm, -arm)):
-            yield u * cos - v * sin, u * sin + v * cos
+        corners += [(u * cos - v * sin, u * sin + v * cos) for u, v in ((-arm, -tip), (arm, -tip), (arm, -arm))]
+    return corners
 
 
-_CORNERS = {
-    "circle": lambda: _ring((1.0,), 48),
-    "square": lambda: _ring((1.0,), 4, start=-45.0),
-    "triangle": lambda: iter(((0.0, -1.0), (0.68, 0.73), (-0.68, 0.73))),
-    "star": lambda: _ring((1.0, 0.42), 5),
-    "cross": _cross,
+# Shapes of size 1, upright, around their centres, y down. The triangle has one short side, so that it has a top.
+_LOOPS = {
+    "circle": (_circle(1.0),),
+    "ring": (_circle(1.0), _circle(0.55)),
+    "bar": ([(-0.95, -0.3), (0.95, -0.3), (0.95, 0.3), (-0.95, 0.3)],),
+    "triangle": ([(0.0, -1.0), (0.68, 0.73), (-0.68, 0.73)],),
+    "cross": (_cross(),),
 }

@@ -11,7 +11,6 @@ from eval.shapes.world import (
     KINDS,
     PAIR_VERBS,
     TURNS,
-    VERBS,
     Background,
     Change,
     Event,
@@ -31,13 +30,15 @@ _SHORTEST = 0.165  # of an event, as a share of the clip: 2.5 of the 15 steps be
 _PAUSE = 0.015  # at least, between two events
 _TRIES = 60  # at a next event, before a scene is begun anew
 _STEPS = 8  # at which the way of a moving shape is checked
-_SIZES = (0.06, 0.22)
-# Verbs as often as they are drawn: more often where fewer of them can happen.
-_DRAWN = (*VERBS, *("move",) * 4, "jump", "grow", "grow", "appear", "collide", "collide", "swap", "swap")
+_SIZES = (0.11, 0.32)
+# How often a verb is drawn: more often where it can seldom happen.
+_WEIGHTS = {"move": 10, "grow": 5, "shrink": 2, "turn": 2, "recolour": 2, "appear": 2}
+_WEIGHTS |= {"disappear": 1, "jump": 5, "collide": 6, "swap": 10}
+_DRAWN = tuple(verb for verb, weight in _WEIGHTS.items() for _ in range(weight))
 # Less than half of the angle at which a shape looks the same again, so that the direction can be seen.
-_ANGLES = {"square": 40.0, "triangle": 90.0, "star": 32.0, "cross": 40.0}
+_ANGLES = {"bar": 60.0, "triangle": 90.0, "cross": 40.0}
 # How near shapes come that collide, as a share of their size: corners may overlap a little, flat sides touch.
-_REACH = {"circle": 1.0, "square": 0.8, "triangle": 0.65, "star": 0.7, "cross": 0.85}
+_REACH = {"circle": 1.0, "ring": 1.0, "bar": 0.6, "triangle": 0.65, "cross": 0.8}
 
 Made = tuple[str, list[Change]]  # the event's detail, and what it does to each actor
 
@@ -111,9 +112,9 @@ def _set_stage(rng: np.random.Generator, size: tuple[float, float], n_shapes: in
     stage = _Stage(*size, [], [], {}, set())
     for i in range(n_shapes):
         kind, colour = _pick(rng, KINDS), _pick(rng, tuple(COLOURS))
-        radius, angle = rng.uniform(0.1, 0.16), rng.uniform(-15, 15)
+        radius = rng.uniform(0.15, 0.21)
         x, y = (rng.uniform(radius + _MARGIN, side - radius - _MARGIN) for side in size)
-        pose = Pose(x, y, radius, angle, colour, present=rng.random() > 0.15)
+        pose = Pose(x, y, radius, 0.0, colour, present=rng.random() > 0.15)
         if f"{colour} {kind}" in stage.names or any(_near(still(kind, pose), still(kind, p)) for p in stage.poses):
             return None
         stage.kinds.append(kind)
@@ -123,8 +124,8 @@ def _set_stage(rng: np.random.Generator, size: tuple[float, float], n_shapes: in
 
 
 def _background(rng: np.random.Generator) -> Background:
-    """Pale or dark, and nearly grey, so that every colour stands out."""
-    level = rng.uniform(185, 235) if rng.random() < 0.6 else rng.uniform(20, 60)
+    """Dark or middling, and nearly grey, so that every colour and the shapes' rims stand out."""
+    level = rng.uniform(20, 100)
     contrast = rng.uniform(6, 18) * (1 if rng.random() < 0.5 else -1)
     tint = rng.uniform(-8, 8, 3)
     colours = [np.clip(level + tint + shift, 0, 255).astype(int).tolist() for shift in (-contrast, contrast)]
@@ -172,11 +173,11 @@ def _move(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
 
 
 def _grow(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
-    return "", [_change(stage, actors[0], size=stage.poses[actors[0]].size * rng.uniform(1.5, 2.0))]
+    return "", [_change(stage, actors[0], size=stage.poses[actors[0]].size * rng.uniform(1.4, 1.8))]
 
 
 def _shrink(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
-    return "", [_change(stage, actors[0], size=stage.poses[actors[0]].size / rng.uniform(1.5, 2.0))]
+    return "", [_change(stage, actors[0], size=stage.poses[actors[0]].size / rng.uniform(1.4, 1.8))]
 
 
 def _turn(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made | None:

@@ -9,7 +9,8 @@ blue circle". No two shapes of a scene ever bear the same name.
 import dataclasses
 from collections.abc import Sequence
 
-KINDS = ("circle", "square", "triangle", "star", "cross")
+KINDS = ("circle", "ring", "bar", "triangle", "cross")
+ROUND = ("circle", "ring")  # which nobody sees turn
 COLOURS = {
     "red": (214, 40, 40),
     "orange": (245, 133, 24),
@@ -148,6 +149,17 @@ def _reverse_event(event: Event, end: int) -> Event:
     detail = before.colour if event.verb == "recolour" else OPPOSITE.get(event.detail, event.detail)
     changes = tuple(Change(c.shape, c.after, c.before, c.via) for c in event.changes)
     return Event(OPPOSITE.get(event.verb, event.verb), detail, end - event.last, end - event.first, changes)
+
+
+def crop(scene: Scene, first: int, last: int) -> Scene:
+    """Frames `first` to `last` as a scene of its own. No event may run at either end."""
+    shapes = tuple(Shape(s.kind, pose_at(scene, i, first)) for i, s in enumerate(scene.shapes))
+    events = tuple(
+        dataclasses.replace(event, first=event.first - first, last=event.last - first)
+        for event in scene.events
+        if first <= event.first and event.last <= last
+    )
+    return dataclasses.replace(scene, frames=last - first + 1, shapes=shapes, events=events)
 
 
 def pose_at(scene: Scene, shape: int, frame: int) -> Pose:

@@ -16,7 +16,7 @@ def scene(seed: int, frames: int = 32) -> Scene:
 
 
 def by_hand() -> Scene:
-    """A red circle moves to the left, turns blue and grows, beside a green square."""
+    """A red circle moves to the left, turns blue and grows, beside a green bar."""
     start = Pose(0.7, 0.3, 0.1, 0.0, "red")
     left = Pose(0.3, 0.3, 0.1, 0.0, "red")
     blue = Pose(0.3, 0.3, 0.1, 0.0, "blue")
@@ -26,5 +26,5 @@ def by_hand() -> Scene:
         Event("recolour", "blue", 10, 20, (Change(0, left, blue),)),
         Event("grow", "", 21, 30, (Change(0, blue, large),)),
     )
-    square = Shape("square", Pose(0.7, 0.8, 0.1, 0.0, "green"))
-    return Scene(1.0, 1.0, 31, PALE, (Shape("circle", start), square), events)
+    bar = Shape("bar", Pose(0.7, 0.8, 0.1, 0.0, "green"))
+    return Scene(1.0, 1.0, 31, PALE, (Shape("circle", start), bar), events)

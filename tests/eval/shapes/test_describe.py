@@ -36,10 +36,10 @@ def test_random_phrasings() -> None:
 def test_every_phrase_is_read_as_what_it_says() -> None:
     for predicate, (verb, detail) in ALONE.items():
         assert predicate in predicates(verb, detail)  # no phrase means two things
-        assert events_of(f"A red star {predicate}.") == [Fact(verb, ("red star",), detail)]
+        assert events_of(f"A red ring {predicate}.") == [Fact(verb, ("red ring",), detail)]
     for verb in PAIR_VERBS:
-        fact = Fact(verb, ("blue cross", "red star"))
-        assert all(events_of(text) == [fact] for text in sentences(fact, "a blue cross", article("red star")))
+        fact = Fact(verb, ("blue cross", "red ring"))
+        assert all(events_of(text) == [fact] for text in sentences(fact, "a blue cross", article("red ring")))
 
 
 def test_full_marks_for_every_description() -> None:
@@ -100,4 +100,4 @@ def test_nothing_is_left_unread() -> None:
 
 
 def test_articles() -> None:
-    assert plain(Fact("jump", ("orange star",)), definite=False) == "An orange star jumps."
+    assert plain(Fact("jump", ("orange ring",)), definite=False) == "An orange ring jumps."

@@ -9,16 +9,14 @@ from tarsier_jax.errors import InputError
 EVENTS = [
     "The red circle moves to the left.",
     "The red circle turns blue.",
-    "The blue circle and the green square swap places.",
-    "The green square turns clockwise.",
+    "The blue circle and the green bar swap places.",
+    "The green bar turns clockwise.",
 ]
 MOVE = Fact("move", ("red circle",), "left")
 
 
 def test_pronouns_and_joined_sentences() -> None:
-    text = (
-        "First, a red circle moves left and then turns blue. It swaps places with a green square. It spins clockwise."
-    )
+    text = "First, a red circle moves left and then turns blue. It swaps places with a green bar. It spins clockwise."
     assert events_of(text) == [fact for event in EVENTS for fact in events_of(event)]
     assert score(text, EVENTS) == (1.0, 1.0)
 
@@ -42,14 +40,14 @@ def test_small_variations(text: str) -> None:
     [
         (" ".join(EVENTS), 1, 1),
         (" ".join(EVENTS[:3]), 3 / 4, 1),  # missing
-        (" ".join(EVENTS) + " The green square jumps.", 1, 4 / 5),  # extra
+        (" ".join(EVENTS) + " The green bar jumps.", 1, 4 / 5),  # extra
         (" ".join([EVENTS[1], EVENTS[0], *EVENTS[2:]]), 3 / 4, 3 / 4),  # two in the wrong order
         (" ".join(reversed(EVENTS)), 1 / 4, 1 / 4),
         (" ".join(["The red circle moves to the right.", *EVENTS[1:]]), 3 / 4, 3 / 4),  # wrong direction
-        (" ".join([*EVENTS[:3], "The green square turns counterclockwise."]), 3 / 4, 3 / 4),
+        (" ".join([*EVENTS[:3], "The green bar turns counterclockwise."]), 3 / 4, 3 / 4),
         (" ".join(["The blue circle moves to the left.", *EVENTS[1:]]), 3 / 4, 3 / 4),  # wrong colour
         (" ".join([EVENTS[0], "It turns green.", *EVENTS[2:]]), 3 / 4, 3 / 4),
-        (" ".join([*EVENTS[:3], "The green star turns clockwise."]), 3 / 4, 3 / 4),  # wrong shape
+        (" ".join([*EVENTS[:3], "The green ring turns clockwise."]), 3 / 4, 3 / 4),  # wrong shape
         (" ".join([EVENTS[0]] * 4), 1 / 4, 1 / 4),  # the same again and again
         (f"{EVENTS[0]} Wonderful colours abound.", 1 / 4, 1 / 2),
         ("Nothing that can be read", 0, 0),
@@ -63,21 +61,21 @@ def test_costs(text: str, recall: float, precision: float) -> None:
 
 
 def test_rubbish_is_one_event_a_sentence() -> None:
-    events = events_of("The red circle moves left and then dances. Blah. The red circle and the star collide.")
+    events = events_of("The red circle moves left and then dances. Blah. The red circle and the ring collide.")
     assert [fact.verb for fact in events] == ["move", UNREAD, UNREAD, UNREAD]
     assert matches(events, events) == 1  # rubbish matches nothing, not even itself
 
 
 def test_the_two_of_a_pair_may_come_in_either_order() -> None:
-    texts = ["A red star collides with a blue star.", "The blue star and the red star bump into each other."]
-    assert events_of(texts[0]) == events_of(texts[1]) == [Fact("collide", ("blue star", "red star"))]
+    texts = ["A red ring collides with a blue ring.", "The blue ring and the red ring bump into each other."]
+    assert events_of(texts[0]) == events_of(texts[1]) == [Fact("collide", ("blue ring", "red ring"))]
 
 
 def test_it_is_the_shape_named_last() -> None:
-    text = "A red star runs into a blue cross. It jumps."
+    text = "A red ring runs into a blue cross. It jumps."
     assert events_of(text)[1] == Fact("jump", ("blue cross",))
-    text = "A red star runs into a blue cross and then jumps."
-    assert events_of(text)[1] == Fact("jump", ("red star",))
+    text = "A red ring runs into a blue cross and then jumps."
+    assert events_of(text)[1] == Fact("jump", ("red ring",))
 
 
 def test_reference_without_events() -> None:

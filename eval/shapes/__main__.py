@@ -1,0 +1,54 @@
+"""Writes a small benchmark of moving shapes: `python -m eval.shapes --output DIR [--clips 100] [--seed N] [--gif]`.
+
+DIR holds the clips as video files; descriptions.jsonl asks for descriptions, as DREAM-1K does, and questions.jsonl a
+question with four options about each, as TVBench does. Their paths are relative to DIR.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from eval.shapes.annotations import annotation, question_annotation
+from eval.shapes.clips import HELD_OUT, draw_clips
+from eval.shapes.questions import questions
+from eval.shapes.render import write_clip
+from tarsier_jax.cli import run
+from tarsier_jax.errors import InputError
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.shapes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, type=Path, help="directory to write into")
+    parser.add_argument("--clips", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=HELD_OUT, help="of the first clip (default: not trained on)")
+    parser.add_argument("--gif", action="store_true", help="GIF files instead of mp4")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.clips < 1 or args.seed < 0:
+        raise InputError(f"--clips {args.clips} has to be at least 1, and --seed {args.seed} at least 0.")
+    descriptions, asked = [], []
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        for i, clip in enumerate(draw_clips(args.seed, args.clips)):
+            path = write_clip(args.output / f"{i}{'.gif' if args.gif else '.mp4'}", clip.video["frames"])
+            video, rng = {"video_file": path.name}, np.random.default_rng(args.seed + i)
+            descriptions.append(annotation(clip.scene, video, i))
+            found = questions(clip.scene, rng)
+            asked.append(question_annotation(found[rng.integers(len(found))], video, i, i))
+        for name, lines in (("descriptions", descriptions), ("questions", asked)):
+            (args.output / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    except OSError as e:
+        raise InputError(f"--output {args.output} cannot be written ({e.strerror}). Choose another one.") from None
+    print(f"{args.clips} clips, descriptions.jsonl and questions.jsonl are in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(parse())))
