@@ -44,7 +44,9 @@ class TrainConfig:
     dtype: of matrix products, "auto" for bfloat16 on accelerators.  attention: "auto" or one of
     `tarsier_jax.models.attention.IMPLEMENTATIONS`.  remat: "none", "dots" or "full".
     log_every, save_every, eval_every: steps; 0 never.  keep: checkpoints.  eval_captions: held-out samples that are
-    captioned at each evaluation.  profile_at: the step whose following three are traced; 0 none.
+    captioned at each evaluation.  score_clips: held-out clips of moving shapes on which the trained model is scored at
+    the end, see `eval.micro`; 0 where it is trained on something else.  profile_at: the step whose following three are
+    traced; 0 none.
     """
 
     model: str = ""
@@ -59,6 +61,7 @@ class TrainConfig:
     keep: int = 2
     eval_every: int = 500
     eval_captions: int = 2
+    score_clips: int = 0
     profile_at: int = 0
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()

@@ -31,7 +31,8 @@ class DataConfig:
     train: annotation files, comma-separated, each with an optional weight: "a.jsonl=3,b.jsonl=1". Without weights every
     sample is as likely as any other. eval: held-out files, the same way.  media_root: what relative paths of videos and
     images start from.  tokens, bins, patches, frames, samples: the shape of a row, see `RowShape`.
-    rows: of a step, over all devices and parts.  lookahead: decoded samples among which a row looks for one that fits.
+    shuffle: lines anew at each pass, or keep the order of the files.  rows: of a step, over all devices and parts.
+    lookahead: decoded samples among which a row looks for one that fits.
     workers: processes that decode; 0 decodes in a thread.  max_bad_share: of samples that cannot be used, beyond which
     the run stops.
     """
@@ -44,6 +45,7 @@ class DataConfig:
     patches: int = 2432
     frames: int = 16
     samples: int = 64
+    shuffle: bool = True
     rows: int = 64
     lookahead: int = 4
     workers: int = 4
@@ -151,13 +153,14 @@ def parse_files(files: str) -> list[tuple[str, float | None]]:
     return parsed
 
 
-def lines_of(files: str, seed: int, repeat: bool) -> grain.MapDataset:
-    """The mixture: shuffled and endless if `repeat`, else every line once and in order."""
+def lines_of(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grain.MapDataset:
+    """The mixture: endless if `repeat`, and then shuffled unless told not to; else every line once and in order."""
     parsed = parse_files(files)
     sources = [AnnotationFile(path) for path, _ in parsed]
     if not repeat:
         return grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
-    datasets = [grain.MapDataset.source(s).seed(seed + i).shuffle().repeat() for i, s in enumerate(sources)]
+    datasets = [grain.MapDataset.source(s).seed(seed + i) for i, s in enumerate(sources)]
+    datasets = [(dataset.shuffle() if shuffle else dataset).repeat() for dataset in datasets]
     weights = [weight or float(len(source)) for (_, weight), source in zip(parsed, sources, strict=True)]
     return grain.MapDataset.mix(datasets, [w / sum(weights) for w in weights])
 

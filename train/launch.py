@@ -6,6 +6,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
+import tarsier_jax
+from eval.micro import score
+from eval.shapes.clips import HELD_OUT
 from infer.runtime import prepare_process
 from tarsier_jax.errors import InputError
 from train.config import TrainConfig, define_flags, read_flags
@@ -29,7 +32,10 @@ def launch(make_job: Callable[[TrainConfig], Job]) -> int:
     prepare_process()
     if values.distributed or values.coordinator:
         _join(values.coordinator, values.num_processes, values.process_id)
-    summary = train(config, Path(values.workdir).absolute(), make_job)
+    workdir = Path(values.workdir).absolute()
+    summary = train(config, workdir, make_job)
+    if config.score_clips and not summary.stopped and jax.process_index() == 0:
+        score(*tarsier_jax.load(workdir / "model"), clips=config.score_clips, seed=HELD_OUT)
     return TERMINATED if summary.stopped else 0
 
 

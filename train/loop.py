@@ -66,7 +66,7 @@ class _Loop:
         self.run, self.config, self.workdir = run, run.config, run.workdir
         self.checkpoints = Checkpoints(run.workdir, run.config.keep)
         data = run.config.data
-        lines = lines_of(data.train, run.config.seed, repeat=True)
+        lines = lines_of(data.train, run.config.seed, repeat=True, shuffle=data.shuffle)
         self.rows = iter(run.rows(lines, data.rows, data.workers))
         self.evaluation = Evaluation(run)
         self.train_step = make_train_step(run.plan, run.job.loss)

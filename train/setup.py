@@ -21,10 +21,10 @@ from tarsier_jax.processing.packing import stack_rows
 from tarsier_jax.processing.processor import Processor, load_processor
 from tarsier_jax.sharding import BATCH, make_mesh
 from tarsier_jax.weights import resolve
+from train.builtin import with_builtin
 from train.checkpoints import claim
 from train.config import MeshConfig, TrainConfig
 from train.data import Loaded, PackedRow, Packer, make_rows
-from train.debug import write_debug_clips, write_debug_model
 from train.state import LossFunction, Plan, StepBatch, batch_shardings, make_plan
 
 
@@ -100,7 +100,7 @@ def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"--workdir {workdir} cannot be made ({e.strerror}). Choose another one.") from None
-    config = _with_debug_files(config, workdir)
+    config = with_builtin(config, workdir)
     if not config.model:
         raise InputError("config.model names no checkpoint. Give --config.model=DIRECTORY or a hub id.")
     mesh = mesh_of(config.mesh)
@@ -198,14 +198,3 @@ def global_batch(rows: Sequence[PackedRow], parts: int, mesh: Mesh) -> StepBatch
     local = jax.tree.map(lambda *x: x[0][None] if parts == 1 else np.stack(x), *stacked)
     shardings = batch_shardings(local, mesh)
     return jax.tree.map(lambda s, x: jax.make_array_from_process_local_data(s, x), shardings, local)
-
-
-def _with_debug_files(config: TrainConfig, workdir: Path) -> TrainConfig:
-    """Writes the model and the clips that "random" stands for."""
-    if config.model == "random":
-        config = dataclasses.replace(config, model=str(write_debug_model(workdir / "random_model")))
-    if config.data.train == "random":
-        files = write_debug_clips(workdir / "random_clips")
-        data = dataclasses.replace(config.data, train=str(files), eval=str(files), media_root=str(files.parent))
-        config = dataclasses.replace(config, data=data)
-    return config

@@ -10,7 +10,11 @@ import numpy as np
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.sample import read_messages
 from tarsier_jax.processing.sampling import allocate_frames
-from train.pretraining import TASKS, Sample
+from train.pretraining import TASKS as PRETRAINING
+from train.pretraining import Sample
+from train.shapes import moving_shapes
+
+TASKS = {**PRETRAINING, "moving_shapes": moving_shapes}
 
 _MAX_FRAMES = 256  # of a sample, where its `fps` asks for more
 _PAIR = ("chosen", "rejected")
@@ -22,7 +26,8 @@ def prepare(sample: Sample, rng: np.random.Generator, n_frames: int = 16) -> dic
     """The chat sample to train on that a line of annotations stands for. The line is left as it is.
 
     A line with `messages` is a chat already: its answers are checked, and an empty `text` takes its `reference`. Other
-    lines become one by their task: object_tracking, multi_images, or video_permutation (frames to be put in order).
+    lines become one by their task: object_tracking, multi_images, video_permutation (frames to be put in order), or
+    moving_shapes (a seed).
 
     Args:
         rng: what every random choice is drawn from.  n_frames: frames a sample shows, as the processor's option.

@@ -14,9 +14,14 @@ from tarsier_jax.processing.image import read_json
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
-# Used where a checkpoint brings no template: ChatML with Qwen2-VL's tokens around visuals. What follows the assistant
-# header is trained on, its <|im_end|> too. `strip_final_eos` leaves the last answer open, to be continued.
-CHATML = """\
+_SYSTEM = """\
+{%- if messages[0].role != 'system' -%}
+    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+"""
+# ChatML with Qwen2-VL's tokens around visuals. What follows the assistant header is trained on, its <|im_end|> too.
+# `strip_final_eos` leaves the last answer open, to be continued.
+BARE_CHATML = """\
 {%- macro visual(item) -%}
     <|vision_start|>{{ '<|image_pad|>' * item.num_vision_tokens }}<|vision_end|>
 {%- endmacro -%}
@@ -25,9 +30,6 @@ CHATML = """\
         {%- if item.type == 'text' -%}{{ item.text }}{%- else -%}{{ visual(item) }}{%- endif -%}
     {%- endfor -%}
 {%- endmacro -%}
-{%- if messages[0].role != 'system' -%}
-    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
 {%- for message in messages -%}
     {{- '<|im_start|>' + message.role + '\\n' -}}
     {%- if message.role == 'assistant' -%}
@@ -43,6 +45,7 @@ CHATML = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
+CHATML = _SYSTEM + BARE_CHATML  # used where a checkpoint brings no template
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from infer.random_model import write_random_checkpoint
 from tests.weights.conftest import bits
+from train.untrained import TINY, write_untrained
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("convert") / "random")
+    return write_untrained(tmp_path_factory.mktemp("convert") / "random", TINY)
 
 
 def call(program: str, *words: object) -> subprocess.CompletedProcess[str]:
@@ -40,7 +40,7 @@ def test_verify_against_transformers(checkpoint: Path) -> None:
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.startswith((" ", "\t"))}
     for probe in ("image", "video", "text"):
         name, tokens, *differences, kl, agreement = rows[probe]
-        assert int(tokens) > 100
+        assert int(tokens) > 50
         assert all(float(x) < 1e-4 for x in differences if x != "-")
         assert abs(float(kl)) < 1e-6
         assert agreement == "100.0%"
@@ -52,7 +52,7 @@ def test_verify_between_two_directories(checkpoint: Path, tmp_path: Path) -> Non
     same = call("verify", checkpoint, tmp_path / "orbax", "--max_new_tokens", 4)
     assert same.returncode == 0, same.stderr
     assert same.stdout.count("0.0e+00") >= 8
-    other = call("verify", checkpoint, write_random_checkpoint(tmp_path / "other", seed=1), "--max_new_tokens", 12)
+    other = call("verify", checkpoint, write_untrained(tmp_path / "other", TINY, seed=1), "--max_new_tokens", 12)
     assert other.returncode == 1
     assert "DIFFERENT" in other.stdout
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from infer.random_model import write_random_checkpoint
+from train.untrained import TINY, write_untrained
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("model") / "random")
+    return write_untrained(tmp_path_factory.mktemp("model") / "random", TINY)
 
 
 def write_gif(path: Path, frames: int = 6, size: tuple[int, int] = (64, 48)) -> Path:

@@ -133,7 +133,7 @@ def test_bad_input_is_named(checkpoint: Path, tmp_path: Path, make, capsys: pyte
         (("--n_frames", 300), "n_frames 300 is above max_n_frames 256"),
         (("--top_p", 0), "top_p is 0.0; it must be above 0"),
         (("--max_new_tokens", 0), "max_new_tokens is 0"),
-        (("--prompt", "word " * 4000), "max_seq_len"),
+        (("--prompt", "word " * 20_000), "max_seq_len"),
     ],
 )
 def test_unfit_options_are_named(

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from infer.random_model import byte_tokenizer, random_config
 from tarsier_jax.config import parse_config
 from tarsier_jax.processing.processor import Processor, load_processor
+from train.untrained import TINY, shapes_tokenizer, untrained_config
 
 
 @pytest.fixture
@@ -23,12 +23,11 @@ def clip(tmp_path: Path) -> str:
 
 @pytest.fixture
 def processor(tmp_path: Path) -> Processor:
-    tokenizer = byte_tokenizer()
+    tokenizer = shapes_tokenizer()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens))
-    size = tokenizer.get_vocab_size()
-    return load_processor(tmp_path, parse_config(random_config(size, image_token_id=size - 2)))
+    return load_processor(tmp_path, parse_config(untrained_config(TINY, tokenizer)))
 
 
 def trained_on(processor: Processor, sample: dict) -> str:

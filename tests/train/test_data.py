@@ -339,7 +339,7 @@ def test_clips_and_what_is_wrong_with_some(tmp_path: Path, media_rows: Any, proc
         caption("nowhere.mp4", "It is not there."),
         caption("clip", "  "),
         large,
-        caption("clip", "It gets brighter. " * 9),
+        caption("clip", "It gets brighter. " * 20),
     ]
     rows = media_rows(lines, repeat=False)
     first, second = take(2, rows)

@@ -15,9 +15,9 @@ import tarsier_jax
 from configs.recap_7b import get_config
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.weights import convert_to_hf
+from train.builtin import write_clips
 from train.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig, parse_config
-from train.debug import write_debug_clips
 from train.loop import NonFiniteLoss, train
 from train.sft import sft_job
 from train.state import TrainState
@@ -31,7 +31,7 @@ def debug_config(**over: Any) -> TrainConfig:
 
 
 def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    clips = write_debug_clips(tmp_path / "clips")
+    clips = write_clips(tmp_path / "clips")
     lines = clips.read_text().splitlines()
     missing = lines[0].replace("0.gif", "missing.gif")
     (clips.parent / "train.jsonl").write_text("\n".join([*lines, missing, "{not json"]))

@@ -9,8 +9,8 @@ import pytest
 from configs.dpo_7b import get_config
 from tarsier_jax.errors import InputError
 from tests.train.programs import curve
+from train.builtin import write_clips
 from train.config import parse_config
-from train.debug import write_debug_clips
 from train.dpo import dpo_job
 from train.loop import train
 
@@ -24,7 +24,7 @@ def run(workdir: Path, **over: Any) -> list[tuple[int, float, float]]:
 
 
 def test_the_disk_gives_what_the_weights_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, clips = tmp_path / "reference.jsonl", write_debug_clips(tmp_path / "clips")
+    file, clips = tmp_path / "reference.jsonl", write_clips(tmp_path / "clips")
     data = {"data.train": str(clips), "data.media_root": str(clips.parent)}
     from_weights = run(tmp_path / "weights", **data)
     from_disk = run(tmp_path / "disk", **data, **{"dpo.reference": str(file)})

@@ -1,0 +1,26 @@
+"""Micro: a small Tarsier2 that learns to describe moving shapes from nothing. It does not reach its goals yet."""
+
+from ml_collections import ConfigDict
+
+from configs.debug import sized
+from train.config import default_config
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    config = default_config()
+    config.model = "untrained"
+    config.data.train = config.data.eval = "shapes"
+    config.data.shuffle = False  # short clips come first
+    config.steps = 5500
+    config.remat = "none"
+    config.score_clips = 100
+    config.log_every, config.save_every, config.eval_every, config.keep = 50, 500, 500, 1
+    config.data.tokens, config.data.bins, config.data.patches, config.data.frames = 512, 8, 144, 4
+    config.data.rows, config.data.samples, config.data.workers = 4, 16, 1
+    config.optimizer.peak_lr = 5e-4
+    config.optimizer.final_lr = 2e-5
+    config.optimizer.warmup_steps = 100
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.vision_layer_decay = 1.0
+    config.optimizer.b2 = 0.99
+    return sized(config, size)

@@ -1,0 +1,23 @@
+"""Micro after SFT, on preference pairs of its own descriptions that `train.pairs` makes. Minutes on two CPU cores.
+
+Start from the trained model and its pairs: --config.model=DIR/model --config.data.train=PAIRS/pairs.jsonl
+--config.data.media_root=PAIRS.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import micro
+from configs.debug import sized
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    config = micro.get_config()
+    config.model = config.data.train = config.data.eval = ""
+    config.data.shuffle = True
+    config.data.samples = 4
+    config.steps, config.save_every = 300, 100
+    config.optimizer.peak_lr, config.optimizer.final_lr = 2e-5, 0.0
+    config.optimizer.warmup_steps = 20
+    config.optimizer.weight_decay = 0.0
+    config.dpo.beta = 0.1
+    return sized(config, size)

@@ -1,0 +1,153 @@
+"""Scores a model on moving shapes: `python -m eval.micro [--model CHECKPOINT] [--clips 500] [--seed N]`.
+
+Clips are drawn from the seed, described, and judged by grammar (`eval.shapes.judge`): F1 of events, as AutoDQ defines
+it. Beside the clips as they are: from mp4 files, at sizes and lengths that are not trained on,
+played backwards (scored against the reversed events), with one frame only, and with frames in random order. Then
+questions with four options. Seeds from 1,000,000,000 on are those that its training leaves out.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tarsier_jax
+from eval.shapes.annotations import PROMPT, question_annotation
+from eval.shapes.clips import HELD_OUT, Clip, draw_clips
+from eval.shapes.describe import event_sentences
+from eval.shapes.judge import corpus_scores
+from eval.shapes.questions import questions
+from eval.shapes.render import write_clip
+from eval.shapes.world import reverse
+from infer.runtime import prepare_process, resolve_dtype
+from tarsier_jax.cli import run
+from tarsier_jax.errors import InputError
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.processor import Processor
+
+_BATCH = 20
+_MAX_NEW_TOKENS = 96
+
+
+def backwards(clip: Clip) -> Clip:
+    return Clip(reverse(clip.scene), {"frames": clip.video["frames"][::-1]})
+
+
+def one_frame(clip: Clip) -> Clip:
+    """The frame in the middle."""
+    frames = clip.video["frames"]
+    return Clip(clip.scene, {"frames": frames[len(frames) // 2][None]})
+
+
+def shuffled(clip: Clip) -> Clip:
+    frames = clip.video["frames"]
+    return Clip(clip.scene, {"frames": np.random.default_rng(len(frames)).permutation(frames)})
+
+
+def as_file(clip: Clip, path: Path) -> Clip:
+    return Clip(clip.scene, {"video_file": str(write_clip(path, clip.video["frames"]))})
+
+
+class Scorer:
+    """Answers in batches, and says how far it is."""
+
+    def __init__(self, model: Tarsier, processor: Processor):
+        self._model, self._processor = model, processor
+
+    def describe(self, name: str, clips: Iterable[Clip]) -> dict[str, float]:
+        """Recall, precision and F1 of the events in descriptions of the clips."""
+        asked, events = [], []
+        for clip in clips:
+            item = {"type": "video", "video": clip.video}
+            asked.append({"messages": [{"role": "user", "content": [item, {"type": "text", "text": PROMPT}]}]})
+            events.append(event_sentences(clip.scene))
+        return corpus_scores(self._answer(name, asked, _MAX_NEW_TOKENS), events)
+
+    def choose(self, clips: Iterable[Clip], seed: int) -> dict[str, tuple[int, int]]:
+        """One question a clip: for each kind, how many were asked and how many answered rightly."""
+        asked, kinds, letters = [], [], []
+        for i, clip in enumerate(clips):
+            rng = np.random.default_rng(seed + i)
+            options = questions(clip.scene, rng)
+            question = options[rng.integers(len(options))]
+            asked.append(question_annotation(question, clip.video, i, i))
+            kinds.append(question.kind)
+            letters.append(question.answer)
+        answers = self._answer("questions", asked, 1)
+        right = [answer.strip() == letter for answer, letter in zip(answers, letters, strict=True)]
+        return {
+            k: (kinds.count(k), sum(r for r, kind in zip(right, kinds, strict=True) if kind == k)) for k in set(kinds)
+        }
+
+    def _answer(self, name: str, samples: Sequence[dict[str, Any]], max_new_tokens: int) -> list[str]:
+        answers: list[str] = []
+        start = time.perf_counter()
+        while len(answers) < len(samples):
+            part = samples[len(answers) : len(answers) + _BATCH]
+            answers += tarsier_jax.generate(self._model, self._processor, part, max_new_tokens)
+            left = (time.perf_counter() - start) / len(answers) * (len(samples) - len(answers))
+            print(f"\r{name}: {len(answers)}/{len(samples)}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        return answers
+
+
+def score(model: Tarsier, processor: Processor, clips: int, seed: int) -> dict[str, float]:
+    """All scores, 0 to 1, by name; prints each as it is known."""
+    scorer, scores = Scorer(model, processor), {}
+
+    def note(name: str, value: float, detail: str = "") -> None:
+        scores[name] = round(value, 4)
+        print(f"{name:<28} {value:.3f}  {detail}", flush=True)
+
+    def describe(name: str, shown: Iterable[Clip]) -> None:
+        found = scorer.describe(name, shown)
+        note(f"F1, {name}", found["f1"], f"recall {found['recall']:.3f}  precision {found['precision']:.3f}")
+
+    held_out = list(draw_clips(seed, clips))
+    describe("held-out clips", held_out)
+    with tempfile.TemporaryDirectory() as directory:
+        files = (as_file(clip, Path(directory, f"{i}.mp4")) for i, clip in enumerate(held_out))
+        describe("the same as mp4 files", files)
+    describe("other sizes and lengths", draw_clips(seed, clips, other=True))
+    describe("backwards", map(backwards, held_out))
+    describe("one frame", map(one_frame, held_out))
+    describe("frames in random order", map(shuffled, held_out))
+    chosen = scorer.choose(held_out, seed)
+    note("accuracy, questions", sum(right for _, right in chosen.values()) / len(held_out))
+    for kind, (asked, right) in sorted(chosen.items()):
+        note(f"accuracy, {kind}", right / asked, f"of {asked}")
+    return scores
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.micro", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="checkpoint directory (Hugging Face or converted) or hub id")
+    parser.add_argument("--clips", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=HELD_OUT)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--json", help="file to write the scores into")
+    args = parser.parse_args(argv)
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.clips < 1 or args.seed < 0:
+        raise InputError(f"--clips {args.clips} has to be at least 1, and --seed {args.seed} at least 0.")
+    prepare_process()
+    model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
+    scores = score(model, processor, args.clips, args.seed)
+    if args.json:
+        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(parse())))
