@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,15 @@ from train.shapes import write_seeds
 from train.untrained import MICRO, TINY, write_untrained
 
 # Of moving shapes, from easy to hard: so many clips, and what `train.shapes` makes of them.
-STAGES = ((20_000, {"still": True}), (16_000, {"events": 1}), (8_000, {"events": 2}), (200_000, {}))
+STAGES: tuple[tuple[int, dict[str, Any]], ...] = (
+    (6_000, {"still": True, "shapes": 1}),
+    (20_000, {"key_frames": True, "shapes": 1}),
+    (8_000, {"still": True}),
+    (12_000, {"key_frames": True}),
+    (8_000, {"events": 1}),
+    (8_000, {"events": 2}),
+    (200_000, {}),
+)
 _MODELS = {"random": TINY, "untrained": MICRO}
 _RANDOM_CLIPS, _HELD_OUT_CLIPS = 8, 32
 

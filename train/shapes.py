@@ -17,7 +17,7 @@ from eval.shapes.clips import cut, draw_scene
 from eval.shapes.describe import describe, describe_frame, describe_grounded
 from eval.shapes.questions import questions
 from eval.shapes.render import render
-from eval.shapes.world import Scene
+from eval.shapes.world import Scene, crop
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.sampling import sample_uniform
 
@@ -37,7 +37,8 @@ def write_seeds(path: Path, stages: Sequence[tuple[int, Mapping[str, Any]]], fir
 def moving_shapes(sample: Mapping[str, Any], rng: np.random.Generator, n_frames: int) -> dict[str, Any]:
     """The chat sample of a line, from whose seed all is drawn; `rng` is not used.
 
-    With "still" it is about a single frame. With "events": n it is a description of that many events, cut out of a
+    With "still" it is about a single frame, with "key_frames" about the first, middle and last frame of one event; both
+    of "shapes" shapes, or of one to three. With "events": n it is a description of that many events, cut out of a
     longer clip, with the frames between; else of a whole clip, or grounded in its frames, or questions.
 
     Raises:
@@ -52,6 +53,11 @@ def moving_shapes(sample: Mapping[str, Any], rng: np.random.Generator, n_frames:
     if sample.get("still"):
         indices, kind = [int(rng.choice([e.last for e in scene.events]))], "image"
         turns = [(IMAGE_PROMPT, describe_frame(scene, indices[0]))]
+    elif sample.get("key_frames"):
+        event = scene.events[int(rng.integers(len(scene.events)))]
+        scene = crop(scene, event.first, event.last)
+        indices = [0, (scene.frames - 1) // 2, scene.frames - 1]
+        turns = [(PROMPT, describe(scene))]
     elif events := sample.get("events"):
         scene, size = draw_scene(rng, events=int(rng.integers(max(4, events), 6)))
         scene, indices = cut(rng, scene, sample_uniform(scene.frames, n_frames), events)
@@ -83,5 +89,5 @@ def _turns(scene: Scene, rng: np.random.Generator, n_frames: int) -> list[tuple[
 
 
 def _description(scene: Scene, rng: np.random.Generator) -> str:
-    """Plain as often as not: every way to say a thing that could be another is noise to a small model."""
-    return describe(scene, rng if rng.random() < 0.5 else None)
+    """Mostly plain: every way to say a thing that could be another is noise to a small model."""
+    return describe(scene, rng if rng.random() < 0.15 else None)

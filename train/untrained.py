@@ -12,7 +12,7 @@ from flax import nnx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from eval.shapes.annotations import GROUNDED_PROMPT, IMAGE_PROMPT, PROMPT
-from eval.shapes.describe import describe, describe_grounded
+from eval.shapes.describe import describe, describe_frame, describe_grounded
 from eval.shapes.questions import questions
 from eval.shapes.script import generate
 from tarsier_jax.config import parse_config
@@ -45,6 +45,7 @@ MICRO = {
         "num_hidden_layers": 4,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
+        "rope_theta": 5.0,  # at the usual million, three rows and columns of tokens would look all the same
         "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
     },
     "vision": {"depth": 3, "embed_dim": 96, "num_heads": 3},
@@ -132,5 +133,6 @@ def _texts() -> Iterator[str]:
         yield "system\nYou are a helpful assistant.user\nassistant\n Answer: (\n"
         yield f"{PROMPT} {IMAGE_PROMPT} {GROUNDED_PROMPT}"
         yield describe(scene, rng)
+        yield describe_frame(scene, 0)
         yield describe_grounded(scene, rng=rng)
         yield from (question.prompt() for question in questions(scene, rng))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.shapes.words import FIRST, JOINED, LAST, NEXT, article, as_sentence, name_after, plain, sentences
+from eval.shapes.words import FIRST, JOINED, LAST, NEXT, PLACES, article, as_sentence, name_after, plain, sentences
 from eval.shapes.world import Fact, Scene, changed_frames, facts, pose_at
 from tarsier_jax.processing.sampling import sample_uniform
 
@@ -40,10 +40,19 @@ def describe_grounded(scene: Scene, n: int = 16, rng: np.random.Generator | None
 
 
 def describe_frame(scene: Scene, frame: int) -> str:
-    """What is to be seen in one frame, from left to right: "A red circle, a blue square."."""
+    """What is where in one frame, from left to right: "A red circle at the top left, a blue bar in the middle."."""
     poses = [(pose_at(scene, i, frame), shape.kind) for i, shape in enumerate(scene.shapes)]
-    names = [article(f"{pose.colour} {kind}") for pose, kind in sorted(poses, key=lambda p: p[0].x) if pose.present]
-    return as_sentence(", ".join(names) or "nothing")
+    shown = [
+        f"{article(f'{pose.colour} {kind}')} {_place(pose.x / scene.width, pose.y / scene.height)}"
+        for pose, kind in sorted(poses, key=lambda p: p[0].x)
+        if pose.present
+    ]
+    return as_sentence(", ".join(shown) or "nothing")
+
+
+def _place(x: float, y: float) -> str:
+    """In which ninth of the frame (x, y) lies, both 0 to 1."""
+    return PLACES[min(int(3 * y), 2)][min(int(3 * x), 2)]
 
 
 def frame_groups(scene: Scene, n: int) -> list[tuple[int, int, list[int]]]:

@@ -36,6 +36,11 @@ WITH = {  # said of the red circle, before "the blue square"
 FIRST = ("", "First, ")
 NEXT = ("Then ", "Next, ", "After that, ", "")
 LAST = ("Finally, ", "Then ", "At the end, ")
+PLACES = (
+    ("at the top left", "at the top", "at the top right"),
+    ("on the left", "in the middle", "on the right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
+)
 JOINED = ("and then", "and")  # a second event in the same sentence
 
 

@@ -55,6 +55,16 @@ def test_a_part_of_a_clip(events: int) -> None:
         assert 3 <= len(frames_of(chat)) < 16
 
 
+def test_key_frames_of_an_event() -> None:
+    """Three frames, of which the first and the last or the middle one differ, and one event of the only shape."""
+    for seed in range(20):
+        chat = sample(seed=seed, key_frames=True, shapes=1)
+        first, middle, last = frames_of(chat)
+        assert (first != middle).any() or (first != last).any()
+        (event,) = events_of(chat["messages"][1]["content"][0]["text"])
+        assert event.verb not in ("collide", "swap", "unread")
+
+
 def test_a_still() -> None:
     named = set()
     for seed in range(20):
