@@ -27,15 +27,16 @@ COLUMNS = ("probe", "tokens", "vision", "decoder", "logits", "mean KL", "top-1")
 
 def probes(processor: Any) -> Iterable[tuple[str, Example]]:
     """An image, a video of 16 frames and more than 500 tokens of text, made up here."""
-    rows, columns = np.mgrid[:168, :224]
+    rows, columns = np.mgrid[:336, :448]
     frames = [
         np.stack([rows + 4 * t, columns + 7 * t, (rows * columns) // 64 + 11 * t], axis=-1).astype(np.uint8)
         for t in range(16)
     ]
+    small = [frame[:168, :224] for frame in frames]
     long_text = "Which of these comes first, and which comes last? " * 60
     contents = {
         "image": [{"type": "image", "image": {"frames": frames[:1]}}, {"type": "text", "text": "Describe the image."}],
-        "video": [{"type": "video", "video": {"frames": frames}}, {"type": "text", "text": "Describe the video."}],
+        "video": [{"type": "video", "video": {"frames": small}}, {"type": "text", "text": "Describe the video."}],
         "text": [{"type": "text", "text": long_text}],
     }
     for name, content in contents.items():

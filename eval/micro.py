@@ -1,4 +1,4 @@
-"""Scores a model on moving shapes: `python -m eval.micro [--model CHECKPOINT] [--clips 500] [--seed N]`.
+"""Scores a model on moving shapes: `python -m eval.micro --model CHECKPOINT [--clips 500] [--seed N]`.
 
 Clips are drawn from the seed, described, and judged by grammar (`eval.shapes.judge`): F1 of events, as AutoDQ defines
 it. Beside the clips as they are: from mp4 files, at sizes and lengths that are not trained on,
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 import tarsier_jax
-from eval.shapes.annotations import PROMPT, question_annotation
+from eval.shapes.annotations import ask, question_annotation
 from eval.shapes.clips import HELD_OUT, Clip, draw_clips
 from eval.shapes.describe import event_sentences
 from eval.shapes.judge import corpus_scores
-from eval.shapes.questions import questions
+from eval.shapes.questions import a_question
 from eval.shapes.render import write_clip
 from eval.shapes.world import reverse
 from infer.runtime import prepare_process, resolve_dtype
@@ -64,8 +64,7 @@ class Scorer:
         """Recall, precision and F1 of the events in descriptions of the clips."""
         asked, events = [], []
         for clip in clips:
-            item = {"type": "video", "video": clip.video}
-            asked.append({"messages": [{"role": "user", "content": [item, {"type": "text", "text": PROMPT}]}]})
+            asked.append({"messages": [ask(clip.video)]})
             events.append(event_sentences(clip.scene))
         return corpus_scores(self._answer(name, asked, _MAX_NEW_TOKENS), events)
 
@@ -73,9 +72,7 @@ class Scorer:
         """One question a clip: for each kind, how many were asked and how many answered rightly."""
         asked, kinds, letters = [], [], []
         for i, clip in enumerate(clips):
-            rng = np.random.default_rng(seed + i)
-            options = questions(clip.scene, rng)
-            question = options[rng.integers(len(options))]
+            question = a_question(clip.scene, np.random.default_rng(seed + i))
             asked.append(question_annotation(question, clip.video, i, i))
             kinds.append(question.kind)
             letters.append(question.answer)
@@ -134,8 +131,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=HELD_OUT)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--json", help="file to write the scores into")
-    args = parser.parse_args(argv)
-    return args
+    return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:

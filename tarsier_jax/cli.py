@@ -7,17 +7,24 @@ from tarsier_jax.errors import TarsierError
 
 
 def run(main: Callable[[], int | None], traceback: bool = False) -> int:
-    """Calls `main` and gives the exit status: its own, or 0; 1 after an error made for people; 130 after Ctrl-C.
+    """Calls `main` and gives the exit status: its own, or 0; 1 after an error made for people, or about a file (not
+    there, not ours, no room left on the disk); 130 after Ctrl-C.
 
     With `traceback` errors are raised as they are.
     """
     try:
         return main() or 0
-    except TarsierError as error:
+    except (TarsierError, OSError) as error:
         if traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_of_a_file(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _of_a_file(error: OSError) -> str:
+    if error.filename is None:
+        return f"{error.strerror or error}. Make room on the disk, or choose another place to write to."
+    return f"{error.filename}: {error.strerror}. Mend that, or choose another path."

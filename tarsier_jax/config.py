@@ -64,7 +64,7 @@ class TextConfig:
     num_kv_heads: int = 4
     head_dim: int = 128
     rope_theta: float = 1_000_000.0
-    mrope_section: tuple[int, int, int] = (16, 24, 24)  # frequencies turned by time, height and width
+    mrope_section: tuple[int, ...] = (16, 24, 24)  # frequencies turned by time, height and width, in turn
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
 

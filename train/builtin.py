@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from eval.shapes.annotations import ask
 from eval.shapes.clips import HELD_OUT
 from eval.shapes.describe import describe
 from eval.shapes.render import render, write_clip
@@ -26,12 +27,10 @@ from train.untrained import MICRO, TINY, write_untrained
 
 # Of moving shapes, from easy to hard: so many clips, and what `train.shapes` makes of them.
 STAGES: tuple[tuple[int, dict[str, Any]], ...] = (
-    (6_000, {"still": True, "shapes": 1}),
-    (20_000, {"key_frames": True, "shapes": 1}),
-    (8_000, {"still": True}),
-    (12_000, {"key_frames": True}),
-    (8_000, {"events": 1}),
-    (8_000, {"events": 2}),
+    (4_000, {"still": True}),
+    (16_000, {"events": 1}),
+    (12_000, {"events": 2}),
+    (10_000, {"events": 3}),
     (200_000, {}),
 )
 _MODELS = {"random": TINY, "untrained": MICRO}
@@ -68,12 +67,10 @@ def write_clips(directory: Path) -> Path:
         frames, height, width = 8 + 4 * i, 96 + 16 * (i % 3), 128 + 32 * (i % 2)
         scene = generate(np.random.default_rng(i), frames, aspect=width / height)
         write_clip(directory / f"{i}.gif", render(scene, height, width))
-        video = {"type": "video", "video": {"video_file": f"{i}.gif"}}
-        question = {"type": "text", "text": "Describe the video in detail."}
         answer = {"type": "text", "text": describe(scene)}
         worse = "A blue square crosses a red disc." if i % 2 else "Nothing happens."
         answer |= {"chosen": answer["text"], "rejected": worse}
-        messages = [{"role": "user", "content": [video, question]}, {"role": "assistant", "content": [answer]}]
+        messages = [ask({"video_file": f"{i}.gif"}), {"role": "assistant", "content": [answer]}]
         lines.append(json.dumps({"messages": messages, "task": "video/caption", "idx": i}))
     annotations = directory / "annotations.jsonl"
     annotations.write_text("\n".join(lines) + "\n")

@@ -7,17 +7,18 @@ Source: Tarsier2 (arXiv 2501.07888), section 3.3, with a rule-based judge in pla
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import tarsier_jax
-from eval.shapes.annotations import PROMPT
+from eval.shapes.annotations import ask
 from eval.shapes.clips import Clip, draw_clips
 from eval.shapes.describe import event_sentences
 from eval.shapes.judge import score
@@ -25,7 +26,9 @@ from eval.shapes.render import write_clip
 from infer.runtime import prepare_process, resolve_dtype
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
+from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.disturb import KINDS
+from tarsier_jax.processing.processor import Processor
 
 FIRST_SEED = 5 * 10**8  # between the seeds that SFT learns from and those that are held out
 _BATCH, _MAX_NEW_TOKENS = 20, 96
@@ -40,15 +43,12 @@ def preferred(events: Sequence[str], clean: str, disturbed: str) -> bool:
 
 
 def _asked(clip: Clip, disturb: dict[str, Any] | None = None) -> dict[str, Any]:
-    video = clip.video | ({"disturb": disturb} if disturb else {})
-    content = [{"type": "video", "video": video}, {"type": "text", "text": PROMPT}]
-    return {"messages": [{"role": "user", "content": content}]}
+    return {"messages": [ask(clip.video | ({"disturb": disturb} if disturb else {}))]}
 
 
 def _pair(path: Path, chosen: str, rejected: str) -> dict[str, Any]:
-    content = [{"type": "video", "video": {"video_file": path.name}}, {"type": "text", "text": PROMPT}]
     answer = {"type": "text", "text": chosen, "chosen": chosen, "rejected": rejected}
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [answer]}]
+    messages = [ask({"video_file": path.name}), {"role": "assistant", "content": [answer]}]
     return {"messages": messages, "task": "video/caption", "idx": int(path.stem)}
 
 
@@ -69,21 +69,17 @@ def main(args: argparse.Namespace) -> int:
     if args.clips < 1 or args.seed < 0 or args.temperature <= 0:
         raise InputError("--clips has to be at least 1, --seed at least 0, and --temperature more than 0.")
     prepare_process()
-    model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
     args.output.mkdir(parents=True, exist_ok=True)
+    model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
     partial, kept, start = args.output / ".pairs.jsonl.partial", 0, time.perf_counter()
     with partial.open("w") as file:
         for done in range(0, args.clips, _BATCH):
-            clips = list(draw_clips(args.seed + done, min(_BATCH, args.clips - done)))
-            rng = np.random.default_rng(args.seed + done)
-            ways = [{"kind": str(rng.choice(KINDS)), "seed": i} for i in range(len(clips))]
-            samples = [*map(_asked, clips), *map(_asked, clips, ways)]
-            told = tarsier_jax.generate(
-                model, processor, samples, _MAX_NEW_TOKENS, args.temperature, seed=args.seed + done
-            )
-            for i, (clip, clean, disturbed) in enumerate(zip(clips, told, told[len(clips) :], strict=False)):
+            seed = args.seed + done
+            clips = list(draw_clips(seed, min(_BATCH, args.clips - done)))
+            told = _described(model, processor, clips, seed, args.temperature)
+            for number, clip, clean, disturbed in told:
                 if preferred(event_sentences(clip.scene), clean, disturbed):
-                    path = write_clip(args.output / f"{args.seed + done + i}.mp4", clip.video["frames"])
+                    path = write_clip(args.output / f"{number}.mp4", clip.video["frames"])
                     file.write(json.dumps(_pair(path, clean, disturbed)) + "\n")
                     kept += 1
             seen = done + len(clips)
@@ -92,6 +88,17 @@ def main(args: argparse.Namespace) -> int:
     partial.rename(args.output / "pairs.jsonl")
     print(f"\n{kept} pairs of {args.clips} clips: {args.output / 'pairs.jsonl'}")
     return 0
+
+
+def _described(
+    model: Tarsier, processor: Processor, clips: Sequence[Clip], seed: int, temperature: float
+) -> Iterator[tuple[int, Clip, str, str]]:
+    """For each clip its seed, itself, a description of it, and one of it disturbed."""
+    rng = np.random.default_rng(seed)
+    ways = [{"kind": str(rng.choice(KINDS)), "seed": i} for i in range(len(clips))]
+    samples = [*map(_asked, clips), *map(_asked, clips, ways)]
+    told = tarsier_jax.generate(model, processor, samples, _MAX_NEW_TOKENS, temperature, seed=seed)
+    return zip(itertools.count(seed), clips, told[: len(clips)], told[len(clips) :], strict=False)
 
 
 if __name__ == "__main__":

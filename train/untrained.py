@@ -45,10 +45,12 @@ MICRO = {
         "num_hidden_layers": 4,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
-        "rope_theta": 5.0,  # at the usual million, three rows and columns of tokens would look all the same
-        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        # At the usual million, three rows and columns of tokens would look all the same; and each of time, row and
+        # column needs slow and fast frequencies, so they take turns.
+        "rope_theta": 30.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1] * 16},
     },
-    "vision": {"depth": 3, "embed_dim": 96, "num_heads": 3},
+    "vision": {"depth": 2, "embed_dim": 64, "num_heads": 2},
     "preprocessor": {"max_pixels": 84 * 112},
 }
 _STD = 0.02  # of a new model's weights

@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.shapes.annotations import annotation, question_annotation
 from eval.shapes.clips import HELD_OUT, draw_clips
-from eval.shapes.questions import questions
+from eval.shapes.questions import a_question
 from eval.shapes.render import write_clip
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
@@ -33,19 +33,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     if args.clips < 1 or args.seed < 0:
         raise InputError(f"--clips {args.clips} has to be at least 1, and --seed {args.seed} at least 0.")
+    args.output.mkdir(parents=True, exist_ok=True)
     descriptions, asked = [], []
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        for i, clip in enumerate(draw_clips(args.seed, args.clips)):
-            path = write_clip(args.output / f"{i}{'.gif' if args.gif else '.mp4'}", clip.video["frames"])
-            video, rng = {"video_file": path.name}, np.random.default_rng(args.seed + i)
-            descriptions.append(annotation(clip.scene, video, i))
-            found = questions(clip.scene, rng)
-            asked.append(question_annotation(found[rng.integers(len(found))], video, i, i))
-        for name, lines in (("descriptions", descriptions), ("questions", asked)):
-            (args.output / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    except OSError as e:
-        raise InputError(f"--output {args.output} cannot be written ({e.strerror}). Choose another one.") from None
+    for i, clip in enumerate(draw_clips(args.seed, args.clips)):
+        path = write_clip(args.output / f"{i}{'.gif' if args.gif else '.mp4'}", clip.video["frames"])
+        video, rng = {"video_file": path.name}, np.random.default_rng(args.seed + i)
+        descriptions.append(annotation(clip.scene, video, i))
+        asked.append(question_annotation(a_question(clip.scene, rng), video, i, i))
+    for name, lines in (("descriptions", descriptions), ("questions", asked)):
+        (args.output / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{args.clips} clips, descriptions.jsonl and questions.jsonl are in {args.output}")
     return 0
 

@@ -41,7 +41,7 @@ def annotation(
     }
     answer = {"type": "text", "text": "", "reference": describe(scene) if reference is None else reference}
     return {
-        "messages": [_ask(video, prompt), {"role": "assistant", "content": [answer]}],
+        "messages": [ask(video, prompt), {"role": "assistant", "content": [answer]}],
         "dataset": f"Shapes/{len(events)}_events",
         "task": "video/caption",
         "idx": idx,
@@ -54,7 +54,7 @@ def question_annotation(question: Question, video: Mapping[str, Any], idx: int, 
     """A line that asks a question; the answer begins with " Answer: (", so that a letter is what comes next."""
     begun, letter = {"type": "text", "text": " Answer: ("}, {"type": "text", "text": "", "reference": question.answer}
     return {
-        "messages": [_ask(video, question.prompt()), {"role": "assistant", "content": [begun, letter]}],
+        "messages": [ask(video, question.prompt()), {"role": "assistant", "content": [begun, letter]}],
         "dataset": f"ShapesQA/{_QUESTION_SETS[question.kind]}",
         "task": "video/QA",
         "idx": idx,
@@ -62,6 +62,7 @@ def question_annotation(question: Question, video: Mapping[str, Any], idx: int, 
     }
 
 
-def _ask(video: Mapping[str, Any], prompt: str) -> dict[str, Any]:
+def ask(video: Mapping[str, Any], prompt: str = PROMPT) -> dict[str, Any]:
+    """The user's turn: a video item of that source (see `annotation`), and a prompt."""
     items = [{"type": "video", "video": dict(video)}, {"type": "text", "text": prompt}]
     return {"role": "user", "content": items}

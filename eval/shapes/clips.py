@@ -1,22 +1,23 @@
 """Which clips the small model learns from, and on which it is scored."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from eval.shapes.render import render
 from eval.shapes.script import generate
-from eval.shapes.world import Scene, crop, reverse
+from eval.shapes.world import Scene, reverse
 
 HELD_OUT = 10**9  # seeds from here on are never trained on
-# Height and width in pixels, and frames, of clips that are trained on; those that appear twice are drawn more often.
-SIZES = ((84, 84), (84, 84), (112, 112), (84, 112), (112, 84))
-LENGTHS = tuple(range(16, 65))
-# Of clips that are not.
-OTHER_SIZES = ((98, 98), (140, 140), (90, 120), (150, 126), (180, 240))
-OTHER_LENGTHS = (10, 12, 81, 121)
+# Height and width in pixels of clips that are trained on (one clip in five is no square), and how many
+# frames an event takes, so that short stories make short clips.
+SIZES = (*[(84, 84)] * 6, *[(112, 112)] * 2, (84, 112), (112, 84))
+PACES = tuple(range(3, 9))
+# Sizes, and lengths in frames, of clips that are not trained on.
+OTHER_SIZES = ((98, 98), (140, 140), (56, 56), (90, 120), (240, 180))
+OTHER_LENGTHS = (42, 50, 64, 81, 121)
 
 Size = tuple[int, int]
 
@@ -32,33 +33,21 @@ class Clip:
 def draw_clips(seed: int, count: int, other: bool = False) -> Iterator[Clip]:
     """The clips of seeds `seed`, `seed` + 1, and so on; with `other`, of sizes and lengths not trained on."""
     for i in range(count):
-        sizes, lengths = (OTHER_SIZES, OTHER_LENGTHS) if other else (SIZES, LENGTHS)
-        scene, size = draw_scene(np.random.default_rng(seed + i), sizes, lengths)
+        scene, size = draw_scene(np.random.default_rng(seed + i), other)
         yield Clip(scene, {"frames": render(scene, *size)})
 
 
 def draw_scene(
-    rng: np.random.Generator,
-    sizes: Sequence[Size] = SIZES,
-    lengths: Sequence[int] = LENGTHS,
-    shapes: int | None = None,
-    events: int | None = None,
+    rng: np.random.Generator, other: bool = False, shapes: int | None = None, events: int | None = None
 ) -> tuple[Scene, Size]:
     """A random scene, forwards or backwards, and the size to render it at.
 
     Half of them are reversed because some events (a shape that appears) can be only in some places of a story, and a
     model should not learn that from anything but the frames.
     """
+    sizes = OTHER_SIZES if other else SIZES
     height, width = size = sizes[int(rng.integers(len(sizes)))]
-    scene = generate(rng, int(rng.choice(lengths)), aspect=width / height, shapes=shapes, events=events)
+    events = int(rng.integers(1, 6)) if events is None else events
+    frames = int(rng.choice(OTHER_LENGTHS) if other else events * rng.choice(PACES))
+    scene = generate(rng, frames, aspect=width / height, shapes=shapes, events=events)
     return (reverse(scene) if rng.random() < 0.5 else scene), size
-
-
-def cut(rng: np.random.Generator, scene: Scene, indices: Sequence[int], events: int) -> tuple[Scene, list[int]]:
-    """A part of the scene in which only so many consecutive events happen, and those of the frames that show it."""
-    start = int(rng.integers(len(scene.events) - events + 1))
-    before = scene.events[start - 1].last if start else 0
-    end = start + events
-    after = scene.events[end].first if end < len(scene.events) else scene.frames - 1
-    shown = [i for i in indices if before <= i <= after]
-    return crop(scene, before, after), [i - before for i in shown]

@@ -39,6 +39,12 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return [question for question in asked if question is not None]
 
 
+def a_question(scene: Scene, rng: np.random.Generator) -> Question:
+    """One of them at random."""
+    asked = questions(scene, rng)
+    return asked[int(rng.integers(len(asked)))]
+
+
 def untrue(scene: Scene, rng: np.random.Generator) -> list[Fact]:
     """Events that do not happen in the scene, in random order."""
     told = set(facts(scene))

@@ -15,11 +15,16 @@ from tarsier_jax.errors import InputError
 
 _FINER = 4  # masks are drawn that many times larger, and averaged
 # Every shape has a white rim, which shows its kind whatever its colour: a share of its size, or so many pixels.
-_RIM, _RIM_SHARE, _RIM_PIXELS = (245, 245, 245), 0.13, 1.5
+_RIM, _RIM_SHARE, _RIM_PIXELS = (245, 245, 245), 0.13, 1.2
 # One palette for all frames, and no dithering, so that what does not move does not flicker.
 _GIF_FILTER = "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none"
 _GIF: dict[str, Any] = {"codec": "gif", "pix_fmt_out": "pal8", "output_params": ["-filter_complex", _GIF_FILTER]}
-_MP4: dict[str, Any] = {"codec": "libx264", "quality": 8}
+# All 256 levels, where mp4 files mostly have 220, so that less is lost on the way to YUV and back.
+_MP4: dict[str, Any] = {
+    "codec": "libx264",
+    "quality": 8,
+    "output_params": ["-vf", "scale=out_range=pc", "-color_range", "pc"],
+}
 
 
 def render(scene: Scene, height: int = 112, width: int = 112, indices: Sequence[int] | None = None) -> np.ndarray:

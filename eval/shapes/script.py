@@ -24,19 +24,24 @@ from eval.shapes.world import (
 )
 from tarsier_jax.errors import InputError
 
-MIN_FRAMES = 8
-_MARGIN = 0.02  # between shapes, and between a shape and the border
-_SHORTEST = 0.165  # of an event, as a share of the clip: 2.5 of the 15 steps between 16 sampled frames
-_PAUSE = 0.015  # at least, between two events
+_MIN_FRAMES = 3  # an event
+_ROWS = 3  # of places along the shorter side, where shapes stand when nothing happens to them
+_LOOSE = 0.008  # how far from the middle of its place, at most
+# The shortest an event lasts: a share of the clip, 2.5 of the 15 steps between 16 sampled frames, or in steps.
+_SHORTEST, _STEPS_SHORTEST = 0.165, 2
+_PAUSE = 0.015  # between two events, where there is time
 _TRIES = 60  # at a next event, before a scene is begun anew
 _STEPS = 8  # at which the way of a moving shape is checked
-_SIZES = (0.11, 0.32)
+_LARGE = (0.145, 0.155)  # of shapes; small ones are smaller by _RATIO
+_RATIO = 1.5
 # How often a verb is drawn: more often where it can seldom happen.
-_WEIGHTS = {"move": 10, "grow": 5, "shrink": 2, "turn": 2, "recolour": 2, "appear": 2}
-_WEIGHTS |= {"disappear": 1, "jump": 5, "collide": 6, "swap": 10}
+_WEIGHTS = {
+    **{"move": 10, "grow": 5, "shrink": 2, "turn": 2, "recolour": 2, "appear": 2},
+    **{"disappear": 1, "jump": 5, "collide": 8, "swap": 7},
+}
 _DRAWN = tuple(verb for verb, weight in _WEIGHTS.items() for _ in range(weight))
 # Less than half of the angle at which a shape looks the same again, so that the direction can be seen.
-_ANGLES = {"bar": 60.0, "triangle": 90.0, "cross": 40.0}
+_ANGLES = {"bar": 60.0, "triangle": 90.0, "cross": 30.0}
 # How near shapes come that collide, as a share of their size: corners may overlap a little, flat sides touch.
 _REACH = {"circle": 1.0, "ring": 1.0, "bar": 0.6, "triangle": 0.65, "cross": 0.8}
 
@@ -49,6 +54,7 @@ class _Stage:
     height: float
     kinds: list[str]
     poses: list[Pose]
+    large: list[float]  # the size that each shape has when it is large
     names: dict[str, int]  # each name ever borne, and the shape that bears it
     told: set[Fact]
 
@@ -63,19 +69,20 @@ def generate(
     """A random scene of one to three shapes and one to five events.
 
     Args:
-        frames: how long the clip is.  From 16 frames on, every event shows at work in at least two of the steps between
-            16 sampled frames.
+        frames: how long the clip is.  Every event shows at work in at least two of the steps between frames, or
+            between 16 sampled ones if there are more.
         aspect: width over height.  shapes, events: how many, drawn at random if not given.
 
     Raises:
-        InputError: the clip is too short for five events, or a count is out of range.
+        InputError: the clip is too short for its events, or a count is out of range.
     """
     n_shapes = int(rng.integers(1, 4)) if shapes is None else shapes
     n_events = int(rng.integers(1, 6)) if events is None else events
-    if frames < MIN_FRAMES or not 1 <= n_shapes <= 3 or not 1 <= n_events <= 5 or not 0.5 <= aspect <= 2:
+    short = frames < _MIN_FRAMES * n_events
+    if short or not 1 <= n_shapes <= 3 or not 1 <= n_events <= 5 or not 0.5 <= aspect <= 2:
         raise InputError(
-            f"A scene has 1 to 3 shapes, 1 to 5 events, {MIN_FRAMES} frames or more and an aspect of 0.5 to 2, not "
-            f"{n_shapes}, {n_events}, {frames} and {aspect}."
+            f"A scene has 1 to 3 shapes, 1 to 5 events, {_MIN_FRAMES} frames or more for each of them and an aspect of "
+            f"0.5 to 2, not {n_shapes}, {n_events}, {frames} and {aspect}."
         )
     while True:
         scene = _attempt(rng, frames, (max(aspect, 1.0), max(1 / aspect, 1.0)), n_shapes, n_events)
@@ -109,16 +116,19 @@ def _attempt(
 
 
 def _set_stage(rng: np.random.Generator, size: tuple[float, float], n_shapes: int) -> _Stage | None:
-    stage = _Stage(*size, [], [], {}, set())
-    for i in range(n_shapes):
-        kind, colour = _pick(rng, KINDS), _pick(rng, tuple(COLOURS))
-        radius = rng.uniform(0.15, 0.21)
-        x, y = (rng.uniform(radius + _MARGIN, side - radius - _MARGIN) for side in size)
-        pose = Pose(x, y, radius, 0.0, colour, present=rng.random() > 0.15)
-        if f"{colour} {kind}" in stage.names or any(_near(still(kind, pose), still(kind, p)) for p in stage.poses):
+    stage = _Stage(*size, [], [], [], {}, set())
+    columns, rows = (round(_ROWS * side) for side in size)
+    for i, place in enumerate(rng.permutation(columns * rows)[:n_shapes]):
+        kind, colour, large = _pick(rng, KINDS), _pick(rng, tuple(COLOURS)), rng.uniform(*_LARGE)
+        if f"{colour} {kind}" in stage.names:
             return None
+        row, column = divmod(int(place), columns)
+        x, y = (column + 0.5) * size[0] / columns, (row + 0.5) * size[1] / rows
+        x, y = (at + rng.uniform(-_LOOSE, _LOOSE) for at in (x, y))
+        radius = large if rng.random() < 0.5 else large / _RATIO
         stage.kinds.append(kind)
-        stage.poses.append(pose)
+        stage.large.append(large)
+        stage.poses.append(Pose(x, y, radius, 0.0, colour, present=rng.random() > 0.15))
         stage.names[f"{colour} {kind}"] = i
     return stage
 
@@ -136,12 +146,14 @@ def _background(rng: np.random.Generator) -> Background:
 
 def _spans(rng: np.random.Generator, n: int, frames: int) -> list[tuple[int, int]]:
     """When the events happen: what is left beside their shortest duration is shared at random with the pauses."""
-    free = 1 - n * _SHORTEST - (n - 1) * _PAUSE
+    shortest = max(_SHORTEST, _STEPS_SHORTEST / (frames - 1))
+    pause = min(_PAUSE, (1 - n * shortest) / n)
+    free = 1 - n * shortest - (n - 1) * pause
     shares = rng.dirichlet(np.ones(2 * n + 1)) * free
     spans, time = [], 0.0
     for i in range(n):
-        start = time + shares[2 * i] + (_PAUSE if i else 0)
-        time = start + _SHORTEST + shares[2 * i + 1]
+        start = time + shares[2 * i] + (pause if i else 0)
+        time = start + shortest + shares[2 * i + 1]
         spans.append((round(start * (frames - 1)), round(time * (frames - 1))))
     return spans
 
@@ -156,7 +168,7 @@ def _propose(rng: np.random.Generator, stage: _Stage) -> tuple[str, str, list[Ch
     if any(stage.poses[i].present == (verb == "appear") for i in actors):
         return None
     made = _MAKERS[verb](rng, stage, actors)
-    if made is None or not _clear(stage, verb, made[1]):
+    if made is None or not _clear(stage, made[1], verb):
         return None
     fact = Fact(verb, tuple(sorted(f"{stage.poses[i].colour} {stage.kinds[i]}" for i in actors)), made[0])
     if fact in stage.told:
@@ -166,18 +178,24 @@ def _propose(rng: np.random.Generator, stage: _Stage) -> tuple[str, str, list[Ch
 
 
 def _move(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
-    pose, direction, distance = stage.poses[actors[0]], _pick(rng, DIRECTIONS), rng.uniform(0.25, 0.55)
-    sign = -1 if direction in ("left", "up") else 1
-    x, y = (sign * distance, 0.0) if direction in ("left", "right") else (0.0, sign * distance)
-    return direction, [_change(stage, actors[0], x=pose.x + x, y=pose.y + y)]
+    """By one place or two."""
+    pose, direction, places = stage.poses[actors[0]], _pick(rng, DIRECTIONS), int(rng.integers(1, 3))
+    steps = -places if direction in ("left", "up") else places
+    if direction in ("left", "right"):
+        return direction, [_change(stage, actors[0], x=pose.x + steps * stage.width / round(_ROWS * stage.width))]
+    return direction, [_change(stage, actors[0], y=pose.y + steps * stage.height / round(_ROWS * stage.height))]
 
 
-def _grow(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
-    return "", [_change(stage, actors[0], size=stage.poses[actors[0]].size * rng.uniform(1.4, 1.8))]
+def _grow(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made | None:
+    return _resize(stage, actors[0], stage.large[actors[0]])
 
 
-def _shrink(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
-    return "", [_change(stage, actors[0], size=stage.poses[actors[0]].size / rng.uniform(1.4, 1.8))]
+def _shrink(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made | None:
+    return _resize(stage, actors[0], stage.large[actors[0]] / _RATIO)
+
+
+def _resize(stage: _Stage, shape: int, size: float) -> Made | None:
+    return None if size == stage.poses[shape].size else ("", [_change(stage, shape, size=size)])
 
 
 def _turn(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made | None:
@@ -204,7 +222,7 @@ def _disappear(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Ma
 
 
 def _jump(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
-    return "", [dataclasses.replace(_change(stage, actors[0]), via=(0.0, -rng.uniform(0.22, 0.35)))]
+    return "", [dataclasses.replace(_change(stage, actors[0]), via=(0.0, -rng.uniform(0.28, 0.34)))]
 
 
 def _collide(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made | None:
@@ -220,13 +238,9 @@ def _collide(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made
 
 
 def _swap(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
-    """Each flies to the other's place, the two passing on different sides."""
+    """Each runs straight to the other's place, one in front of the other where they meet."""
     a, b = (stage.poses[i] for i in actors)
-    bulge = (a.size + b.size) / 2 + _MARGIN
-    distance = np.hypot(b.x - a.x, b.y - a.y)
-    x, y = float((a.y - b.y) * bulge / distance), float((b.x - a.x) * bulge / distance)
-    to_b, to_a = _change(stage, actors[0], x=b.x, y=b.y), _change(stage, actors[1], x=a.x, y=a.y)
-    return "", [dataclasses.replace(to_b, via=(x, y)), dataclasses.replace(to_a, via=(-x, -y))]
+    return "", [_change(stage, actors[0], x=b.x, y=b.y), _change(stage, actors[1], x=a.x, y=a.y)]
 
 
 _MAKERS: dict[str, Callable[[np.random.Generator, _Stage, list[int]], Made | None]] = {
@@ -248,28 +262,21 @@ def _change(stage: _Stage, shape: int, **to: object) -> Change:
     return Change(shape, pose, dataclasses.replace(pose, **to))
 
 
-def _clear(stage: _Stage, verb: str, changes: list[Change]) -> bool:
-    """Whether the actors stay inside the scene, within the limits of size, and apart from all others."""
-    if not all(_SIZES[0] <= c.after.size <= _SIZES[1] for c in changes):
-        return False
+def _clear(stage: _Stage, changes: list[Change], verb: str) -> bool:
+    """Whether the actors stay inside the scene, and apart from all others."""
     actors = {c.shape for c in changes}
-    others = [still("", p) for i, p in enumerate(stage.poses) if p.present and i not in actors]
-    for step in range(_STEPS + 1):
-        moving = [between("", verb, c, step, _STEPS) for c in changes]
-        if not all(_inside(s, stage) for s in moving) or any(_near(s, o) for s in moving for o in others):
-            return False
-        if verb == "swap" and _near(*moving):
-            return False
-    return True
+    others = [still("", p) for i, p in enumerate(stage.poses) if i not in actors]
+    # From the end on, where what cannot be mostly shows.
+    moving = (between("", verb, c, step, _STEPS) for step in range(_STEPS, -1, -1) for c in changes)
+    return all(_inside(s, stage) and not any(_near(s, o) for o in others) for s in moving)
 
 
 def _inside(s: Sprite, stage: _Stage) -> bool:
-    room = s.size + _MARGIN / 2
-    return room <= s.x <= stage.width - room and room <= s.y <= stage.height - room
+    return s.size <= s.x <= stage.width - s.size and s.size <= s.y <= stage.height - s.size
 
 
 def _near(a: Sprite, b: Sprite) -> bool:
-    return (a.x - b.x) ** 2 + (a.y - b.y) ** 2 < (a.size + b.size + _MARGIN / 2) ** 2
+    return (a.x - b.x) ** 2 + (a.y - b.y) ** 2 < (a.size + b.size) ** 2
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:

@@ -151,17 +151,6 @@ def _reverse_event(event: Event, end: int) -> Event:
     return Event(OPPOSITE.get(event.verb, event.verb), detail, end - event.last, end - event.first, changes)
 
 
-def crop(scene: Scene, first: int, last: int) -> Scene:
-    """Frames `first` to `last` as a scene of its own. No event may run at either end."""
-    shapes = tuple(Shape(s.kind, pose_at(scene, i, first)) for i, s in enumerate(scene.shapes))
-    events = tuple(
-        dataclasses.replace(event, first=event.first - first, last=event.last - first)
-        for event in scene.events
-        if first <= event.first and event.last <= last
-    )
-    return dataclasses.replace(scene, frames=last - first + 1, shapes=shapes, events=events)
-
-
 def pose_at(scene: Scene, shape: int, frame: int) -> Pose:
     """The pose that the events over by `frame` leave a shape in."""
     pose = scene.shapes[shape].pose
@@ -197,7 +186,7 @@ def between(kind: str, verb: str, change: Change, step: int, steps: int) -> Spri
     def mix(u: float, v: float) -> float:
         return u if u == v else (u * left + v * step) / steps
 
-    # Colliding shapes run straight and bounce; those that jump or swap places fly in a parabola.
+    # Colliding shapes run straight and bounce; those that jump fly in a parabola.
     bend = 2 * min(step, left) / steps if verb == "collide" else 4 * step * left / steps**2
     (red, green, blue) = (mix(u, v) for u, v in zip(a.rgb, b.rgb, strict=True))
     return Sprite(

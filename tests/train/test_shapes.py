@@ -28,7 +28,6 @@ def test_a_seed_is_a_clip() -> None:
     first, again, other = sample(seed=3), sample(seed=3), sample(seed=4)
     np.testing.assert_array_equal(frames_of(first), frames_of(again))
     assert first["messages"][1] == again["messages"][1] != other["messages"][1]
-    assert len(frames_of(first)) == 16
 
 
 def test_what_is_asked(processor: Processor) -> None:
@@ -47,22 +46,12 @@ def test_what_is_asked(processor: Processor) -> None:
     assert min(asked.values()) >= 5
 
 
-@pytest.mark.parametrize("events", [1, 2])
-def test_a_part_of_a_clip(events: int) -> None:
+@pytest.mark.parametrize("events", [1, 4])
+def test_so_many_events(events: int) -> None:
     for seed in range(20):
         chat = sample(seed=seed, events=events)
         assert len(events_of(chat["messages"][1]["content"][0]["text"])) == events
-        assert 3 <= len(frames_of(chat)) < 16
-
-
-def test_key_frames_of_an_event() -> None:
-    """Three frames, of which the first and the last or the middle one differ, and one event of the only shape."""
-    for seed in range(20):
-        chat = sample(seed=seed, key_frames=True, shapes=1)
-        first, middle, last = frames_of(chat)
-        assert (first != middle).any() or (first != last).any()
-        (event,) = events_of(chat["messages"][1]["content"][0]["text"])
-        assert event.verb not in ("collide", "swap", "unread")
+        assert 3 * events <= len(frames_of(chat)) <= 16
 
 
 def test_a_still() -> None:

@@ -1,14 +1,15 @@
 """Descriptions: the judge gives every phrasing full marks, and frames for every event."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
-from eval.shapes.describe import describe, describe_grounded, event_sentences, frame_groups
+from eval.shapes.describe import describe, describe_frame, describe_grounded, event_sentences, frame_groups
 from eval.shapes.judge import UNREAD, corpus_scores, events_of, score
-from eval.shapes.words import ALONE, article, plain, predicates, sentences
-from eval.shapes.world import PAIR_VERBS, Fact, facts, opposite, reverse
+from eval.shapes.words import ALONE, PLACES, article, plain, predicates, sentences
+from eval.shapes.world import PAIR_VERBS, Fact, Pose, Shape, facts, opposite, reverse
 from tarsier_jax.processing.sampling import sample_uniform
 from tests.eval.shapes.scenes import by_hand, scene
 from train.tasks import check_grounding
@@ -23,6 +24,19 @@ def test_plain() -> None:
         "The blue circle grows.",
     ]
     assert describe(by_hand()) == "A red circle moves to the left. Then it turns blue. Finally, it grows."
+
+
+def test_what_is_where_in_a_frame() -> None:
+    """From left to right, in ninths of the frame, under the names that the shapes bear by then."""
+    assert describe_frame(by_hand(), 0) == "A red circle at the top right, a green bar at the bottom right."
+    assert describe_frame(by_hand(), 30) == "A blue circle at the top left, a green bar at the bottom right."
+    bar, gone = by_hand().shapes[1], Pose(0.5, 0.5, 0.1, 0.0, "red", present=False)
+    middle = dataclasses.replace(by_hand(), shapes=(Shape("ring", gone), bar), events=())
+    assert describe_frame(middle, 0) == "A green bar at the bottom right."
+    assert describe_frame(dataclasses.replace(middle, shapes=middle.shapes[:1]), 0) == "Nothing."
+    seen = {Shape("ring", dataclasses.replace(gone, present=True, x=x, y=y)) for x in (0.3, 0.4) for y in (0.6, 0.7)}
+    told = {describe_frame(dataclasses.replace(middle, shapes=(shape,)), 0) for shape in seen}
+    assert told == {f"A red ring {place}." for row in PLACES[1:] for place in row[:2]}
 
 
 def test_random_phrasings() -> None:
