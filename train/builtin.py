@@ -27,10 +27,9 @@ from train.untrained import MICRO, TINY, write_untrained
 
 # Of moving shapes, from easy to hard: so many clips, and what `train.shapes` makes of them.
 STAGES: tuple[tuple[int, dict[str, Any]], ...] = (
-    (4_000, {"still": True}),
-    (16_000, {"events": 1}),
-    (12_000, {"events": 2}),
-    (10_000, {"events": 3}),
+    (3_000, {"still": True}),
+    (20_000, {"events": 1}),
+    (14_000, {"events": 2}),
     (200_000, {}),
 )
 _MODELS = {"random": TINY, "untrained": MICRO}
@@ -64,7 +63,7 @@ def write_clips(directory: Path) -> Path:
     directory.mkdir(parents=True)
     lines = []
     for i in range(_RANDOM_CLIPS):
-        frames, height, width = 8 + 4 * i, 96 + 16 * (i % 3), 128 + 32 * (i % 2)
+        frames, height, width = 16 + 4 * i, 96 + 16 * (i % 3), 128 + 32 * (i % 2)
         scene = generate(np.random.default_rng(i), frames, aspect=width / height)
         write_clip(directory / f"{i}.gif", render(scene, height, width))
         answer = {"type": "text", "text": describe(scene)}

@@ -38,7 +38,8 @@ def moving_shapes(sample: Mapping[str, Any], rng: np.random.Generator, n_frames:
     """The chat sample of a line, from whose seed all is drawn; `rng` is not used.
 
     With "still" it is about a single frame; with "events": n, a description of a clip of n events; else it is of any
-    clip, described, or described with the frames of each event, or asked about. "shapes" is how many there are.
+    clip, described, or described with the frames of each event, some after questions about it. "shapes" is how many
+    there are.
 
     Raises:
         InputError: the line has no seed.
@@ -69,15 +70,14 @@ def _turn(role: str, text: str) -> dict[str, Any]:
 
 
 def _turns(scene: Scene, rng: np.random.Generator, n_frames: int) -> list[tuple[str, str]]:
-    """Questions and answers: a grounded description, a plain one, or choices.
+    """Questions and answers: a grounded description, or a plain one, before which some clips are asked about.
 
-    Descriptions are worded in one way only: that a thing could be said in another is noise to a small model.
+    Descriptions are worded in one way only: that a thing could be said in another is noise to a small model. Answers
+    to choices are a single letter, from which alone nothing is learnt; after the description they could be read off it.
     """
     kind = rng.random()
     if kind < 0.1:
         return [(GROUNDED_PROMPT, describe_grounded(scene, n_frames))]
-    if kind < 0.65:
-        return [(PROMPT, describe(scene))]
-    asked = questions(scene, rng)
+    asked = questions(scene, rng) if kind < 0.5 else []
     order = rng.permutation(len(asked))[:_QUESTIONS].tolist()
-    return [(asked[i].prompt(), f" Answer: ({asked[i].answer}") for i in order]
+    return [(asked[i].prompt(), f" Answer: ({asked[i].answer}") for i in order] + [(PROMPT, describe(scene))]

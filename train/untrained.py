@@ -19,13 +19,20 @@ from tarsier_jax.config import parse_config
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.chat import BARE_CHATML
 from tarsier_jax.weights import export_hf
+from train.looking import look
 
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"),
     *("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
-# Entries of the two halves of config.json and of preprocessor_config.json. Tiny is for trying programs; micro learns to
-# describe moving shapes.
+# Where heads look at first: see train.looking.
+_AROUND = (
+    *((-1, 0, 0), (-1, 0, 1), (-1, 0, -1), (-1, 1, 0), (-1, -1, 0), (-2, 0, 0)),
+    *((0, 0, -1), (0, -1, 0), (0, 0, 0)),
+)
+_NEIGHBOURS = ((0, 1), (1, 0), (0, -1), (-1, 0))
+# Entries of the two halves of config.json and of preprocessor_config.json, and where heads look at first. Tiny is for
+# trying programs; micro learns to describe moving shapes.
 TINY = {
     "text": {
         "hidden_size": 128,
@@ -37,21 +44,24 @@ TINY = {
     },
     "vision": {"depth": 2, "embed_dim": 64, "num_heads": 2},
     "preprocessor": {},
+    "looking": {},
 }
 MICRO = {
     "text": {
         "hidden_size": 192,
         "intermediate_size": 384,
         "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
         # At the usual million, three rows and columns of tokens would look all the same; and each of time, row and
-        # column needs slow and fast frequencies, so they take turns.
-        "rope_theta": 30.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [1] * 16},
+        # column needs slow and fast frequencies, so they take turns. (transformers 4 joins two of these lists, and
+        # counts on in the second; with nine sections that starts with time again.)
+        "rope_theta": 15.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [*[1] * 8, 0]},
     },
-    "vision": {"depth": 2, "embed_dim": 64, "num_heads": 2},
+    "vision": {"depth": 2, "embed_dim": 64, "num_heads": 4},
     "preprocessor": {"max_pixels": 84 * 112},
+    "looking": {"decoder": (_AROUND, _AROUND[:6]), "vision": (_NEIGHBOURS, _NEIGHBOURS[:2])},
 }
 _STD = 0.02  # of a new model's weights
 _SCENES = 400  # whose texts the tokenizer's merges are learnt from
@@ -76,6 +86,8 @@ def write_untrained(directory: Path, sizes: dict[str, Any], seed: int = 0) -> Pa
     config = dataclasses.replace(parse_config(raw), param_dtype="bfloat16")
     model = Tarsier(config, nnx.Rngs(seed))
     _scale(model)
+    if sizes["looking"]:
+        look(model, **sizes["looking"])
     export_hf(model, directory, layout="tarsier2")
     return directory
 

@@ -85,19 +85,24 @@ def unstack_layers(layers: nnx.Module) -> nnx.List:
     return nnx.List([nnx.merge(graph, jax.tree.unflatten(structure, layer)) for layer in zip(*parts, strict=True)])
 
 
+_WRITTEN_OUT = 4  # layers at most
+
+
 def apply_layers(body: Callable[[Any, Any], Any], carry: Any, layers: Any, remat: str) -> Any:
     """carry = body(carry, layer) for each layer in turn.
 
     Stacked layers are scanned: one layer is compiled, whatever the depth, and TPUs read its slice in place. XLA copies
     that slice before each matrix product on CPUs and GPUs, which doubles the traffic that bounds decoding; there,
-    inference runs on unstacked layers (`tarsier_jax.load`).
+    inference runs on unstacked layers (`tarsier_jax.load`). A few layers are written out, which copies less.
     """
     body = rematerialise(body, remat)
     if isinstance(layers, nnx.List):
         for layer in layers:
             carry = body(carry, layer)
         return carry
-    return jax.lax.scan(lambda carry, layer: (body(carry, layer), None), carry, layers)[0]
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    written_out = remat == "none" and depth <= _WRITTEN_OUT
+    return jax.lax.scan(lambda carry, layer: (body(carry, layer), None), carry, layers, unroll=written_out)[0]
 
 
 _REMAT_POLICIES: dict[str, Any] = {

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-def _inverse_frequencies(dim: int, theta: float) -> np.ndarray:
+def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
     return 1.0 / (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))
 
 
@@ -31,7 +31,7 @@ def mrope_tables(
     """
     axis = np.repeat(np.arange(len(sections)) % 3, sections)  # (H/2,) which position turns each frequency
     positions = jnp.moveaxis(position_ids.astype(jnp.float32)[axis], 0, -1)  # (B, S, H/2)
-    return _cos_and_sin(positions * _inverse_frequencies(head_dim, theta))
+    return _cos_and_sin(positions * inverse_frequencies(head_dim, theta))
 
 
 def vision_tables(
@@ -41,7 +41,7 @@ def vision_tables(
 
     Source: HF modeling_qwen2_vl.Qwen2VLVisionRotaryEmbedding.
     """
-    frequencies = _inverse_frequencies(head_dim // 2, theta)  # (H/4,)
+    frequencies = inverse_frequencies(head_dim // 2, theta)  # (H/4,)
     angles = coordinates.astype(jnp.float32)[..., None] * frequencies  # (F, P, 2, H/4)
     return _cos_and_sin(angles.reshape(*coordinates.shape[:-1], head_dim // 2))  # (F, P, H/2)
 
