@@ -2,8 +2,10 @@
 
 from setuptools import find_packages, setup
 
-DEMO = ["imageio[ffmpeg]>=2.34"]  # renders the demo's clip
-TRAIN = [*DEMO, "optax>=0.2.5", "grain>=0.2.15", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"]
+TRAIN = [
+    *("optax>=0.2.5", "grain>=0.2.15", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"),
+    "imageio[ffmpeg]>=2.34",  # writes clips
+]
 
 setup(
     name="tarsier_jax",
@@ -12,6 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["tarsier_jax", "tarsier_jax.*"]),
+    package_data={"tarsier_jax": ["embedded/*", "embedded/tarsier2-micro/*"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12",
@@ -28,7 +31,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "demo": DEMO,
+        "demo": [],  # the library is enough
         "train": TRAIN,
         # jax[tpu] brings the TPU compiler, which needs no TPU.
         "test": [*TRAIN, "jax[tpu]", "torch==2.13.0", "pytest>=8", "ruff>=0.14", "pyright>=1.1.400"],

@@ -127,11 +127,11 @@ def measure(theirs: Any, ours: Any, rows: int, new_tokens: int, rounds: int) -> 
 
     def our_prefill() -> None:
         nonlocal state
-        state = jax.block_until_ready(prefill(ours, batch, sampling, eos, keys, max_new=128))
+        state = jax.block_until_ready(prefill(ours, batch, sampling, eos, keys, jnp.int32(128), max_new=128))
 
     def our_decode(n: int = new_tokens) -> None:
         nonlocal state
-        state = jax.block_until_ready(decode(ours, state, sampling, eos, jnp.int32(n)))
+        state = jax.block_until_ready(decode(ours, state, eos, jnp.int32(n - 1), jnp.int32(rows)))
 
     def generate(n: int) -> Any:
         return theirs.generate(**inputs, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -74,11 +74,12 @@ def compile_for(
     model = abstract_model(config, mesh)
     batch = abstract_batch(config, mesh, rows, tokens, frames, patches)
     sampling = make_sampling(rows)
-    eos = jax.ShapeDtypeStruct((1,), jnp.int32)
+    eos, scalar = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     with jax.set_mesh(mesh):
-        first = prefill.lower(model, batch, sampling, eos, keys, max_new=max_new)
-        shapes = jax.eval_shape(lambda *x: prefill(*x, max_new=max_new), model, batch, sampling, eos, keys)
+        inputs = model, batch, sampling, eos, keys, scalar
+        first = prefill.lower(*inputs, max_new=max_new)
+        shapes = jax.eval_shape(lambda *x: prefill(*x, max_new=max_new), *inputs)
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
         spec = fit_spec(shapes.cache.k.shape, (None, BATCH, None, HEADS, None), mesh)
         cache = jax.tree.map(
@@ -88,7 +89,7 @@ def compile_for(
             state.cache,
         )
         state = dataclasses.replace(state, cache=cache)
-        second = decode.lower(model, state, sampling, eos, jax.ShapeDtypeStruct((), jnp.int32))
+        second = decode.lower(model, state, eos, scalar, scalar)
     return first, second
 
 

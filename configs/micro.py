@@ -1,4 +1,4 @@
-"""Micro: a small Tarsier2 that learns to describe moving shapes from nothing. It does not reach its goals yet."""
+"""Micro: a small Tarsier2 that learns to describe moving shapes from nothing. Its card says how well."""
 
 from ml_collections import ConfigDict
 
@@ -15,8 +15,8 @@ def get_config(size: str = "full") -> ConfigDict:
     config.remat = "none"
     config.score_clips = 100
     config.log_every, config.save_every, config.eval_every, config.keep = 50, 1000, 1000, 1
-    config.data.tokens, config.data.bins, config.data.patches, config.data.frames = 640, 52, 48, 1
-    config.data.rows, config.data.samples, config.data.workers = 2, 16, 1
+    config.data.tokens, config.data.bins, config.data.patches, config.data.frames = 640, 46, 48, 1
+    config.data.rows, config.data.samples, config.data.workers = 2, 24, 1
     config.optimizer.peak_lr = 1e-3
     config.optimizer.final_lr = 2e-5
     config.optimizer.warmup_steps = 100

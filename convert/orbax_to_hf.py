@@ -1,6 +1,7 @@
 """Writes a converted checkpoint back as a Hugging Face directory: `python -m convert.orbax_to_hf DIR OUT`.
 
-Every tensor comes back bit for bit. With --layout the names and config.json become those of the other family.
+Every tensor comes back bit for bit. With --layout the names and config.json become those of the other family; with
+--dtype values are rounded to that dtype, such as those of a model that was trained in float32.
 """
 
 import argparse
@@ -12,9 +13,9 @@ from tarsier_jax.cli import run
 from tarsier_jax.weights import convert_to_hf
 
 
-def convert(source: str, out: str, layout: str | None) -> None:
+def convert(source: str, out: str, layout: str | None, dtype: str | None) -> None:
     progress = Progress()
-    names = convert_to_hf(Path(source), Path(out), layout, progress)
+    names = convert_to_hf(Path(source), Path(out), layout, dtype, progress)
     print(progress.summary(len(names), out))
 
 
@@ -25,9 +26,10 @@ def main() -> int:
     parser.add_argument("source", metavar="DIR", help="directory written by convert.hf_to_orbax")
     parser.add_argument("out", metavar="OUT", help="directory to write; it must not exist yet")
     parser.add_argument("--layout", choices=("tarsier2", "qwen2_vl"), help="default: the source's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     args = parser.parse_args()
-    return run(lambda: convert(args.source, args.out, args.layout), args.traceback)
+    return run(lambda: convert(args.source, args.out, args.layout, args.dtype), args.traceback)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import tarsier_jax
 from convert.sides import HuggingFace, Ours, Side
 from tarsier_jax.cli import run
 from tarsier_jax.processing.batch import Example
-from tarsier_jax.weights import resolve
+from tarsier_jax.weights import EMBEDDED, resolve
 
 COLUMNS = ("probe", "tokens", "vision", "decoder", "logits", "mean KL", "top-1")
 
@@ -86,7 +86,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m convert.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("directory", help="Hugging Face directory or hub id, or a converted directory")
+    described = f"Hugging Face directory or hub id, or a converted directory (default {EMBEDDED}, the small model here)"
+    parser.add_argument("directory", nargs="?", default=EMBEDDED, help=described)
     parser.add_argument("other", nargs="?", help="a second one; without it, the live Hugging Face model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--max_new_tokens", type=int, default=32)

@@ -1,4 +1,4 @@
-"""Scores a model on moving shapes: `python -m eval.micro --model CHECKPOINT [--clips 500] [--seed N]`.
+"""Scores a model on moving shapes: `python -m eval.micro [--model CHECKPOINT] [--clips 500] [--seed N]`.
 
 Clips are drawn from the seed, described, and judged by grammar (`eval.shapes.judge`): F1 of events, as AutoDQ defines
 it. Beside the clips as they are: from mp4 files, at sizes and lengths that are not trained on,
@@ -10,8 +10,7 @@ import argparse
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ from eval.shapes.judge import corpus_scores
 from eval.shapes.questions import a_question
 from eval.shapes.render import write_clip
 from eval.shapes.world import reverse
-from infer.runtime import prepare_process, resolve_dtype
+from infer.engine import Engine, answer_samples, fit_shape
+from infer.runtime import add_model_flag, prepare_process, resolve_dtype
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import Processor
 
-_BATCH = 20
+_SLOTS = 32
 _MAX_NEW_TOKENS = 96
 
 
@@ -55,18 +55,19 @@ def as_file(clip: Clip, path: Path) -> Clip:
 
 
 class Scorer:
-    """Answers in batches, and says how far it is."""
-
-    def __init__(self, model: Tarsier, processor: Processor):
-        self._model, self._processor = model, processor
+    def __init__(self, engine: Engine):
+        self._engine = engine
 
     def describe(self, name: str, clips: Iterable[Clip]) -> dict[str, float]:
         """Recall, precision and F1 of the events in descriptions of the clips."""
-        asked, events = [], []
-        for clip in clips:
-            asked.append({"messages": [ask(clip.video)]})
-            events.append(event_sentences(clip.scene))
-        return corpus_scores(self._answer(name, asked, _MAX_NEW_TOKENS), events)
+        events = []
+
+        def asked() -> Iterator[dict[str, Any]]:
+            for clip in clips:
+                events.append(event_sentences(clip.scene))
+                yield {"messages": [ask(clip.video)]}
+
+        return corpus_scores(answer_samples(self._engine, asked(), _MAX_NEW_TOKENS, name=name), events)
 
     def choose(self, clips: Iterable[Clip], seed: int) -> dict[str, tuple[int, int]]:
         """One question a clip: for each kind, how many were asked and how many answered rightly."""
@@ -76,27 +77,17 @@ class Scorer:
             asked.append(question_annotation(question, clip.video, i, i))
             kinds.append(question.kind)
             letters.append(question.answer)
-        answers = self._answer("questions", asked, 1)
+        answers = answer_samples(self._engine, asked, 1, name="questions")
         right = [answer.strip() == letter for answer, letter in zip(answers, letters, strict=True)]
         return {
             k: (kinds.count(k), sum(r for r, kind in zip(right, kinds, strict=True) if kind == k)) for k in set(kinds)
         }
 
-    def _answer(self, name: str, samples: Sequence[dict[str, Any]], max_new_tokens: int) -> list[str]:
-        answers: list[str] = []
-        start = time.perf_counter()
-        while len(answers) < len(samples):
-            part = samples[len(answers) : len(answers) + _BATCH]
-            answers += tarsier_jax.generate(self._model, self._processor, part, max_new_tokens)
-            left = (time.perf_counter() - start) / len(answers) * (len(samples) - len(answers))
-            print(f"\r{name}: {len(answers)}/{len(samples)}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
-        return answers
-
 
 def score(model: Tarsier, processor: Processor, clips: int, seed: int) -> dict[str, float]:
     """All scores, 0 to 1, by name; prints each as it is known."""
-    scorer, scores = Scorer(model, processor), {}
+    scorer = Scorer(Engine(model, processor, fit_shape(processor, _SLOTS, _MAX_NEW_TOKENS)))
+    scores = {}
 
     def note(name: str, value: float, detail: str = "") -> None:
         scores[name] = round(value, 4)
@@ -126,7 +117,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m eval.micro", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="checkpoint directory (Hugging Face or converted) or hub id")
+    add_model_flag(parser)
     parser.add_argument("--clips", type=int, default=500)
     parser.add_argument("--seed", type=int, default=HELD_OUT)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")

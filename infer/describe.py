@@ -11,7 +11,7 @@ import sys
 import time
 
 import tarsier_jax
-from infer.runtime import Options, describe_file, prepare_process, resolve_dtype
+from infer.runtime import Options, add_model_flag, describe_file, prepare_process, resolve_dtype
 from tarsier_jax.cli import run
 from tarsier_jax.processing.processor import ProcessorOptions
 from tarsier_jax.processing.video import find_inputs
@@ -21,7 +21,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m infer.describe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="checkpoint directory (Hugging Face or converted) or hub id")
+    add_model_flag(parser)
     parser.add_argument("--input", required=True, nargs="+", help="videos, GIFs, images, or directories of them")
     parser.add_argument("--prompt", default="Describe the video in detail.")
     parser.add_argument("--n_frames", type=int, default=16, help="frames sampled from each video (default 16)")

@@ -1,8 +1,10 @@
 """What the programs of this room share: a process's settings, a machine's dtype, captions of single files."""
 
+import argparse
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from tarsier_jax.generation.decode import generate_batch
 from tarsier_jax.generation.sampling import Sampling, make_sampling
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import Processor, media_sample
+from tarsier_jax.weights import EMBEDDED
 
 
 def prepare_process() -> None:
@@ -23,6 +26,16 @@ def prepare_process() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "tarsier_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def add_model_flag(parser: argparse.ArgumentParser) -> None:
+    """--model, the same in every program."""
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED,
+        help="checkpoint directory (Hugging Face or converted) or hub id (default %(default)s, the small model in the "
+        "package, which knows moving shapes only)",
+    )
 
 
 def resolve_dtype(dtype: str, platform: str | None = None) -> str:
@@ -92,3 +105,22 @@ def describe_file(model: Tarsier, processor: Processor, path: str, prompt: str, 
         new_tokens=len(answer.tokens),
         finish_reason=answer.finish_reason,
     )
+
+
+class Compilations:
+    """Counts the programs that XLA compiles meanwhile."""
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def _heard(self, event: str, *_: Any, **__: Any) -> None:
+        self.count += event == self._EVENT
+
+    def __enter__(self) -> Self:
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._heard)

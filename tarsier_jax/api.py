@@ -74,6 +74,11 @@ def generate(
 
 def use_mesh_of(model: Tarsier) -> contextlib.AbstractContextManager:
     """Sets the mesh that the model's parameters lie on, if there is one."""
+    mesh = mesh_of(model)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def mesh_of(model: Tarsier) -> Mesh | None:
+    """The mesh that the model's parameters lie on."""
     sharding = model.decoder.norm.weight[...].sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
+    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None

@@ -26,7 +26,7 @@ def main(directory: Path, stacked: bool) -> None:
     with use_mesh_of(model):
         answers = generate_batch(model, batch, sampling=sampling, eos_ids=(), max_new_tokens=24)
         keys = jax.random.split(jax.random.key(0), 4)
-        cache = prefill(model, batch, sampling, jax.numpy.zeros(0, int), keys, max_new=128).cache
+        cache = prefill(model, batch, sampling, jax.numpy.zeros(0, int), keys, jax.numpy.int32(24), max_new=128).cache
     # Rows are split over data and fsdp, key-value heads over tensor.
     assert cache.k.size == 8 * cache.k.addressable_shards[0].data.size, cache.k.sharding
     print(json.dumps([answer.tokens for answer in answers[:3]]))

@@ -27,7 +27,7 @@ from train.untrained import MICRO, TINY, write_untrained
 
 # Of moving shapes, from easy to hard: so many clips, and what `train.shapes` makes of them.
 STAGES: tuple[tuple[int, dict[str, Any]], ...] = (
-    (3_000, {"still": True}),
+    (6_000, {"still": True}),
     (20_000, {"events": 1}),
     (14_000, {"events": 2}),
     (200_000, {}),

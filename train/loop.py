@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from infer.runtime import Compilations
 from tarsier_jax.errors import TarsierError
 from train.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig
@@ -23,7 +24,6 @@ from train.optimizer import make_schedule
 from train.setup import Job, Run, global_batch, open_run
 from train.state import TrainState, init_state, load_reference, make_train_step
 
-_COMPILATION = "/jax/core/compile/backend_compile_duration"
 _TRACED = 3  # steps of a profile
 _WARM_UP = 2  # steps after which nothing new should compile
 
@@ -81,7 +81,7 @@ class _Loop:
         self.pending: tuple[int, dict[str, jax.Array], list[PackedRow]] | None = None
         self.recent: list[dict[str, float]] = []
         self.loss = float("nan")
-        self.compilations, self.late_compilations = _Compilations(), 0
+        self.compilations, self.late_compilations = Compilations(), 0
 
     def _start(self) -> tuple[TrainState, Progress]:
         if self.checkpoints.latest() is None:
@@ -264,19 +264,3 @@ class _Terminator:
     def __exit__(self, *_: object) -> None:
         if jax.process_count() == 1:
             signal.signal(signal.SIGTERM, self._former)
-
-
-class _Compilations:
-    """Counts the programs that XLA compiles meanwhile."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def _heard(self, event: str, *_: Any, **__: Any) -> None:
-        self.count += event == _COMPILATION
-
-    def __enter__(self) -> None:
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._heard)

@@ -1,4 +1,4 @@
-"""Preference pairs for `train.dpo`: `python -m train.pairs --model CHECKPOINT --output DIR [--clips 2000] [--seed N]`.
+"""Preference pairs for `train.dpo`: `python -m train.pairs --output DIR [--model CHECKPOINT] [--clips N] [--seed N]`.
 
 Every clip of moving shapes is described twice by sampling: as it is, and with its frames disturbed. The judge of moving
 shapes scores both, and a pair is kept if the first is nowhere worse and clearly better in all: dR >= 0, dP >= 0 and
@@ -7,15 +7,15 @@ Source: Tarsier2 (arXiv 2501.07888), section 3.3, with a rule-based judge in pla
 """
 
 import argparse
-import itertools
+import collections
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import tarsier_jax
 from eval.shapes.annotations import ask
@@ -23,15 +23,14 @@ from eval.shapes.clips import Clip, draw_clips
 from eval.shapes.describe import event_sentences
 from eval.shapes.judge import score
 from eval.shapes.render import write_clip
-from infer.runtime import prepare_process, resolve_dtype
+from infer.engine import Engine, Refusal, Request, fit_shape
+from infer.runtime import add_model_flag, prepare_process, resolve_dtype
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
-from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.disturb import KINDS
-from tarsier_jax.processing.processor import Processor
 
 FIRST_SEED = 5 * 10**8  # between the seeds that SFT learns from and those that are held out
-_BATCH, _MAX_NEW_TOKENS = 20, 96
+_SLOTS, _MAX_NEW_TOKENS = 32, 96
 _MARGIN = 0.3
 
 
@@ -56,7 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="checkpoint directory (Hugging Face or converted) or hub id")
+    add_model_flag(parser)
     parser.add_argument("--output", required=True, type=Path, help="directory for clips and pairs.jsonl")
     parser.add_argument("--clips", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the first clip")
@@ -71,34 +70,45 @@ def main(args: argparse.Namespace) -> int:
     prepare_process()
     args.output.mkdir(parents=True, exist_ok=True)
     model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
-    partial, kept, start = args.output / ".pairs.jsonl.partial", 0, time.perf_counter()
-    with partial.open("w") as file:
-        for done in range(0, args.clips, _BATCH):
-            seed = args.seed + done
-            clips = list(draw_clips(seed, min(_BATCH, args.clips - done)))
-            told = _described(model, processor, clips, seed, args.temperature)
-            for number, clip, clean, disturbed in told:
-                if preferred(event_sentences(clip.scene), clean, disturbed):
-                    path = write_clip(args.output / f"{number}.mp4", clip.video["frames"])
-                    file.write(json.dumps(_pair(path, clean, disturbed)) + "\n")
-                    kept += 1
-            seen = done + len(clips)
-            left = (time.perf_counter() - start) / seen * (args.clips - seen)
-            print(f"\r{seen}/{args.clips} clips, {kept} pairs, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+    engine = Engine(model, processor, fit_shape(processor, _SLOTS, _MAX_NEW_TOKENS))
+    partial, kept = args.output / ".pairs.jsonl.partial", 0
+    with partial.open("w") as file, tqdm(total=args.clips, unit="clip") as bar:
+        for number, clip, clean, disturbed in described(engine, args.seed, args.clips, args.temperature):
+            if preferred(event_sentences(clip.scene), clean, disturbed):
+                path = write_clip(args.output / f"{number}.mp4", clip.video["frames"])
+                file.write(json.dumps(_pair(path, clean, disturbed)) + "\n")
+                kept += 1
+            bar.set_postfix_str(f"{kept} pairs", refresh=False)
+            bar.update()
     partial.rename(args.output / "pairs.jsonl")
-    print(f"\n{kept} pairs of {args.clips} clips: {args.output / 'pairs.jsonl'}")
+    print(f"{kept} pairs of {args.clips} clips: {args.output / 'pairs.jsonl'}")
     return 0
 
 
-def _described(
-    model: Tarsier, processor: Processor, clips: Sequence[Clip], seed: int, temperature: float
-) -> Iterator[tuple[int, Clip, str, str]]:
-    """For each clip its seed, itself, a description of it, and one of it disturbed."""
-    rng = np.random.default_rng(seed)
-    ways = [{"kind": str(rng.choice(KINDS)), "seed": i} for i in range(len(clips))]
-    samples = [*map(_asked, clips), *map(_asked, clips, ways)]
-    told = tarsier_jax.generate(model, processor, samples, _MAX_NEW_TOKENS, temperature, seed=seed)
-    return zip(itertools.count(seed), clips, told[: len(clips)], told[len(clips) :], strict=False)
+def described(engine: Engine, first: int, count: int, temperature: float) -> Iterator[tuple[int, Clip, str, str]]:
+    """For each clip, in the order in which they are done: its seed, itself, and a sampled description of it as it is
+    and one of it disturbed.
+    """
+    clips: dict[int, Clip] = {}
+    told: dict[int, dict[str, str]] = collections.defaultdict(dict)
+
+    def requests() -> Iterator[Request]:
+        for number, clip in enumerate(draw_clips(first, count), first):
+            clips[number] = clip
+            rng = np.random.default_rng(number)
+            shown = {"clean": None, "disturbed": {"kind": str(rng.choice(KINDS)), "seed": number}}
+            for seed, (how, disturb) in enumerate(shown.items(), 2 * number):
+                example = engine.processor(_asked(clip, disturb))
+                yield Request((number, how), example, _MAX_NEW_TOKENS, temperature, seed=seed)
+
+    for answer in engine.run(requests()):
+        if isinstance(answer, Refusal):
+            raise InputError(answer.reason)
+        number, how = answer.request.key
+        told[number][how] = engine.text(answer)
+        if len(told[number]) == 2:
+            both = told.pop(number)
+            yield number, clips.pop(number), both["clean"], both["disturbed"]
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def moving_shapes(sample: Mapping[str, Any], rng: np.random.Generator, n_frames:
     """The chat sample of a line, from whose seed all is drawn; `rng` is not used.
 
     With "still" it is about a single frame; with "events": n, a description of a clip of n events; else it is of any
-    clip, described, or described with the frames of each event, some after questions about it. "shapes" is how many
+    clip, described, or described with the frames of each event, some with questions about it. "shapes" is how many
     there are.
 
     Raises:
@@ -51,7 +51,7 @@ def moving_shapes(sample: Mapping[str, Any], rng: np.random.Generator, n_frames:
     scene, size = draw_scene(rng, shapes=sample.get("shapes"), events=sample.get("events"))
     indices, kind = sample_uniform(scene.frames, n_frames), "video"
     if sample.get("still"):
-        indices, kind = [int(rng.choice([e.last for e in scene.events]))], "image"
+        indices, kind = [int(rng.choice([0, *(event.last for event in scene.events)]))], "image"
         turns = [(IMAGE_PROMPT, describe_frame(scene, indices[0]))]
     elif sample.get("events"):
         turns = [(PROMPT, describe(scene))]
@@ -70,14 +70,16 @@ def _turn(role: str, text: str) -> dict[str, Any]:
 
 
 def _turns(scene: Scene, rng: np.random.Generator, n_frames: int) -> list[tuple[str, str]]:
-    """Questions and answers: a grounded description, or a plain one, before which some clips are asked about.
+    """Questions and answers: a grounded description, or a plain one, with questions before and after it for some clips.
 
     Descriptions are worded in one way only: that a thing could be said in another is noise to a small model. Answers
-    to choices are a single letter, from which alone nothing is learnt; after the description they could be read off it.
+    to choices are a single letter, from which alone little is learnt; those after the description can be read off it.
     """
     kind = rng.random()
     if kind < 0.1:
         return [(GROUNDED_PROMPT, describe_grounded(scene, n_frames))]
     asked = questions(scene, rng) if kind < 0.5 else []
     order = rng.permutation(len(asked))[:_QUESTIONS].tolist()
-    return [(asked[i].prompt(), f" Answer: ({asked[i].answer}") for i in order] + [(PROMPT, describe(scene))]
+    turns = [(asked[i].prompt(), f" Answer: ({asked[i].answer}") for i in order]
+    turns.insert(int(rng.integers(len(turns) + 1)), (PROMPT, describe(scene)))
+    return turns

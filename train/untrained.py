@@ -60,7 +60,7 @@ MICRO = {
         "rope_scaling": {"type": "mrope", "mrope_section": [*[1] * 8, 0]},
     },
     "vision": {"depth": 2, "embed_dim": 64, "num_heads": 4},
-    "preprocessor": {"max_pixels": 84 * 112},
+    "preprocessor": {"min_pixels": 84 * 84, "max_pixels": 84 * 112},
     "looking": {"decoder": (_AROUND, _AROUND[:6]), "vision": (_NEIGHBOURS, _NEIGHBOURS[:2])},
 }
 _STD = 0.02  # of a new model's weights
@@ -147,6 +147,6 @@ def _texts() -> Iterator[str]:
         yield "system\nYou are a helpful assistant.user\nassistant\n Answer: (\n"
         yield f"{PROMPT} {IMAGE_PROMPT} {GROUNDED_PROMPT}"
         yield describe(scene, rng)
-        yield describe_frame(scene, 0)
+        yield from (describe_frame(scene, frame) for frame in (0, scene.frames - 1))
         yield describe_grounded(scene, rng=rng)
         yield from (question.prompt() for question in questions(scene, rng))

@@ -15,6 +15,7 @@ HELD_OUT = 10**9  # seeds from here on are never trained on
 # frames an event takes, so that short stories make short clips.
 SIZES = (*[(84, 84)] * 6, *[(112, 112)] * 2, (84, 112), (112, 84))
 PACES = tuple(range(3, 9))
+SLOW = 0.15  # how many clips take longer, up to 40 frames
 # Sizes, and lengths in frames, of clips that are not trained on.
 OTHER_SIZES = ((98, 98), (140, 140), (56, 56), (90, 120), (240, 180))
 OTHER_LENGTHS = (42, 50, 64, 81, 121)
@@ -49,5 +50,7 @@ def draw_scene(
     height, width = size = sizes[int(rng.integers(len(sizes)))]
     events = int(rng.integers(1, 6)) if events is None else events
     frames = int(rng.choice(OTHER_LENGTHS) if other else events * rng.choice(PACES))
+    if not other and rng.random() < SLOW:
+        frames = int(rng.integers(max(frames, 16), 41))
     scene = generate(rng, frames, aspect=width / height, shapes=shapes, events=events)
     return (reverse(scene) if rng.random() < 0.5 else scene), size

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from eval.shapes.words import FIRST, JOINED, LAST, NEXT, PLACES, article, as_sentence, name_after, plain, sentences
-from eval.shapes.world import Fact, Scene, changed_frames, facts, pose_at
+from eval.shapes.world import ROUND, TURNS, Fact, Scene, changed_frames, facts, pose_at
 from tarsier_jax.processing.sampling import sample_uniform
 
+_LARGE, _UPRIGHT = 0.12, 10.0  # of a frame, and degrees: what is called large, and not tilted
+_SYMMETRY = {"bar": 2, "cross": 4}  # in how many ways a shape looks the same as it is turned once around
 _JOIN, _PRONOUN = 0.35, 0.7  # how often, at random, two events share a sentence, and a shape is "it"
 
 
@@ -40,14 +42,31 @@ def describe_grounded(scene: Scene, n: int = 16, rng: np.random.Generator | None
 
 
 def describe_frame(scene: Scene, frame: int) -> str:
-    """What is where in one frame, from left to right: "A red circle at the top left, a blue bar in the middle."."""
+    """What is where in one frame, from left to right.
+
+    "A large red circle at the top left, a small blue bar tilted clockwise in the middle."
+    """
     poses = [(pose_at(scene, i, frame), shape.kind) for i, shape in enumerate(scene.shapes)]
     shown = [
-        f"{article(f'{pose.colour} {kind}')} {_place(pose.x / scene.width, pose.y / scene.height)}"
+        f"{article(f'{_size(pose.size)} {pose.colour} {kind}')} {_tilt(kind, pose.angle)}"
+        f"{_place(pose.x / scene.width, pose.y / scene.height)}"
         for pose, kind in sorted(poses, key=lambda p: p[0].x)
         if pose.present
     ]
     return as_sentence(", ".join(shown) or "nothing")
+
+
+def _size(size: float) -> str:
+    return "large" if size > _LARGE else "small"
+
+
+def _tilt(kind: str, angle: float) -> str:
+    """Empty for a shape that looks upright."""
+    if kind in ROUND:
+        return ""
+    period = 360.0 / _SYMMETRY.get(kind, 1)  # after which it looks the same
+    angle = (angle + period / 2) % period - period / 2
+    return "" if abs(angle) < _UPRIGHT else f"tilted {TURNS[0] if angle > 0 else TURNS[1]} "
 
 
 def _place(x: float, y: float) -> str:

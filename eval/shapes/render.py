@@ -153,6 +153,11 @@ def _cross(arm: float = 0.22) -> list[tuple[float, float]]:
     return corners
 
 
+def _star(points: int = 6, inner: float = 0.4) -> list[tuple[float, float]]:
+    angles = [math.pi * i / points for i in range(2 * points)]
+    return [(r * math.cos(a), r * math.sin(a)) for a, r in zip(angles, [1.0, inner] * points, strict=True)]
+
+
 # Shapes of size 1, upright, around their centres, y down. The triangle has one short side, so that it has a top.
 _LOOPS = {
     "circle": (_circle(1.0),),
@@ -160,4 +165,5 @@ _LOOPS = {
     "bar": ([(-0.95, -0.3), (0.95, -0.3), (0.95, 0.3), (-0.95, 0.3)],),
     "triangle": ([(0.0, -1.0), (0.68, 0.73), (-0.68, 0.73)],),
     "cross": (_cross(),),
+    "spark": (_star(),),
 }

@@ -36,8 +36,8 @@ _LARGE = (0.145, 0.155)  # of shapes; small ones are smaller by _RATIO
 _RATIO = 1.5
 # How often a verb is drawn: more often where it can seldom happen.
 _WEIGHTS = {
-    **{"move": 10, "grow": 5, "shrink": 2, "turn": 2, "recolour": 2, "appear": 2},
-    **{"disappear": 1, "jump": 5, "collide": 8, "swap": 7},
+    **{"move": 10, "grow": 5, "shrink": 2, "turn": 3, "recolour": 2, "appear": 2},
+    **{"disappear": 1, "jump": 5, "collide": 5, "swap": 5},
 }
 _DRAWN = tuple(verb for verb, weight in _WEIGHTS.items() for _ in range(weight))
 # Less than half of the angle at which a shape looks the same again, so that the direction can be seen.

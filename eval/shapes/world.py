@@ -58,6 +58,10 @@ class Change:
     via: tuple[float, float] = (0.0, 0.0)
 
 
+# Where two shapes collide, a spark flies while they are nearest, so that it shows between frames too.
+_SPARK_FROM, _SPARK_SIZE, _SPARK_RGB = 0.5, 0.1, (255.0, 235.0, 120.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Event:
     """`detail` is a direction (move, turn), the new colour (recolour), or empty."""
@@ -170,7 +174,15 @@ def sprites_at(scene: Scene, frame: int) -> list[Sprite]:
             kind = scene.shapes[change.shape].kind
             steps = running.last - running.first
             sprites[change.shape] = between(kind, running.verb, change, frame - running.first, steps)
+        if running.verb == "collide" and bounce(frame - running.first, steps) >= _SPARK_FROM:
+            a, b = (sprites[change.shape] for change in running.changes)
+            sprites.append(Sprite("spark", (a.x + b.x) / 2, (a.y + b.y) / 2, _SPARK_SIZE, 0.0, _SPARK_RGB, 1.0))
     return sprites
+
+
+def bounce(step: int, steps: int) -> float:
+    """How near colliding shapes are to where they meet, 0 to 1."""
+    return 2 * min(step, steps - step) / steps
 
 
 def still(kind: str, pose: Pose) -> Sprite:
@@ -187,7 +199,7 @@ def between(kind: str, verb: str, change: Change, step: int, steps: int) -> Spri
         return u if u == v else (u * left + v * step) / steps
 
     # Colliding shapes run straight and bounce; those that jump fly in a parabola.
-    bend = 2 * min(step, left) / steps if verb == "collide" else 4 * step * left / steps**2
+    bend = bounce(step, steps) if verb == "collide" else 4 * step * left / steps**2
     (red, green, blue) = (mix(u, v) for u, v in zip(a.rgb, b.rgb, strict=True))
     return Sprite(
         kind,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +21,24 @@ _BLOCK = 128  # answers get room in whole blocks, so that other values of max_ne
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Everything that changes from token to token; donated to each call of `decode`.
+    """Everything that changes from token to token, of B answers; donated to each call of `decode`.
 
-    step: how many tokens every row has got (rows that are done get -1).
-    tokens: the answers, -1 where nothing was written.  last: each row's newest token.
-    position: the M-RoPE position of `last`.  done: the row has met an end-of-sequence token.
+    tokens: the answers, -1 where nothing is written yet.  counts: how many tokens each has, and limits: may have.
+    last: each row's newest token.  position: its M-RoPE position.
+    done: the answer has ended, or there is none; nothing of such a row changes.
     seen: tokens of prompt and answer, for the repetition penalty; no columns when there is none.
     keys: one random key a row.
     """
 
-    step: Int[Array, ""]
     tokens: Int[Array, "B max_new"]
+    counts: Int[Array, " B"]
+    limits: Int[Array, " B"]
     last: Int[Array, " B"]
     position: Int[Array, " B"]
     done: Bool[Array, " B"]
     seen: Bool[Array, "B V"]
     keys: Array
+    sampling: Sampling
     cache: KVCache
 
 
@@ -50,9 +52,15 @@ class Generation:
 
 @functools.partial(jax.jit, static_argnames="max_new")
 def prefill(
-    model: Tarsier, batch: Batch, sampling: Sampling, eos_ids: Int[Array, " E"], keys: Array, max_new: int
+    model: Tarsier,
+    batch: Batch,
+    sampling: Sampling,
+    eos_ids: Int[Array, " E"],
+    keys: Array,
+    limit: Int[Array, ""],
+    max_new: int,
 ) -> DecodeState:
-    """Runs the prompts and takes the first token of each answer; `max_new` is the room for answers."""
+    """Runs the prompts and takes the first token of each answer, of at most `limit`; `max_new` is their room."""
     B, S = batch.input_ids.shape
     logits, cache = model.prefill(batch, cache_size=S + max_new)
     valid = jnp.arange(S) < batch.lengths[:, None]
@@ -60,48 +68,56 @@ def prefill(
     if sampling.penalised:
         seen = seen.at[jnp.arange(B)[:, None], batch.input_ids].max(valid)
     state = DecodeState(
-        step=jnp.int32(0),
         tokens=jnp.full((B, max_new), -1, jnp.int32),
+        counts=jnp.zeros(B, jnp.int32),
+        limits=jnp.full(B, limit, jnp.int32),
         last=jnp.zeros(B, jnp.int32),
         # Text goes on one after the largest id on any axis; `_emit` steps onto it.
         position=jnp.max(jnp.where(valid, batch.position_ids, -1), axis=(0, 2)),
         done=jnp.zeros(B, bool),
         seen=seen,
         keys=keys,
+        sampling=sampling,
         cache=cache,
     )
-    return _emit(state, logits, sampling, eos_ids)
+    return _emit(state, logits, eos_ids)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def decode(
-    model: Tarsier, state: DecodeState, sampling: Sampling, eos_ids: Int[Array, " E"], limit: Int[Array, ""]
+    model: Tarsier, state: DecodeState, eos_ids: Int[Array, " E"], steps: Int[Array, ""], wanted: Int[Array, ""]
 ) -> DecodeState:
-    """Goes on until every answer has `limit` tokens or has ended."""
+    """Goes on for `steps` tokens a row, or until `wanted` answers have ended since, or all."""
+    begun = jnp.sum(~state.done)
 
-    def unfinished(state: DecodeState) -> Bool[Array, ""]:
-        return (state.step < limit) & ~jnp.all(state.done)
+    def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
+        step, state = carry
+        running = jnp.sum(~state.done)
+        return (step < steps) & (running > 0) & (begun - running < wanted)
 
-    def body(state: DecodeState) -> DecodeState:
+    def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        step, state = carry
         logits, cache = model.step(state.last, state.position, state.cache)
-        return _emit(dataclasses.replace(state, cache=cache), logits, sampling, eos_ids)
+        cache = dataclasses.replace(cache, lengths=jnp.where(state.done, state.cache.lengths, cache.lengths))
+        return step + 1, _emit(dataclasses.replace(state, cache=cache), logits, eos_ids)
 
-    return jax.lax.while_loop(unfinished, body, state)
+    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
 
-def _emit(state: DecodeState, logits: Array, sampling: Sampling, eos_ids: Array) -> DecodeState:
+def _emit(state: DecodeState, logits: Array, eos_ids: Array) -> DecodeState:
     """Takes one token a row from `logits` and writes it down."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-    token = next_tokens(logits, sampling, state.seen, keys).astype(jnp.int32)
-    rows = jnp.arange(token.shape[0])
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.counts)
+    token = next_tokens(logits, state.sampling, state.seen, keys).astype(jnp.int32)
+    rows, counts = jnp.arange(token.shape[0]), state.counts + ~state.done
+    place = jnp.where(state.done, state.tokens.shape[1], state.counts)  # out of reach for rows that are done
     return dataclasses.replace(
         state,
-        step=state.step + 1,
-        tokens=state.tokens.at[:, state.step].set(jnp.where(state.done, -1, token)),
+        tokens=state.tokens.at[rows, place].set(token, mode="drop"),
+        counts=counts,
         last=token,
         position=state.position + 1,
-        done=state.done | jnp.isin(token, eos_ids),
-        seen=state.seen.at[rows, token].set(True) if sampling.penalised else state.seen,
+        done=state.done | jnp.isin(token, eos_ids) | (counts >= state.limits),
+        seen=state.seen.at[rows, token].set(True) if state.sampling.penalised else state.seen,
     )
 
 
@@ -130,33 +146,32 @@ def generate_batch(
     eos = jnp.asarray(sorted(eos_ids), jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
     room = -(-max_new_tokens // _BLOCK) * _BLOCK
-    state = prefill(model, batch, sampling, eos, keys, max_new=room)
+    state = prefill(model, batch, sampling, eos, keys, jnp.int32(max_new_tokens), max_new=room)
     if on_tokens is None:
-        state = decode(model, state, sampling, eos, jnp.int32(max_new_tokens))
+        state = decode(model, state, eos, jnp.int32(max_new_tokens), jnp.int32(rows))
     else:
-        state = _decode_aloud(model, state, sampling, eos, max_new_tokens, on_tokens)
-    tokens, step = np.asarray(state.tokens), int(state.step)
-    return [_finish(row[:step].tolist(), set(eos_ids)) for row in tokens]
+        state = _decode_aloud(model, state, eos, max_new_tokens, on_tokens)
+    return [finished(row, set(eos_ids)) for row in np.asarray(state.tokens)]
 
 
 def _decode_aloud(
     model: Tarsier,
     state: DecodeState,
-    sampling: Sampling,
     eos: Array,
     max_new_tokens: int,
     on_tokens: Callable[[Int[np.ndarray, " B"]], None],
 ) -> DecodeState:
     for step in range(1, max_new_tokens + 1):
         on_tokens(np.asarray(state.tokens[:, step - 1]))
-        if step == max_new_tokens or bool(np.asarray(state.done).all()):
+        if bool(np.asarray(state.done).all()):
             break
-        state = decode(model, state, sampling, eos, jnp.int32(step + 1))
+        state = decode(model, state, eos, jnp.int32(1), state.done.shape[0])
     return state
 
 
-def _finish(tokens: list[int], eos_ids: set[int]) -> Generation:
-    tokens = [t for t in tokens if t >= 0]
+def finished(row: Int[np.ndarray, " max_new"], eos_ids: Collection[int]) -> Generation:
+    """The answer in a row of `DecodeState.tokens`."""
+    tokens = row[row >= 0].tolist()
     if tokens and tokens[-1] in eos_ids:
         return Generation(tokens[:-1], "eos")
     return Generation(tokens, "length")

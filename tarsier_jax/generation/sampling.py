@@ -15,14 +15,13 @@ class Sampling:
     """How each row of a batch is sampled; arrays, so that other values compile nothing anew.
 
     A row with temperature 0 is greedy. top_k 0 and top_p 1 filter nothing; repetition_penalty 1 changes nothing.
-    `greedy` and `penalised` are static: they leave out work that no row needs.
+    `penalised` is static: without it no row has a penalty, and nobody remembers what was seen.
     """
 
     temperature: Float[Array, " B"]
     top_k: Int[Array, " B"]
     top_p: Float[Array, " B"]
     repetition_penalty: Float[Array, " B"]
-    greedy: bool = dataclasses.field(metadata={"static": True})
     penalised: bool = dataclasses.field(metadata={"static": True})
 
 
@@ -34,6 +33,18 @@ def make_sampling(
     Raises:
         InputError: an option is outside its range.
     """
+    check_sampling(temperature, top_k, top_p, repetition_penalty)
+    return Sampling(
+        temperature=jnp.full(rows, temperature, jnp.float32),
+        top_k=jnp.full(rows, top_k, jnp.int32),
+        top_p=jnp.full(rows, top_p, jnp.float32),
+        repetition_penalty=jnp.full(rows, repetition_penalty, jnp.float32),
+        penalised=repetition_penalty != 1,
+    )
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0) -> None:
+    """Raises InputError for an option that is outside its range."""
     ranges = (
         ("temperature", temperature, temperature >= 0, "at least 0 (0 is greedy)"),
         ("top_k", top_k, top_k >= 0, "at least 0 (0 keeps every token)"),
@@ -43,14 +54,6 @@ def make_sampling(
     for name, value, good, rule in ranges:
         if not good:
             raise InputError(f"{name} is {value}; it must be {rule}.")
-    return Sampling(
-        temperature=jnp.full(rows, temperature, jnp.float32),
-        top_k=jnp.full(rows, top_k, jnp.int32),
-        top_p=jnp.full(rows, top_p, jnp.float32),
-        repetition_penalty=jnp.full(rows, repetition_penalty, jnp.float32),
-        greedy=temperature == 0,
-        penalised=repetition_penalty != 1,
-    )
 
 
 def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]) -> Array:
@@ -82,10 +85,13 @@ def next_tokens(
     if sampling.penalised:
         logits = penalise(logits, seen, sampling.repetition_penalty)
     greedy = jnp.argmax(logits, axis=-1)
-    if sampling.greedy:
-        return greedy
+    # Sorting a large vocabulary takes long: only where a row is sampled.
+    drawn = jax.lax.cond(jnp.any(sampling.temperature > 0), _draw, lambda *_: greedy, logits, sampling, keys)
+    return jnp.where(sampling.temperature == 0, greedy, drawn)
+
+
+def _draw(logits: Float[Array, "B V"], sampling: Sampling, keys: Array) -> Int[Array, " B"]:
     logits, order = jax.lax.top_k(logits / jnp.maximum(sampling.temperature, 1e-6)[:, None], logits.shape[-1])
     logits = filter_sorted(logits, sampling.top_k, sampling.top_p)
     rank = jax.vmap(jax.random.categorical)(keys, logits)
-    drawn = jnp.take_along_axis(order, rank[:, None], axis=1)[:, 0]
-    return jnp.where(sampling.temperature == 0, greedy, drawn)
+    return jnp.take_along_axis(order, rank[:, None], axis=1)[:, 0]

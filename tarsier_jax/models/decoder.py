@@ -109,14 +109,18 @@ class Decoder(nnx.Module):
         return self._apply(x, position_ids, segment_ids, None)[0]
 
     def with_cache(
-        self, x: Float[Array, "B T D"], position_ids: Int[Array, "3 B T"], cache: KVCache
+        self,
+        x: Float[Array, "B T D"],
+        position_ids: Int[Array, "3 B T"],
+        cache: KVCache,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Final hidden states, and the cache with the tokens' keys and values written; the caller sets its lengths.
 
-        With T > 1 the tokens are the rows' first ones and attend among themselves. With T = 1 the token follows what
-        the cache holds.
+        With T > 1 the tokens are the rows' first ones and attend among themselves, within their segment. With T = 1 the
+        token follows what the cache holds.
         """
-        return self._apply(x, position_ids, None, cache)
+        return self._apply(x, position_ids, segment_ids, cache)
 
     def _apply(self, x: Array, position_ids: Array, segment_ids: Array | None, cache: Any) -> tuple[Array, Any]:
         text = self.config.text

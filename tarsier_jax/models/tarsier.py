@@ -25,12 +25,20 @@ class Tarsier(nnx.Module):
 
     def embed(self, batch: Batch) -> Float[Array, "B S D"]:
         """Token embeddings, with the vision tower's features where the visual tokens stand."""
+        if batch.patches.shape[1] == 0:  # text only: a shape, known when tracing
+            return self.decoder.embed(batch.input_ids).astype(self.config.dtype)
+        return self.place(batch, self.see(batch.patches, batch.frame_hw))
+
+    def see(self, patches: Float[Array, "G F P C"], frame_hw: Int[Array, "G F M 2"]) -> Float[Array, "G F*P/4 D"]:
+        """The vision tower's features of each group's frames."""
+        G, F, P, C = patches.shape
+        features = self.vision(patches.reshape(G * F, P, C), frame_hw.reshape(G * F, -1, 2))
+        return constrain(features.reshape(G, -1, features.shape[-1]), BATCH, None, None)
+
+    def place(self, batch: Batch, features: Float[Array, "G M D"]) -> Float[Array, "B S D"]:
+        """Token embeddings, with each group's features where `batch.visual_index` says; its frames are not read."""
         x = self.decoder.embed(batch.input_ids).astype(self.config.dtype)
-        G, F, P, C = batch.patches.shape
-        if F == 0:  # text only: a shape, known when tracing
-            return x
-        features = self.vision(batch.patches.reshape(G * F, P, C), batch.frame_hw.reshape(G * F, -1, 2))
-        features = constrain(features.reshape(G, -1, features.shape[-1]), BATCH, None, None)  # [G, F * P/4, D]
+        G = features.shape[0]
         index = jnp.maximum(batch.visual_index, 0).reshape(G, -1, 1)  # [G, B/G * S, 1]
         placed = jnp.take_along_axis(features, index, axis=1).reshape(x.shape)
         return jnp.where((batch.visual_index >= 0)[..., None], placed, x)

@@ -12,6 +12,8 @@ from tarsier_jax.weights.load import load_hf
 from tarsier_jax.weights.orbax import convert_hf, is_converted, load_checkpoint, save_checkpoint
 
 __all__ = [
+    "EMBEDDED",
+    "EMBEDDED_CLIP",
     "convert_hf",
     "convert_to_hf",
     "export_hf",
@@ -21,11 +23,16 @@ __all__ = [
     "save_checkpoint",
 ]
 
+# The name of the small Tarsier2 in the package, which describes moving shapes (see the card beside it).
+EMBEDDED = "tarsier2-micro"
+_EMBEDDED_FILES = Path(__file__).parent.parent / "embedded"
+EMBEDDED_CLIP = _EMBEDDED_FILES / "clip.mp4"
 _DOWNLOADED = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
 
 
 def resolve(path: str | Path) -> Path:
-    """A local directory as it is; a hub id ("omni-research/Tarsier2-Recap-7b") downloaded, weights and texts only.
+    """A local directory as it is; EMBEDDED as the package has it; a hub id ("omni-research/Tarsier2-Recap-7b")
+    downloaded, weights and texts only.
 
     Raises:
         CheckpointError: it is neither, or the download fails.
@@ -33,6 +40,8 @@ def resolve(path: str | Path) -> Path:
     directory = Path(path)
     if directory.is_dir():
         return directory
+    if str(path) == EMBEDDED:
+        return _EMBEDDED_FILES / EMBEDDED
     if directory.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"There is no directory {path}. Give a checkpoint directory, or a hub id like org/name.")
     from huggingface_hub import snapshot_download

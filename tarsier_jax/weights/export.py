@@ -45,11 +45,18 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def convert_to_hf(source: Path, out: Path, layout: str | None = None, progress: Progress | None = None) -> list[str]:
+def convert_to_hf(
+    source: Path,
+    out: Path,
+    layout: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
     """Writes a converted directory back as a Hugging Face directory; memory stays near one tensor.
 
     Args:
         layout: a key of LAYOUTS; the source's own when None. Another layout brings a config.json of its kind.
+        dtype: what values are rounded to; their own when None.
 
     Returns:
         The names of the tensors written.
@@ -65,8 +72,9 @@ def convert_to_hf(source: Path, out: Path, layout: str | None = None, progress: 
         store = open_array(source, parameter.path)
         for i, name in enumerate(parameter.names):
             part = store[i] if parameter.stacked else store
-            read = lambda part=part: part.read().result()  # noqa: E731
-            entries.append(Entry(name, parameter.tensor_shape, np.dtype(store.dtype.numpy_dtype), read))
+            target = np.dtype(dtype or store.dtype.numpy_dtype)
+            read = lambda part=part, target=target: part.read().result().astype(target, copy=False)  # noqa: E731
+            entries.append(Entry(name, parameter.tensor_shape, target, read))
     if manifest.tied_head:
         entries.append(_tied_head(entries, layout))
     with new_directory(out, sum(entry.nbytes for entry in entries)) as partial:

@@ -101,6 +101,6 @@ def test_the_cache_is_donated(model: Tarsier) -> None:
     _, batch = reference.make_case("image", model.config)
     keys = jax.random.split(jax.random.key(0), 1)
     sampling, eos = make_sampling(1), np.zeros(0, np.int32)
-    state = decode_module.prefill(model, batch, sampling, eos, keys, max_new=8)
-    decode_module.decode(model, state, sampling, eos, np.int32(4))
+    state = decode_module.prefill(model, batch, sampling, eos, keys, np.int32(8), max_new=8)
+    decode_module.decode(model, state, eos, np.int32(4), np.int32(1))
     assert state.cache.k.is_deleted()

@@ -13,6 +13,7 @@ import tarsier_jax
 from infer import describe
 from tarsier_jax.cli import run
 from tarsier_jax.processing.processor import media_sample
+from tarsier_jax.weights import EMBEDDED_CLIP
 from tests.infer.conftest import write_gif
 
 
@@ -106,9 +107,7 @@ def empty_directory(directory: Path) -> Path:
 
 
 def truncated_video(directory: Path) -> Path:
-    from infer.demo import render_clip
-
-    whole = render_clip(directory / "cut.mp4").read_bytes()
+    whole = EMBEDDED_CLIP.read_bytes()
     (directory / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     return directory / "cut.mp4"
 

@@ -163,10 +163,10 @@ def test_every_recipe(
     trained, _ = split_frozen(parameters, config.optimizer.freeze)
     lr_factors(trained, config.optimizer)
     schedule = make_schedule(config.optimizer, config.steps)
-    assert 0 < float(schedule(config.optimizer.warmup_steps)) <= 1e-3
+    assert 0 < schedule(config.optimizer.warmup_steps) <= np.float32(1e-3)
     shape = config.data.row_shape
     assert shape.tokens % 64 == 0 and shape.patches % 4 == 0  # whole merged patches
-    check_rows(config, mesh_of(config.mesh, devices(4)))
+    check_rows(config, mesh_of(config.mesh, devices(2)))
     if size:
         assert config.model == config.data.train == config.data.eval == "random" and config.steps <= 50
     else:

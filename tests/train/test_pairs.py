@@ -1,8 +1,9 @@
 """Preference pairs: which are kept, and that DPO takes them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,14 @@ import pytest
 import tarsier_jax
 from eval.shapes.clips import HELD_OUT, draw_clips
 from eval.shapes.describe import describe
+from infer.engine import Answer, Engine, Request, fit_shape
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.disturb import KINDS
+from train import pairs
 from train.builtin import STAGES
-from train.pairs import FIRST_SEED, main, parse, preferred
+from train.pairs import FIRST_SEED, preferred
 from train.tasks import prepare, split_preference
-from train.untrained import TINY, write_untrained
+from train.untrained import MICRO, TINY, write_untrained
 
 EVENTS = ["The red circle moves to the left.", "The red circle jumps.", "The blue bar grows."]
 
@@ -29,28 +33,49 @@ def test_the_better_by_enough_is_preferred() -> None:
     assert not preferred(EVENTS, whole, almost)  # dP is 1/4
 
 
+class Seer:
+    """In an engine's place: sees everything, but says nothing of clips that are disturbed."""
+
+    def __init__(self, *_: object):
+        self.processor = lambda sample: sample
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        for request in sorted(requests, key=lambda request: request.key[1]):  # both answers of a clip far apart
+            sample: Any = request.example
+            way = sample["messages"][0]["content"][0]["video"].get("disturb")
+            assert (way is not None and way["kind"] in KINDS) == (request.key[1] == "disturbed")
+            yield Answer(request, [], "eos", 0.0)
+
+    def text(self, answer: Answer) -> str:
+        number, how = answer.request.key
+        (clip,) = draw_clips(number, 1)
+        return describe(clip.scene) if how == "clean" else "Nothing."
+
+
 def test_pairs_of_clean_and_disturbed_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that sees everything, and says only the first half of what is disturbed."""
-    clips = list(draw_clips(FIRST_SEED, 4))
-    asked: list[dict] = []
-
-    def oracle(model: object, processor: object, samples: Sequence[dict], *_: object, **__: object) -> list[str]:
-        asked.extend(samples)
-        return [*(describe(clip.scene) for clip in clips), *("Nothing." for _ in clips)]
-
-    monkeypatch.setattr(tarsier_jax, "generate", oracle)
+    monkeypatch.setattr(pairs, "Engine", Seer)
     model = write_untrained(tmp_path / "model", TINY)
     out = tmp_path / "pairs"
-    assert main(parse(["--model", str(model), "--output", str(out), "--clips", "4"])) == 0
-    ways = [sample["messages"][0]["content"][0]["video"].get("disturb") for sample in asked]
-    assert ways[:4] == [None] * 4 and all(way["kind"] for way in ways[4:])
+    assert pairs.main(pairs.parse(["--model", str(model), "--output", str(out), "--clips", "4"])) == 0
     lines = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
     assert len(lines) == 4
-    for clip, line in zip(clips, lines, strict=True):
+    for line in lines:
+        (clip,) = draw_clips(line["idx"], 1)
         chosen, rejected = split_preference(line)
         assert chosen["messages"][1]["content"][0]["text"] == describe(clip.scene)
         assert prepare(rejected, np.random.default_rng(0))["messages"][1]["content"][0]["text"] == "Nothing."
         assert (out / line["messages"][0]["content"][0]["video"]["video_file"]).is_file()
+
+
+def test_they_are_sampled(tmp_path: Path) -> None:
+    """By the engine: another description of each clip, the same ones in every run."""
+    model, processor = tarsier_jax.load(write_untrained(tmp_path / "model", MICRO))
+    engine = Engine(model, processor, fit_shape(processor, 4, 96))
+
+    def told() -> list[tuple[int, str, str]]:
+        return sorted((number, clean, disturbed) for number, _, clean, disturbed in pairs.described(engine, 0, 2, 1.0))
+
+    assert told() == told() and len({text for _, *both in told() for text in both}) == 4
 
 
 def test_seeds_are_neither_trained_on_nor_held_out() -> None:
@@ -60,4 +85,4 @@ def test_seeds_are_neither_trained_on_nor_held_out() -> None:
 @pytest.mark.parametrize("flags", [["--clips", "0"], ["--seed", "-1"], ["--temperature", "0"]])
 def test_bad_flags(tmp_path: Path, flags: list[str]) -> None:
     with pytest.raises(InputError, match="--clips has to be at least 1"):
-        main(parse(["--model", "x", "--output", str(tmp_path), *flags]))
+        pairs.main(pairs.parse(["--model", "x", "--output", str(tmp_path), *flags]))

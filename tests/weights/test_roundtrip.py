@@ -19,7 +19,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from tarsier_jax.config import load_config
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.models.tarsier import Tarsier
-from tarsier_jax.weights import convert_hf, convert_to_hf, export_hf, load_weights, save_checkpoint
+from tarsier_jax.weights import convert_hf, convert_to_hf, export_hf, hf_tensors, load_weights, save_checkpoint
 from tarsier_jax.weights import orbax as orbax_module
 from tarsier_jax.weights.names import LAYOUTS
 from tests import reference
@@ -123,6 +123,16 @@ def test_the_other_layout_loads_in_transformers(write: Write, tmp_path: Path, so
     assert size == {"shortest_edge": 3136, "longest_edge": 50176}
     convert_to_hf(tmp_path / "orbax", tmp_path / "tarsier", layout="tarsier2")
     assert load_config(tmp_path / "tarsier") == load_config(source) == load_config(tmp_path / "qwen")
+
+
+def test_values_are_rounded_to_another_dtype(write: Write, tmp_path: Path) -> None:
+    source = write("tarsier2", torch.float32)
+    convert_hf(source, tmp_path / "orbax")
+    convert_to_hf(tmp_path / "orbax", tmp_path / "back", dtype="bfloat16")
+    whole, rounded = (dict(hf_tensors(directory, "tarsier2")) for directory in (source, tmp_path / "back"))
+    assert set(whole) == set(rounded)
+    for name, values in whole.items():
+        np.testing.assert_array_equal(rounded[name], values.astype("bfloat16"))
 
 
 def test_what_exists_is_not_overwritten(write: Write, tmp_path: Path) -> None:

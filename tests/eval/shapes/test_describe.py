@@ -28,15 +28,22 @@ def test_plain() -> None:
 
 def test_what_is_where_in_a_frame() -> None:
     """From left to right, in ninths of the frame, under the names that the shapes bear by then."""
-    assert describe_frame(by_hand(), 0) == "A red circle at the top right, a green bar at the bottom right."
-    assert describe_frame(by_hand(), 30) == "A blue circle at the top left, a green bar at the bottom right."
+    assert describe_frame(by_hand(), 0) == "A small red circle at the top right, a small green bar at the bottom right."
+    assert (
+        describe_frame(by_hand(), 30) == "A large blue circle at the top left, a small green bar at the bottom right."
+    )
+    turned = dataclasses.replace(by_hand().shapes[1].pose, size=0.15)
+    for angle, tilt in ((0.0, ""), (60.0, "tilted clockwise "), (120.0, "tilted counterclockwise "), (180.0, "")):
+        bar = Shape("bar", dataclasses.replace(turned, angle=angle))
+        scene = dataclasses.replace(by_hand(), shapes=(bar,), events=())
+        assert describe_frame(scene, 0) == f"A large green bar {tilt}at the bottom right."
     bar, gone = by_hand().shapes[1], Pose(0.5, 0.5, 0.1, 0.0, "red", present=False)
     middle = dataclasses.replace(by_hand(), shapes=(Shape("ring", gone), bar), events=())
-    assert describe_frame(middle, 0) == "A green bar at the bottom right."
+    assert describe_frame(middle, 0) == "A small green bar at the bottom right."
     assert describe_frame(dataclasses.replace(middle, shapes=middle.shapes[:1]), 0) == "Nothing."
     seen = {Shape("ring", dataclasses.replace(gone, present=True, x=x, y=y)) for x in (0.3, 0.4) for y in (0.6, 0.7)}
     told = {describe_frame(dataclasses.replace(middle, shapes=(shape,)), 0) for shape in seen}
-    assert told == {f"A red ring {place}." for row in PLACES[1:] for place in row[:2]}
+    assert told == {f"A small red ring {place}." for row in PLACES[1:] for place in row[:2]}
 
 
 def test_random_phrasings() -> None:

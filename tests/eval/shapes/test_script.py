@@ -114,6 +114,24 @@ def _meeting(made: Scene, frame: int) -> bool:
     return any(e.verb in PAIR_VERBS and e.first < frame < e.last for e in made.events)
 
 
+def test_a_spark_flies_where_shapes_collide_and_nowhere_else() -> None:
+    """Between the two while they are nearest; nearly always in a frame that a model is shown."""
+    seen = []
+    for one in map(scene, SEEDS):
+        shown = sample_uniform(one.frames, 16)
+        for event in one.events:
+            running = [sprites_at(one, frame) for frame in shown if event.first < frame < event.last]
+            sparks = [sprites for sprites in running if sprites[-1].kind == "spark"]
+            if event.verb != "collide":
+                assert not sparks
+                continue
+            seen.append(bool(sparks))
+            for *shapes, spark in sparks:
+                a, b = (shapes[change.shape] for change in event.changes)
+                assert (spark.x, spark.y) == ((a.x + b.x) / 2, (a.y + b.y) / 2)
+    assert len(seen) >= 10 and np.mean(seen) > 0.9
+
+
 def test_poses_join_up() -> None:
     for seed in SEEDS:
         made = scene(seed)

@@ -1,0 +1,160 @@
+"""Bulk captioning against Hugging Face's `generate`, side by side in one run on a CPU, two threads each.
+
+    python -m benchmarks.caption                 # a random model at the sizes of benchmarks.describe
+    python -m benchmarks.caption --embedded      # the small trained model in the package
+
+The same clips, the same weights in float32, greedy: the engine; `generate` on one clip at a time, as the original's
+programs do; `generate` on batches, padded on the left. With the random model captions end at lengths that differ by
+four times (4 to 16 tokens times --tokens); with the embedded one they end by themselves. Clips are patchified before
+the clock starts, for all three.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+THREADS = 2
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # before XLA counts its threads
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+import torch
+
+import tarsier_jax
+from benchmarks.describe import make_example, make_reference
+from convert.sides import HuggingFace
+from eval.shapes.annotations import ask
+from eval.shapes.clips import draw_clips
+from infer.engine import Answer, Engine, EngineShape, Request, fit_shape
+from tarsier_jax.config import load_config
+from tarsier_jax.models.tarsier import unstack
+from tarsier_jax.processing.batch import Example
+from tarsier_jax.processing.packing import RowShape
+from tarsier_jax.weights import EMBEDDED, load_weights, resolve
+
+
+class Reference:
+    """Hugging Face's model, and how it answers examples: all of equal shape or not, padded on the left."""
+
+    def __init__(self, model: Any, eos_ids: Sequence[int]):
+        self.model, self.eos_ids = model, list(eos_ids) or None
+
+    def answer(self, examples: Sequence[Example], limits: Sequence[int]) -> list[list[int]]:
+        longest = max(len(e.input_ids) for e in examples)
+        inputs = {
+            "input_ids": np.zeros((len(examples), longest), np.int64),
+            "attention_mask": np.zeros((len(examples), longest), np.int64),
+            "position_ids": np.zeros((3, len(examples), longest), np.int64),
+        }
+        for row, example in enumerate(examples):
+            at = slice(longest - len(example.input_ids), None)
+            inputs["input_ids"][row, at], inputs["attention_mask"][row, at] = example.input_ids, 1
+            inputs["position_ids"][:, row, at] = example.position_ids
+        video = self.model.config.video_token_id in examples[0].input_ids
+        pixels, grids = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
+        inputs[pixels] = np.concatenate([e.pixel_values for e in examples])
+        inputs[grids] = np.concatenate([e.grid_thw for e in examples]).astype(np.int64)
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        ends = {"eos_token_id": self.eos_ids, "pad_token_id": 0, "do_sample": False}
+        out = self.model.generate(**tensors, max_new_tokens=max(limits), **ends)[:, longest:].tolist()
+        return [_until_end(row[:limit], self.eos_ids or []) for row, limit in zip(out, limits, strict=True)]
+
+
+def _until_end(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
+    ends = [i for i, token in enumerate(tokens) if token in eos_ids]
+    return tokens[: ends[0]] if ends else tokens
+
+
+def random_case(clips: int, tokens: int, slots: int, directory: Path) -> tuple[Engine, Reference, list, list[int]]:
+    theirs = make_reference(directory)
+    model = unstack(load_weights(directory, load_config(directory)))
+    examples = [make_example(model.config, seed) for seed in range(clips)]
+    limits = [tokens * (4 + 12 * (7 * i % clips) // max(clips - 1, 1)) for i in range(clips)]  # mixed, 4 to 16 times
+    rows = RowShape(tokens=len(examples[0].input_ids) * 2, bins=10, patches=264, frames=1, samples=2)
+    shape = EngineShape(slots, len(examples[0].input_ids), max(limits), (rows,))
+    processor: Any = _NoTexts(model.config)
+    return Engine(model, processor, shape), Reference(theirs, []), examples, limits
+
+
+class _NoTexts:
+    """What the engine asks of a processor, for a model without a tokenizer and answers that end by length."""
+
+    eos_token_ids, pad_token_id = (), 0
+
+    def __init__(self, config: Any):
+        self.config = config
+
+
+def embedded_case(clips: int, slots: int) -> tuple[Engine, Reference, list, list[int]]:
+    model, processor = tarsier_jax.load(EMBEDDED)
+    examples = [processor({"messages": [ask(clip.video)]}) for clip in draw_clips(2 * 10**9, clips)]
+    theirs = HuggingFace(resolve(EMBEDDED), model.config, processor.eos_token_ids)
+    engine = Engine(model, processor, fit_shape(processor, slots, 96))
+    return engine, Reference(theirs.model, processor.eos_token_ids), examples, [96] * clips
+
+
+def timed(name: str, answers: Any, clips: int) -> tuple[float, list[list[int]]]:
+    start = time.perf_counter()
+    got = answers()
+    seconds = time.perf_counter() - start
+    print(f"{name:<32} {seconds:8.1f} s  {clips / seconds:7.2f} clips/s", flush=True)
+    return seconds, got
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--embedded", action="store_true")
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8, help="of Hugging Face's batches")
+    parser.add_argument("--tokens", type=int, default=4, help="a sixteenth of the longest answer of the random model")
+    args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory() as directory:
+        if args.embedded:
+            case = embedded_case(args.clips, args.slots)
+        else:
+            case = random_case(args.clips, args.tokens, args.slots, Path(directory))
+    engine, theirs, examples, limits = case
+    n, batch = len(examples), args.batch
+    print(f"{n} clips of {min(len(e.input_ids) for e in examples)} to {max(len(e.input_ids) for e in examples)} tokens")
+
+    def ours() -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        for answer in engine.run(
+            Request(i, e, limit) for i, (e, limit) in enumerate(zip(examples, limits, strict=True))
+        ):
+            assert isinstance(answer, Answer), answer
+            found[answer.request.key] = answer.tokens
+        return [found[i] for i in range(n)]
+
+    theirs.answer(examples[:1], [2])  # what PyTorch does at a first call
+    engine_seconds, ours_told = timed("the engine", ours, n)
+    one, theirs_told = timed(
+        "Hugging Face, one by one",
+        lambda: [theirs.answer([e], [limit])[0] for e, limit in zip(examples, limits, strict=True)],
+        n,
+    )
+    several, _ = timed(
+        f"Hugging Face, batches of {batch}",
+        lambda: [a for i in range(0, n, batch) for a in theirs.answer(examples[i : i + batch], limits[i : i + batch])],
+        n,
+    )
+    report = engine.report
+    lengths = sorted(map(len, ours_told))
+    same = sum(a == b for a, b in zip(ours_told, theirs_told, strict=True))
+    print(f"answers of {lengths[0]} to {lengths[-1]} tokens; {same} of {n} equal Hugging Face's one by one")
+    print(f"padding: {report.token_padding:.1%} of prompt tokens, {report.patch_padding:.1%} of patches")
+    print(f"the engine is {one / engine_seconds:.2f} times one by one, {several / engine_seconds:.2f} times batches")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

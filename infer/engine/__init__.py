@@ -1,0 +1,9 @@
+"""The engine: many prompts in, answers out as they end, the device always busy. See `infer.engine.engine`."""
+
+from infer.engine.engine import Engine
+from infer.engine.report import Report
+from infer.engine.requests import Answer, Refusal, Request
+from infer.engine.shape import EngineShape, fit_shape
+from infer.engine.texts import answer_samples
+
+__all__ = ["Answer", "Engine", "EngineShape", "Refusal", "Report", "Request", "answer_samples", "fit_shape"]

@@ -1,0 +1,77 @@
+"""The few shapes that the engine's programs are compiled for."""
+
+import dataclasses
+import math
+
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.packing import RowShape
+from tarsier_jax.processing.processor import Processor
+
+_TEXT, _LONG_TEXT = 64, 256  # tokens of text beside a prompt's frames: as a rule, and the most, if nothing else is said
+_SHORTEST_ROW = 1024  # tokens: several small prompts fill a row better than one
+_KINDS = 6  # of bins: a frame, or several, fill one of them to within an eighth
+_ROUNDING = 1.06  # by which a frame may grow when its sides are rounded to whole blocks of patches
+_SMALLEST_FRAME = 16  # patches, Qwen2-VL's least
+_FRAMES_A_BIN = 8  # at most
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineShape:
+    """slots: answers under way at once.  prompt_tokens, new_tokens: of the longest prompt and the longest answer.
+    rows: kinds of rows of prompts that are run at once, which differ in their bins: the patches of a bin are what a
+    frame of this kind, or a few of them, fill.  groups: of slots and rows, one a data-parallel part of the mesh.
+
+    Raises:
+        InputError: the slots cannot be split into groups, or something is below 1.
+    """
+
+    slots: int
+    prompt_tokens: int
+    new_tokens: int
+    rows: tuple[RowShape, ...]
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.slots, self.prompt_tokens, self.new_tokens, self.groups) < 1 or self.slots % self.groups:
+            raise InputError(
+                f"{self.slots} slots cannot be shared by {self.groups} parts of the mesh, with {self.prompt_tokens} "
+                f"tokens a prompt and {self.new_tokens} an answer. Give a multiple of {self.groups} slots."
+            )
+
+    @property
+    def features(self) -> int:
+        """Merged patches that a row of any kind has."""
+        return max(row.bins * row.patches for row in self.rows) // 4
+
+    def kind_of(self, frame: int) -> int:
+        """Which kind of row leaves least unused in bins full of frames of so many patches."""
+        unused = [row.patches % frame / row.patches if row.patches >= frame else 1.0 for row in self.rows]
+        return min(range(len(unused)), key=unused.__getitem__)
+
+
+def fit_shape(
+    processor: Processor, slots: int, new_tokens: int, groups: int = 1, prompt_tokens: int | None = None
+) -> EngineShape:
+    """A shape for what the processor's options let through: n_frames of the largest frame, and text."""
+    options, merge = processor.options, processor.config.vision.merge_factor
+    area = min(options.max_pixels * _ROUNDING, processor.image.max_pixels)
+    frame = max(_round_up(area / processor.config.vision.patch_size**2, 4), _SMALLEST_FRAME)
+    visual = options.n_frames * frame // merge
+    prompt_tokens = prompt_tokens or min(_round_up(visual + _LONG_TEXT, 64), options.max_seq_len)
+    tokens = max(prompt_tokens, _SHORTEST_ROW)
+    patches = tokens * merge * visual / (visual + _TEXT)
+    rows = tuple(
+        RowShape(
+            tokens=tokens,
+            bins=math.ceil(patches / size),
+            patches=size,
+            frames=min(size // _SMALLEST_FRAME, _FRAMES_A_BIN),
+            samples=max(1, slots // groups // 2),  # so that rows need not wait until all slots are free
+        )
+        for size in sorted({max(_round_up(frame * 2 ** (-i / _KINDS), 4), _SMALLEST_FRAME) for i in range(_KINDS)})
+    )
+    return EngineShape(slots, prompt_tokens, new_tokens, rows, groups)
+
+
+def _round_up(x: float, step: int) -> int:
+    return -int(-x // step) * step

@@ -1,0 +1,83 @@
+"""Clips decoded and patchified ahead, in worker processes with bounded buffers (grain)."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import jax
+from absl import flags
+
+from infer.engine import Refusal, Request
+from infer.inputs import Item
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.batch import Example
+from tarsier_jax.processing.processor import Processor
+
+_BUFFERED = 2  # clips a worker holds ready
+
+
+@jax.tree_util.register_dataclass  # as a tree, its arrays come out of worker processes through shared memory
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """An item's prompt, or why there is none; number: of the item in its list.  seconds: that it took."""
+
+    number: int
+    example: Example | None
+    error: str | None
+    seconds: float
+
+
+@dataclasses.dataclass
+class LoadReport:
+    """frames: decoded and patchified.  seconds: that workers took for it, all together."""
+
+    frames: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepare(grain.transforms.Map):
+    processor: Processor
+    prompt: str
+
+    def map(self, element: tuple[int, Item]) -> Prepared:
+        number, item = element
+        start = time.perf_counter()
+        try:
+            example, error = self.processor(item.sample(self.prompt)), None
+        except Exception as e:  # whatever a file of millions does, the run goes on, and its line says why
+            example, error = None, f"{e}" if isinstance(e, InputError) else repr(e)
+        return Prepared(number, example, error, time.perf_counter() - start)
+
+
+def load_requests(
+    items: Sequence[Item],
+    processor: Processor,
+    prompt: str,
+    make: Callable[[int, Example], Request],
+    workers: int,
+    report: LoadReport,
+) -> Iterator[Request | Refusal]:
+    """Requests for the items in turn, as `make` makes them of an item's number and prompt; refusals for bad ones.
+
+    workers: processes; 0 loads in this one.
+    """
+    dataset = grain.MapDataset.source(list(enumerate(items))).map(_Prepare(processor, prompt))
+    loaded = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads flags of its own, which no command line of ours holds
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BUFFERED)
+        loaded = loaded.mp_prefetch(options, worker_init_fn=_leave_devices_alone)
+    for prepared in loaded:
+        if prepared.example is None:
+            yield Refusal(prepared.number, prepared.error)
+            continue
+        report.seconds += prepared.seconds
+        report.frames += int(prepared.example.grid_thw[:, 0].sum())
+        yield make(prepared.number, prepared.example)
+
+
+def _leave_devices_alone(worker: int, workers: int) -> None:
+    jax.config.update("jax_platforms", "cpu")

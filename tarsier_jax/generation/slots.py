@@ -1,0 +1,181 @@
+"""Slots: answers that begin and end at different times, side by side in one cache of fixed size.
+
+Prompts come packed into rows, as in training, and their keys and values are copied into free slots. The last token of a
+prompt stays out of its row: it is what `decode` runs first in the slot, so that a prefill needs no logits.
+
+Rows and slots form G groups, one for each part of the mesh that has rows of its own; a prompt stays in its group.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.generation.decode import DecodeState, decode
+from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.models.cache import KVCache
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.batch import Batch, HostOrDeviceArray
+from tarsier_jax.sharding import BATCH, HEADS, current_mesh, fit_spec
+
+CACHE_AXES = (None, BATCH, None, HEADS, None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Where the prompts in packed rows stand, and which slots they are for; int32 (G, N) unless said otherwise.
+
+    count: (G,), how many of the N there are.  row, start: of the group's rows.  slot: of the group's slots.
+    length: without the last token.  last, position: the last token and its M-RoPE position.
+    limit: of new tokens.  seed: uint32, of a sampled answer.  temperature, top_p: float32.  top_k: as in Sampling.
+    """
+
+    count: HostOrDeviceArray
+    row: HostOrDeviceArray
+    start: HostOrDeviceArray
+    slot: HostOrDeviceArray
+    length: HostOrDeviceArray
+    last: HostOrDeviceArray
+    position: HostOrDeviceArray
+    limit: HostOrDeviceArray
+    seed: HostOrDeviceArray
+    top_k: HostOrDeviceArray
+    temperature: HostOrDeviceArray
+    top_p: HostOrDeviceArray
+
+    @classmethod
+    def none(cls, groups: int, room: int) -> "Prompts":
+        """Arrays to be filled in."""
+        dtypes = {"seed": np.uint32, "temperature": np.float32, "top_p": np.float32}
+        names = [field.name for field in dataclasses.fields(cls)[1:]]
+        arrays = {name: np.zeros((groups, room), dtypes.get(name, np.int32)) for name in names}
+        return cls(np.zeros(groups, np.int32), **arrays)
+
+
+def empty_slots(config: ModelConfig, slots: int, size: int, max_new: int, mesh: Mesh | None = None) -> DecodeState:
+    """No answer under way in any of the slots, each with room for `size` tokens, `max_new` of them new."""
+
+    def make() -> DecodeState:
+        integers = {name: jnp.zeros(slots, jnp.int32) for name in ("counts", "limits", "last", "position")}
+        return DecodeState(
+            tokens=jnp.full((slots, max_new), -1, jnp.int32),
+            done=jnp.ones(slots, bool),
+            seen=jnp.zeros((slots, 0), bool),
+            keys=jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32)),
+            sampling=make_sampling(slots),
+            cache=KVCache.empty(config.text, slots, size, config.dtype),
+            **integers,
+        )
+
+    return jax.jit(make, out_shardings=None if mesh is None else slot_shardings(jax.eval_shape(make), mesh))()
+
+
+def slot_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """The cache split by groups and heads; all else is small, and everywhere."""
+
+    def sharding(x: jax.ShapeDtypeStruct) -> NamedSharding:
+        return NamedSharding(mesh, fit_spec(x.shape, CACHE_AXES, mesh) if x.ndim == len(CACHE_AXES) else P())
+
+    return jax.tree.map(sharding, state)
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def see(model: Tarsier, patches: Array, frame_hw: Array, room: int) -> Float[Array, "G room D"]:
+    """Features of each group's frames, at the front of `room` places, so that all kinds of bins fit one prefill."""
+    features = model.see(patches, frame_hw)
+    return jnp.pad(features, ((0, 0), (0, room - features.shape[1]), (0, 0)))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def insert(
+    model: Tarsier, state: DecodeState, rows: Batch, features: Float[Array, "G M D"], prompts: Prompts
+) -> DecodeState:
+    """Runs packed prompts, and begins their answers in the slots they are for."""
+    R, T = rows.input_ids.shape
+    B, S = state.cache.k.shape[1:3]
+    G, N = prompts.slot.shape
+    window = min(S, T)  # copied from a prompt's start on; what follows the prompt is overwritten or never read
+    fresh = KVCache.empty(model.config.text, R, T + window, model.config.dtype)
+    x = model.place(rows, features)
+    _, fresh = model.decoder.with_cache(x, rows.position_ids, fresh, rows.segment_ids)
+    copy = functools.partial(_copy_prompts, window=window)
+    k, v = (_over_groups(copy, *pair, prompts) for pair in ((state.cache.k, fresh.k), (state.cache.v, fresh.v)))
+
+    slots = prompts.slot + (B // G) * jnp.arange(G)[:, None]
+    slots = jnp.where(jnp.arange(N) < prompts.count[:, None], slots, B).reshape(-1)  # B: beyond them all
+
+    def put(old: Array, new: Array | int | bool) -> Array:
+        return old.at[slots].set(new.reshape(-1) if isinstance(new, jax.Array) else new, mode="drop")
+
+    # As `generate_batch` does with the first row of a batch of its own.
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(prompts.seed.reshape(-1))
+    sampling = dataclasses.replace(
+        state.sampling,
+        **{name: put(getattr(state.sampling, name), getattr(prompts, name)) for name in _CHOSEN},
+    )
+    return dataclasses.replace(
+        state,
+        tokens=put(state.tokens, -1),
+        counts=put(state.counts, 0),
+        limits=put(state.limits, prompts.limit),
+        last=put(state.last, prompts.last),
+        position=put(state.position, prompts.position),
+        done=put(state.done, False),
+        keys=put(state.keys, keys),
+        sampling=sampling,
+        cache=KVCache(k, v, put(state.cache.lengths, prompts.length)),
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def advance(
+    model: Tarsier,
+    state: DecodeState,
+    cancelled: Bool[Array, " B"],
+    eos_ids: Int[Array, " E"],
+    steps: Int[Array, ""],
+    wanted: Int[Array, ""],
+) -> tuple[DecodeState, tuple[Array, Array]]:
+    """`decode`, after cancelled answers were ended; and what the host reads: `done` and `tokens`."""
+    state = decode(model, dataclasses.replace(state, done=state.done | cancelled), eos_ids, steps, wanted)
+    return state, (state.done, state.tokens)
+
+
+_CHOSEN = ("temperature", "top_k", "top_p")
+
+
+def _over_groups(copy, cache: Array, fresh: Array, prompts: Prompts) -> Array:
+    """Runs `copy` on each group's own slots and rows, where they lie."""
+    where = prompts.count, prompts.row, prompts.start, prompts.slot
+    mesh = current_mesh()
+    if mesh is None:
+        return copy(cache, fresh, *where)
+    spec = fit_spec(cache.shape, CACHE_AXES, mesh)
+    specs = (spec, spec, *(P(BATCH),) * 4)
+    return jax.shard_map(copy, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(cache, fresh, *where)
+
+
+def _copy_prompts(
+    cache: Float[Array, "L B S K H"],
+    fresh: Float[Array, "L R T K H"],
+    count: Int[Array, " 1"],
+    row: Int[Array, "1 N"],
+    start: Int[Array, "1 N"],
+    slot: Int[Array, "1 N"],
+    window: int,
+) -> Float[Array, "L B S K H"]:
+    L, _, _, K, H = cache.shape
+
+    def one(i: Int[Array, ""], cache: Array) -> Array:
+        piece = lax.dynamic_slice(fresh, (0, row[0, i], start[0, i], 0, 0), (L, 1, window, K, H))
+        return lax.dynamic_update_slice(cache, piece, (0, slot[0, i], 0, 0, 0))
+
+    return lax.fori_loop(0, count[0], one, cache)

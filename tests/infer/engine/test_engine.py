@@ -1,0 +1,171 @@
+"""Answers of the engine are those of `tarsier_jax.generate`, whatever shares their rows and slots."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import tarsier_jax
+from eval.shapes.annotations import GROUNDED_PROMPT, PROMPT, ask
+from eval.shapes.clips import Clip, draw_clips
+from infer.engine import Answer, Engine, Refusal, Request, fit_shape
+from infer.runtime import Compilations
+from tarsier_jax.errors import InputError
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.batch import Example
+from tarsier_jax.processing.processor import Processor
+from train.untrained import MICRO, write_untrained
+
+SLOTS, TOKENS = 6, 24
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tarsier, Processor]:
+    return tarsier_jax.load(write_untrained(tmp_path_factory.mktemp("model") / "untrained", MICRO))
+
+
+@pytest.fixture(scope="module")
+def engine(loaded: tuple[Tarsier, Processor]) -> Engine:
+    return Engine(*loaded, fit_shape(loaded[1], SLOTS, TOKENS))
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[dict]:
+    """Of mixed sizes, lengths and prompts, and some without pictures."""
+    clips: list[Clip] = [*draw_clips(0, 8), *draw_clips(0, 6, other=True)]
+    asked = [ask(clip.video, (PROMPT, GROUNDED_PROMPT)[i % 2]) for i, clip in enumerate(clips)]
+    texts = [{"role": "user", "content": f"What comes after {'one ' * n}?"} for n in (1, 30)]
+    return [{"messages": [message]} for message in (*asked[:5], texts[0], *asked[5:], texts[1])]
+
+
+@pytest.fixture(scope="module")
+def examples(loaded: tuple[Tarsier, Processor], samples: list[dict]) -> list[Example]:
+    return [loaded[1](sample) for sample in samples]
+
+
+def answers(engine: Engine, requests: list[Request | Refusal]) -> dict[int, Answer]:
+    got = {a.request.key: a for a in engine.run(requests) if isinstance(a, Answer)}
+    assert len(got) == len(requests)
+    return got
+
+
+def test_whatever_shares_its_batch(engine: Engine, loaded: tuple, samples: list[dict], examples: list[Example]) -> None:
+    """More prompts than slots, answers of unlike lengths, some of them sampled, in one run."""
+    limits = [1 + 7 * i % TOKENS for i in range(len(samples))]
+    how = [{"temperature": 0.9, "top_p": 0.9, "seed": i} if i % 4 == 1 else {} for i in range(len(samples))]
+    requests = [Request(i, e, limits[i], **how[i]) for i, e in enumerate(examples)]
+    with Compilations() as compilations:
+        got = answers(engine, requests)
+    assert compilations.count == 0
+    for i, sample in enumerate(samples):
+        expected = tarsier_jax.generate(*loaded, [sample], max_new_tokens=limits[i], **how[i])
+        assert [engine.text(got[i])] == expected
+        assert got[i].finish_reason == "length" and len(got[i].tokens) == limits[i]
+
+
+def test_an_end_of_sequence_frees_the_slot(loaded: tuple[Tarsier, Processor], examples: list[Example]) -> None:
+    model, processor = loaded
+    free = answers(Engine(model, processor, fit_shape(processor, SLOTS, TOKENS)), _greedy(examples[:4]))
+    eos = free[0].tokens[3]
+    ending = Engine(model, _with_eos(processor, eos), fit_shape(processor, SLOTS, TOKENS))
+    for i, answer in answers(ending, _greedy(examples[:4])).items():
+        whole = free[i].tokens
+        end = whole.index(eos) if eos in whole else TOKENS
+        assert (answer.tokens, answer.finish_reason) == (whole[:end], "eos" if end < TOKENS else "length")
+
+
+def test_tokens_as_they_come(engine: Engine, examples: list[Example]) -> None:
+    heard: dict[int, list[int]] = {0: [], 1: []}
+    calls = []
+
+    def hear(key: int, tokens: list[int]) -> None:
+        calls.append(key)
+        heard[key] += tokens
+
+    requests = [Request(i, examples[i], TOKENS, on_tokens=lambda t, i=i: hear(i, t)) for i in heard]
+    got = answers(engine, [*requests, Request(2, examples[2], TOKENS)])
+    assert {i: got[i].tokens for i in heard} == heard and len(calls) >= 6
+
+
+def test_cancelled_ones_end_with_what_they_have(engine: Engine, examples: list[Example]) -> None:
+    """One under way, from the call that brings its first tokens, and one that still waits."""
+
+    def cancel(_: list[int]) -> None:
+        for key in ("running", "waiting"):
+            engine.cancel(key)
+
+    others = [Request(i, examples[i % 4], TOKENS) for i in range(3 * SLOTS)]
+    last = Request("waiting", examples[1], TOKENS)
+    requests = [Request("running", examples[0], TOKENS, on_tokens=cancel), *others, last]
+    got = answers(engine, requests)
+    assert got["running"].finish_reason == got["waiting"].finish_reason == "cancelled"
+    assert 0 < len(got["running"].tokens) < TOKENS and got["waiting"].tokens == []
+    assert all(len(got[i].tokens) == TOKENS for i in range(3 * SLOTS))
+    assert answers(engine, [Request("running", examples[0], TOKENS)])["running"].finish_reason == "length"
+
+
+def test_requests_may_come_slowly(engine: Engine, examples: list[Example]) -> None:
+    """Answers do not wait for requests that are still to come."""
+    answered = threading.Event()
+
+    def slowly() -> Iterator[Request]:
+        yield Request(0, examples[0], TOKENS)
+        assert answered.wait(60)
+        yield Request(1, examples[1], TOKENS)
+
+    for answer in engine.run(slowly()):
+        assert isinstance(answer, Answer)
+        answered.set()
+    assert answered.is_set()
+
+
+def test_refusals(engine: Engine, examples: list[Example]) -> None:
+    """Those that come in are passed on; prompts and answers that are too long are refused, and the rest goes on."""
+    long = np.concatenate([examples[0].input_ids] * 4)
+    positions = np.concatenate([examples[0].position_ids] * 4, axis=1)
+    large = Example(long, long, examples[0].pixel_values, examples[0].grid_thw, positions)
+    items = [Refusal("a", "broken"), Request("b", large, 4), Request("c", examples[0], TOKENS + 1)]
+    got = list(engine.run([*items, Request("d", examples[0], 4)]))
+    reasons = {r.key: r.reason for r in got if isinstance(r, Refusal)}
+    assert reasons["a"] == "broken" and set(reasons) == {"a", "b", "c"}
+    assert "there is room for" in reasons["b"] and f"may have {TOKENS + 1}" in reasons["c"]
+    assert [a.request.key for a in got if isinstance(a, Answer)] == ["d"]
+
+
+def test_an_error_of_the_source_is_raised(engine: Engine, examples: list[Example]) -> None:
+    def broken() -> Iterator[Request]:
+        yield Request(0, examples[0], 4)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(engine.run(broken()))
+    assert len(answers(engine, _greedy(examples[:2]))) == 2  # and nothing is left of what was under way
+
+
+def test_the_report(loaded: tuple[Tarsier, Processor], examples: list[Example]) -> None:
+    engine = Engine(*loaded, fit_shape(loaded[1], SLOTS, TOKENS))
+    start = time.perf_counter()
+    answers(engine, _greedy(examples))
+    report, seconds = engine.report, time.perf_counter() - start
+    assert report.prompts == report.answers == len(examples) and report.new_tokens == TOKENS * len(examples)
+    assert report.valid_tokens == sum(len(e.input_ids) - 1 for e in examples) < report.tokens
+    assert report.valid_patches == sum(len(e.pixel_values) for e in examples) < report.patches
+    assert 0 < report.busy < seconds + 0.1
+
+
+def test_sizes_that_do_not_fit(loaded: tuple[Tarsier, Processor], examples: list[Example]) -> None:
+    with pytest.raises(InputError, match="5 slots cannot be shared by 2 parts"):
+        fit_shape(loaded[1], 5, TOKENS, groups=2)
+    with pytest.raises(InputError, match="temperature is -1"):
+        Request(0, examples[0], temperature=-1.0)
+
+
+def _greedy(examples: list[Example]) -> list[Request]:
+    return [Request(i, example, TOKENS) for i, example in enumerate(examples)]
+
+
+def _with_eos(processor: Processor, token: int) -> Processor:
+    return dataclasses.replace(processor, eos_token_ids=(token,))

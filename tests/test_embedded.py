@@ -1,0 +1,64 @@
+"""The embedded model: small, learned, and the same model to Hugging Face."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tarsier_jax
+from convert.sides import HuggingFace
+from eval.shapes.annotations import ask
+from eval.shapes.clips import HELD_OUT, Clip, draw_clips
+from eval.shapes.describe import event_sentences
+from eval.shapes.judge import corpus_scores
+from infer.engine import Engine, answer_samples, fit_shape
+from tarsier_jax.processing.batch import Example
+from tarsier_jax.processing.video import open_clip
+from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP, convert_hf, convert_to_hf, resolve
+
+CLIPS, SLOTS, TOKENS = 50, 16, 96
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[Clip]:
+    return list(draw_clips(HELD_OUT + 10**6, CLIPS))
+
+
+def question(clip: Clip) -> dict[str, Any]:
+    return {"messages": [ask(clip.video)]}
+
+
+@pytest.fixture(scope="module")
+def captions(clips: list[Clip]) -> list[str]:
+    """Ours, by the engine."""
+    model, processor = tarsier_jax.load(EMBEDDED)
+    engine = Engine(model, processor, fit_shape(processor, SLOTS, TOKENS))
+    return answer_samples(engine, map(question, clips), TOKENS)
+
+
+def reference_captions(directory: Path, clips: list[Clip]) -> list[str]:
+    """Those of transformers, one by one."""
+    model, processor = tarsier_jax.load(directory)
+    theirs = HuggingFace(directory, model.config, processor.eos_token_ids)
+    examples: list[Example] = [processor(question(clip)) for clip in clips]
+    return [processor.decode(theirs.answer(example, TOKENS)) for example in examples]
+
+
+def test_it_describes_clips_it_has_not_seen(clips: list[Clip], captions: list[str]) -> None:
+    assert corpus_scores(captions, [event_sentences(clip.scene) for clip in clips])["f1"] > 0.5
+
+
+def test_transformers_says_the_same(clips: list[Clip], captions: list[str]) -> None:
+    assert reference_captions(resolve(EMBEDDED), clips) == captions
+
+
+def test_so_it_does_after_a_round_trip(tmp_path: Path, clips: list[Clip], captions: list[str]) -> None:
+    convert_hf(resolve(EMBEDDED), tmp_path / "orbax")
+    convert_to_hf(tmp_path / "orbax", tmp_path / "hf")
+    assert reference_captions(tmp_path / "hf", clips) == captions
+
+
+def test_it_is_small() -> None:
+    files = [*resolve(EMBEDDED).rglob("*"), EMBEDDED_CLIP]
+    assert sum(file.stat().st_size for file in files) < 8 * 2**20
+    assert open_clip(EMBEDDED_CLIP).length >= 16
