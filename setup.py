@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 TRAIN = [
-    *("optax>=0.2.5", "grain>=0.2.15", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"),
+    *("optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"),
     "imageio[ffmpeg]>=2.34",  # writes clips
 ]
 
@@ -27,6 +27,8 @@ setup(
         "huggingface_hub",
         "pillow",
         "decord2>=3.4",
+        "grain>=0.2.15",  # decodes in worker processes
+        "tqdm",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
