@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     options = ProcessorOptions(n_frames=args.n_frames)
     prepare_process()
     if args.distributed:
-        jax.distributed.initialize()
+        _find_processes()
     output, items = share_of(args)
     # Files are known by their names, as others may have come; lines of a list by their index too.
     fields = ("idx", "input") if is_list(args.input) else ("input",)
@@ -84,6 +84,22 @@ def main(args: argparse.Namespace) -> int:
     engine = Engine(model, processor, shape)
     failed += caption(engine, todo, args, LineWriter(output, args.overwrite))
     return 1 if failed else 0
+
+
+def _find_processes() -> None:
+    """Has JAX know how many processes there are, and which this one is. Raises InputError.
+
+    They part again at once, as none needs another's devices: so no shard waits for another, or ends because one died.
+    """
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as e:
+        raise InputError(
+            f"The processes did not find each other ({str(e).splitlines()[0]}). --distributed works on TPU pods, under "
+            "Slurm and under MPI; elsewhere give each process --num_shards and its own --shard_index."
+        ) from None
+    jax.devices()  # while they are together: devices are numbered over all of them
+    jax.distributed.shutdown()
 
 
 def share_of(args: argparse.Namespace) -> tuple[Path, list[Item]]:

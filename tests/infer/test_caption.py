@@ -110,6 +110,27 @@ def test_shards(clips: Path, tmp_path: Path) -> None:
     assert [sorted(json.loads(line)["idx"] for line in part) for part in parts] == [[0, 2, 4], [1, 3, 5]]
 
 
+def test_processes_that_find_each_other(clips: Path, tmp_path: Path) -> None:
+    """As MPI starts them. Each captions its share and ends, whatever the other does."""
+    command = [sys.executable, "-m", "infer.caption", "--distributed", "--input", str(clips), *FLAGS]
+    command += ["--output", str(tmp_path / "out.jsonl")]
+    mpi = {"OMPI_MCA_orte_hnp_uri": f"{os.getpid()}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"}
+    started = []
+    for rank in "01":
+        ranks = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
+        started.append(subprocess.Popen(command, env={**os.environ, **mpi, **ranks}, stderr=subprocess.PIPE))
+    for process in started:
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == 0, told.decode()
+    parts = [(tmp_path / f"out.{i:05d}-of-00002.jsonl").read_text().splitlines() for i in range(2)]
+    assert [sorted(json.loads(line)["idx"] for line in part) for part in parts] == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_processes_that_do_not(clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"did not find each other.*--num_shards"):
+        run(clips, tmp_path / "out.jsonl", "--distributed")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

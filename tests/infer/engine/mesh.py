@@ -1,0 +1,46 @@
+"""Run by test_mesh on eight simulated devices: the embedded model's answers by an engine of four groups, as JSON."""
+
+import dataclasses
+import json
+
+import jax
+
+import tarsier_jax
+from eval.shapes.annotations import GROUNDED_PROMPT, PROMPT, ask
+from eval.shapes.clips import draw_clips
+from infer.engine import Answer, Engine, Request, fit_shape
+from infer.runtime import Compilations
+from tarsier_jax.processing.batch import Example
+from tarsier_jax.processing.processor import Processor
+from tarsier_jax.sharding import make_mesh
+from tarsier_jax.weights import EMBEDDED
+
+CLIPS, TOKENS = 14, 24
+
+
+def examples(processor: Processor) -> list[Example]:
+    """Of mixed sizes, lengths and prompts."""
+    clips = [*draw_clips(0, CLIPS // 2), *draw_clips(0, CLIPS // 2, other=True)]
+    asked = [ask(clip.video, (PROMPT, GROUNDED_PROMPT)[i % 2]) for i, clip in enumerate(clips)]
+    return [processor({"messages": [message]}) for message in asked]
+
+
+def answers(engine: Engine) -> list[list[int]]:
+    requests = [Request(i, e, 8 + i % 17) for i, e in enumerate(examples(engine.processor))]
+    got = {answer.request.key: answer.tokens for answer in engine.run(requests) if isinstance(answer, Answer)}
+    return [got[i] for i in range(CLIPS)]
+
+
+def main() -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    model, processor = tarsier_jax.load(EMBEDDED, dtype="float32", mesh=make_mesh(data=2, fsdp=2, tensor=2))
+    shape = fit_shape(processor, 8, TOKENS, groups=4)
+    shape = dataclasses.replace(shape, rows=shape.rows[::5])  # two kinds of six, as each is compiled
+    engine = Engine(model, processor, shape)
+    with Compilations() as compilations:
+        told = answers(engine)
+    print(json.dumps({"answers": told, "compilations": compilations.count}))
+
+
+if __name__ == "__main__":
+    main()
