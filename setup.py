@@ -2,10 +2,8 @@
 
 from setuptools import find_packages, setup
 
-TRAIN = [
-    *("optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"),
-    "imageio[ffmpeg]>=2.34",  # writes clips
-]
+EVAL = ["imageio[ffmpeg]>=2.34"]  # writes clips
+TRAIN = [*EVAL, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"]
 
 setup(
     name="tarsier_jax",
@@ -34,6 +32,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "demo": [],  # the library is enough
+        "eval": EVAL,
         "train": TRAIN,
         # jax[tpu] brings the TPU compiler, which needs no TPU.
         "test": [*TRAIN, "jax[tpu]", "torch==2.13.0", "pytest>=8", "ruff>=0.14", "pyright>=1.1.400"],

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -53,8 +52,12 @@ def write_clip(path: str | Path, frames: np.ndarray, rate: float = 16.0) -> Path
     """Writes frames, uint8 (T, H, W, 3), `rate` a second, as an mp4 (H.264) or a GIF, as the name's ending says.
 
     Raises:
-        InputError: another ending, or an odd height or width of an mp4.
+        InputError: another ending, an odd height or width of an mp4, or imageio-ffmpeg is not installed.
     """
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        raise InputError(f"Writing {path} needs imageio-ffmpeg: pip install -e '.[eval]'.") from None
     path = Path(path)
     options = {".mp4": _MP4, ".gif": _GIF}.get(path.suffix.lower())
     if options is None:

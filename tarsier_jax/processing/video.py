@@ -186,8 +186,9 @@ def _decode_gif(path: Path, indices: Iterable[int]) -> Iterator[Frame]:
 
 
 def _open_video(path: Path) -> Clip:
-    from decord import VideoReader, cpu
+    from decord import VideoReader, cpu, logging
 
+    logging.set_level(logging.QUIET)  # what is wrong with a file is said by us
     try:
         reader = VideoReader(str(path), ctx=cpu(0), num_threads=1, fault_tol=1)
         length, rate = len(reader), float(reader.get_avg_fps())
