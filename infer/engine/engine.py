@@ -21,7 +21,7 @@ from infer.engine.report import BusyClock, Report
 from infer.engine.requests import Answer, Refusal, Request
 from infer.engine.shape import EngineShape
 from infer.engine.source import Source
-from infer.engine.waiting import Rows, Waiting
+from infer.engine.waiting import Rows, Waiting, cut
 from tarsier_jax.api import mesh_of, use_mesh_of
 from tarsier_jax.generation.decode import finished
 from tarsier_jax.generation.slots import Prompts, advance, empty_slots, insert, see
@@ -110,7 +110,7 @@ class Engine:
         """The features of the rows' frames."""
         with use_mesh_of(self.model):
             patches, frame_hw = self._placed(rows.batch.patches), self._placed(rows.batch.frame_hw)
-            return see(self.model, patches, frame_hw, room=self.shape.features)
+            return see(self.model, patches, frame_hw, jnp.int32(rows.steps), step=rows.step, room=self.shape.features)
 
     def _insert(self, rows: Rows, features: jax.Array) -> None:
         now = time.perf_counter()
@@ -128,7 +128,7 @@ class Engine:
         self.report.prompts += sum(map(len, rows.prompts))
         self.report.tokens += rows.batch.input_ids.size
         self.report.valid_tokens += int(rows.batch.lengths.sum())
-        self.report.patches += int(np.prod(rows.batch.patches.shape[:3]))
+        self.report.patches += self.shape.groups * rows.steps * rows.step * rows.batch.patches.shape[2]
         self.report.valid_patches += int(rows.batch.frame_hw.prod(axis=-1).sum())
 
     def _run_insert(self, batch: Batch, features: jax.Array, prompts: Prompts) -> None:
@@ -192,7 +192,9 @@ class Engine:
         for _ in range(2):
             for kind in range(len(self.shape.rows)):
                 rows = Waiting(self.shape, self.processor).empty_rows(kind)
-                self._run_insert(rows.batch, self._look(rows), Prompts.none(self.shape.groups, samples))
+                features = self._look(rows)
+            for length in self.shape.lengths:
+                self._run_insert(cut(rows.batch, length), features, Prompts.none(self.shape.groups, samples))
             self._run_advance(np.zeros(self.shape.slots, bool), 1, 1)
         jax.block_until_ready(self._state)
 

@@ -1,7 +1,6 @@
 """The few shapes that the engine's programs are compiled for."""
 
 import dataclasses
-import math
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.packing import RowShape
@@ -13,6 +12,8 @@ _KINDS = 6  # of bins: a frame, or several, fill one of them to within an eighth
 _ROUNDING = 1.06  # by which a frame may grow when its sides are rounded to whole blocks of patches
 _SMALLEST_FRAME = 16  # patches, Qwen2-VL's least
 _FRAMES_A_BIN = 8  # at most
+_LENGTHS = (0.75, 0.9375, 1.0)  # of rows, as shares of the longest: one large clip seldom fills a row
+_STEPS = 8  # in which a row's bins are run, about: those at its end that are not in use are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,17 @@ class EngineShape:
             )
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """The tokens to which rows are cut, ascending."""
+        longest = self.rows[0].tokens
+        return tuple(sorted({min(_round_up(longest * share, 64), longest) for share in _LENGTHS}))
+
+    def step(self, kind: int) -> int:
+        """How many bins of a row of this kind are run at a time: a divisor of all of them."""
+        bins = self.rows[kind].bins
+        return max(n for n in range(1, max(bins // _STEPS, 1) + 1) if bins % n == 0)
+
+    @property
     def features(self) -> int:
         """Merged patches that a row of any kind has."""
         return max(row.bins * row.patches for row in self.rows) // 4
@@ -63,7 +75,7 @@ def fit_shape(
     rows = tuple(
         RowShape(
             tokens=tokens,
-            bins=math.ceil(patches / size),
+            bins=_round_up(patches / size, max(1, int(patches / size) // _STEPS)),
             patches=size,
             frames=min(size // _SMALLEST_FRAME, _FRAMES_A_BIN),
             samples=max(1, slots // groups // 2),  # so that rows need not wait until all slots are free

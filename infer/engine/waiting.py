@@ -18,10 +18,15 @@ _PATIENCE = 8  # every so many rows are those of the prompt that has waited long
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """One row a group, and for each the requests in it, with the token at which their prompts begin."""
+    """One row a group, and for each the requests in it, with the token at which their prompts begin.
+
+    step, steps: how many bins to run at a time, and how often, so that all that are in use are run.
+    """
 
     batch: Batch
     prompts: list[list[tuple[Request, int]]]
+    step: int
+    steps: int
 
 
 class Waiting:
@@ -81,12 +86,15 @@ class Waiting:
                 else:
                     prompts[placed[0]].append((entry[1], placed[1]))
             self._kinds[k] = left
-        return Rows(self._build(rows), prompts)
+        batch, step = self._build(rows), self._shape.step(kind)
+        length = next(length for length in self._shape.lengths if length >= batch.lengths.max())
+        bins = int(batch.frame_hw.any(axis=(2, 3)).sum(axis=1).max())  # they are filled from the first on
+        return Rows(cut(batch, length), prompts, step, -(-bins // step))
 
     def empty_rows(self, kind: int) -> Rows:
-        """Rows of a kind with nothing in them."""
+        """Rows of a kind with nothing in them, of the greatest length."""
         rows = [Row(self._shape.rows[kind], self._processor.config) for _ in range(self._shape.groups)]
-        return Rows(self._build(rows), [[] for _ in rows])
+        return Rows(self._build(rows), [[] for _ in rows], self._shape.step(kind), 0)
 
     @property
     def _full(self) -> int:
@@ -118,6 +126,12 @@ class Waiting:
     def _build(self, rows: list[Row]) -> Batch:
         dtype = self._processor.config.dtype
         return stack_rows([row.build(self._processor.pad_token_id, dtype) for row in rows])
+
+
+def cut(rows: Batch, length: int) -> Batch:
+    """The rows without their tokens from `length` on, which are padding."""
+    names = ("input_ids", "labels", "position_ids", "segment_ids", "visual_index")
+    return dataclasses.replace(rows, **{name: getattr(rows, name)[..., :length] for name in names})
 
 
 def _place(rows: list[Row], example: Example, first: bool) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ from tarsier_jax.generation.sampling import make_sampling
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch, HostOrDeviceArray
-from tarsier_jax.sharding import BATCH, HEADS, current_mesh, fit_spec
+from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh, fit_spec
 
 CACHE_AXES = (None, BATCH, None, HEADS, None)
 
@@ -87,11 +87,27 @@ def slot_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     return jax.tree.map(sharding, state)
 
 
-@functools.partial(jax.jit, static_argnames="room")
-def see(model: Tarsier, patches: Array, frame_hw: Array, room: int) -> Float[Array, "G room D"]:
-    """Features of each group's frames, at the front of `room` places, so that all kinds of bins fit one prefill."""
-    features = model.see(patches, frame_hw)
-    return jnp.pad(features, ((0, 0), (0, room - features.shape[1]), (0, 0)))
+@functools.partial(jax.jit, static_argnames=("step", "room"))
+def see(
+    model: Tarsier,
+    patches: Float[Array, "G F P C"],
+    frame_hw: Int[Array, "G F M 2"],
+    steps: Int[Array, ""],
+    step: int,
+    room: int,
+) -> Float[Array, "G room D"]:
+    """Features of each group's frames, at the front of `room` places, so that all kinds of bins fit one prefill.
+
+    Runs `step` bins of each group at a time, and so many times as are in use; `step` divides F.
+    """
+    merged = step * patches.shape[2] // model.config.vision.merge_factor
+    features = jnp.zeros((patches.shape[0], room, model.config.text.hidden_size), model.config.dtype)
+
+    def one(i: Int[Array, ""], features: Array) -> Array:
+        seen = model.see(*(lax.dynamic_slice_in_dim(x, i * step, step, axis=1) for x in (patches, frame_hw)))
+        return lax.dynamic_update_slice_in_dim(features, seen.astype(features.dtype), i * merged, axis=1)
+
+    return lax.fori_loop(0, steps, one, constrain(features, BATCH, None, None))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
