@@ -1,15 +1,19 @@
-"""Compiles prefill and decoding of the 7B model for a TPU slice, without a TPU, and prints bytes a chip.
+"""Compiles the engine's three programs for a TPU slice, without a TPU, and prints bytes a chip.
 
-    python -m benchmarks.tpu_memory --topology v5e:2x4 --data 2 --tensor 4 --batch 8
+    python -m benchmarks.tpu_memory                                                        # 7B, v5e:2x4
+    python -m benchmarks.tpu_memory --size 34b --topology v5e:4x4 --tensor 8 --tokens 10240 --slots 16
 
-Needs the extra `tpu` (libtpu compiles on any machine). The compiler's flop and time estimates ignore loop counts, so
-they are not shown.
+`see` (the vision tower), `insert` (prefill of a row of prompts into free slots) and `advance` (decoding) of
+`tarsier_jax.generation.slots`, in bfloat16, at the shapes that `infer.caption` gives them for clips of 16 frames. Needs
+the extra `tpu` (libtpu compiles on any machine). The compiler's flop and time estimates ignore loop counts, so they are
+not shown.
 """
 
 import argparse
-import dataclasses
+import math
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,13 +22,21 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tarsier_jax.config import ModelConfig
-from tarsier_jax.generation.decode import decode, prefill
-from tarsier_jax.generation.sampling import make_sampling
+from infer.engine import EngineShape, fit_shape
+from tarsier_jax.config import ModelConfig, TextConfig
+from tarsier_jax.generation.decode import DecodeState
+from tarsier_jax.generation.slots import Prompts, advance, empty_slots, insert, see, slot_shardings
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
-from tarsier_jax.sharding import BATCH, HEADS, fit_spec, make_mesh, parameter_shardings
-from train.aot import GIB, bytes_of, topology_devices
+from tarsier_jax.processing.processor import Processor
+from tarsier_jax.sharding import BATCH, make_mesh, parameter_shardings
+from train.aot import GIB, ROOM, bytes_of, topology_devices
+
+# Decoders: Qwen2-VL-7B's, and one of the size of Tarsier-34B's (Yi-34B).
+SIZES = {
+    "7b": TextConfig(),
+    "34b": TextConfig(64_000, 7168, 20_480, 60, num_heads=56, num_kv_heads=8, rope_theta=5e6),
+}
 
 
 def abstract_model(config: ModelConfig, mesh: Mesh) -> Tarsier:
@@ -38,59 +50,65 @@ def abstract_model(config: ModelConfig, mesh: Mesh) -> Tarsier:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def abstract_batch(config: ModelConfig, mesh: Mesh, rows: int, tokens: int, frames: int, patches: int) -> Batch:
-    """Prompts of `tokens` tokens, each with `frames` frames of `patches` patches."""
-
-    def array(shape: tuple[int, ...], axes: tuple[Any, ...], dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, fit_spec(shape, axes, mesh)))
-
-    return Batch(
-        input_ids=array((rows, tokens), (BATCH, None)),
-        labels=array((rows, tokens), (BATCH, None)),
-        position_ids=array((3, rows, tokens), (None, BATCH, None)),
-        lengths=array((rows,), (BATCH,)),
-        patches=array((1, rows * frames, patches, config.vision.patch_dim), (None, BATCH, None, None), jnp.float32),
-        frame_hw=array((1, rows * frames, 1, 2), (None, BATCH, None, None)),
-        visual_index=array((rows, tokens), (BATCH, None)),
-    )
+def abstract_slots(config: ModelConfig, shape: EngineShape, mesh: Mesh) -> DecodeState:
+    """The state of all slots, laid out as the engine does."""
+    size = shape.prompt_tokens + shape.new_tokens
+    state = jax.eval_shape(lambda: empty_slots(config, shape.slots, size, shape.new_tokens))
+    return jax.tree.map(_placed, state, slot_shardings(state, mesh))
 
 
-def report(name: str, compiled: Any, seconds: float) -> None:
-    """Prints one program's bytes a chip."""
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def programs(model: Tarsier, state: DecodeState, shape: EngineShape, mesh: Mesh) -> Iterator[tuple[str, Any, int]]:
+    """(name, lowered program, bytes a chip of what lies beside it), for the largest frames and the longest rows."""
+    G, row, config = shape.groups, shape.rows[-1], model.config
+    vision, decoder = (shard_bytes(nnx.state(part)) for part in (model.vision, model.decoder))
+
+    def array(*sizes: int, dtype: Any = jnp.int32, axes: tuple[Any, ...] = (BATCH,)) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    number, eos = array(axes=()), array(2, axes=())
+    with jax.set_mesh(mesh):
+        patches = array(G, row.bins, row.patches, config.vision.patch_dim, dtype=jnp.bfloat16)
+        frames = array(G, row.bins, row.frames, 2)
+        step, room = shape.step(len(shape.rows) - 1), shape.features
+        program = see.lower(model, patches, frames, number, step=step, room=room)
+        yield "see", program, decoder + shard_bytes(state)
+
+        ids = array(G, row.tokens)
+        positions = array(3, G, row.tokens, axes=(None, BATCH))
+        rows = Batch(ids, None, positions, array(G), None, None, visual_index=ids, segment_ids=ids)
+        features = array(G, room, config.text.hidden_size, dtype=jnp.bfloat16)
+        prompts = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), Prompts.none(G, row.samples))
+        yield "insert", insert.lower(model, state, rows, features, prompts), vision
+
+        cancelled = array(shape.slots, dtype=bool, axes=())
+        yield "advance", advance.lower(model, state, cancelled, eos, number, number), vision
+
+
+def report(name: str, lowered: Any, beside: int, room: int) -> int:
+    """Compiles, and prints one program's bytes a chip and those of what else lies there; gives them all."""
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
     arguments, temporaries, outputs = bytes_of(compiled)
+    total = arguments + temporaries + outputs + beside
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     print(
         f"{name:<8} arguments {arguments / GIB:6.2f}  temporaries {temporaries / GIB:6.2f}  "
-        f"outputs {outputs / GIB:6.2f}  total {(arguments + temporaries + outputs) / GIB:6.2f} GiB a chip  "
-        f"({kernels} splash kernels; compiled in {seconds:.0f} s)",
+        f"outputs {outputs / GIB:6.2f}  beside {beside / GIB:6.2f}  total {total / GIB:6.2f} GiB a chip, "
+        f"{'FITS' if total <= room else 'TOO MUCH'}  ({kernels} splash kernels; compiled in {seconds:.0f} s)",
         flush=True,
     )
+    return total
 
 
-def compile_for(
-    config: ModelConfig, mesh: Mesh, rows: int, tokens: int, frames: int, patches: int, max_new: int
-) -> tuple[Any, Any]:
-    """The two compiled programs of `tarsier_jax.generation.decode`."""
-    model = abstract_model(config, mesh)
-    batch = abstract_batch(config, mesh, rows, tokens, frames, patches)
-    sampling = make_sampling(rows)
-    eos, scalar = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    with jax.set_mesh(mesh):
-        inputs = model, batch, sampling, eos, keys, scalar
-        first = prefill.lower(*inputs, max_new=max_new)
-        shapes = jax.eval_shape(lambda *x: prefill(*x, max_new=max_new), *inputs)
-        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
-        spec = fit_spec(shapes.cache.k.shape, (None, BATCH, None, HEADS, None), mesh)
-        cache = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=NamedSharding(mesh, spec if x.ndim == 5 else P())
-            ),
-            state.cache,
-        )
-        state = dataclasses.replace(state, cache=cache)
-        second = decode.lower(model, state, eos, scalar, scalar)
-    return first, second
+def shard_bytes(tree: Any) -> int:
+    """Bytes a chip of abstract arrays; random keys, which are small, are left out."""
+    leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def main() -> int:
@@ -99,23 +117,27 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--topology", default="v5e:2x4")
-    parser.add_argument("--data", type=int, default=2)
-    parser.add_argument("--tensor", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=10_240)
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--patches", type=int, default=2432)
+    parser.add_argument("--tensor", type=int, default=4, help="the other devices are data-parallel")
+    parser.add_argument("--slots", type=int, default=32, help="of a data-parallel part")
+    parser.add_argument("--tokens", type=int, default=12_288, help="of a slot, new ones included")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     args = parser.parse_args()
-    mesh = make_mesh(data=args.data, tensor=args.tensor, devices=topology_devices(args.topology))
-    config = ModelConfig(dtype="bfloat16", param_dtype="bfloat16", attention="splash")
-    print(f"7B, {args.topology}, data={args.data} tensor={args.tensor}, {args.batch} prompts of {args.tokens} tokens")
-    programs = compile_for(config, mesh, args.batch, args.tokens, args.frames, args.patches, args.max_new_tokens)
-    for name, lowered in zip(("prefill", "decode"), programs, strict=True):
-        start = time.perf_counter()
-        report(name, lowered.compile(), time.perf_counter() - start)
-    return 0
+    devices = topology_devices(args.topology)
+    groups = len(devices) // args.tensor
+    mesh = make_mesh(data=groups, tensor=args.tensor, devices=devices)
+    config = ModelConfig(text=SIZES[args.size], dtype="bfloat16", param_dtype="bfloat16", attention="splash")
+    sizes = args.slots * groups, args.max_new_tokens, groups, args.tokens - args.max_new_tokens
+    shape = fit_shape(Processor(None, config), *sizes)  # pyright: ignore[reportArgumentType]  (sizes need no tokenizer)
+    model, state = abstract_model(config, mesh), abstract_slots(config, shape, mesh)
+    print(
+        f"{args.size}, {args.topology}, data={groups} tensor={args.tensor}: {args.slots} slots of {args.tokens} tokens "
+        f"a data-parallel part, {shard_bytes(state) / GIB:.2f} GiB a chip; rows of {shape.rows[0].tokens} tokens"
+    )
+    room = ROOM[args.topology.partition(":")[0]]
+    totals = [report(*program, room) for program in programs(model, state, shape, mesh)]
+    return 0 if max(totals) <= room else 1
 
 
 if __name__ == "__main__":
