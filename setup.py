@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 EVAL = ["imageio[ffmpeg]>=2.34"]  # writes clips
+INT8 = ["qwix>=0.1.8,<0.2"]
 TRAIN = [*EVAL, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"]
 
 setup(
@@ -33,8 +34,9 @@ setup(
         "cuda": ["jax[cuda12]"],
         "demo": [],  # the library is enough
         "eval": EVAL,
+        "int8": INT8,
         "train": TRAIN,
         # jax[tpu] brings the TPU compiler, which needs no TPU.
-        "test": [*TRAIN, "jax[tpu]", "torch==2.13.0", "pytest>=8", "ruff>=0.14", "pyright>=1.1.400"],
+        "test": [*TRAIN, *INT8, "jax[tpu]", "torch==2.13.0", "pytest>=8", "ruff>=0.14", "pyright>=1.1.400"],
     },
 )

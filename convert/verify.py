@@ -2,10 +2,11 @@
 
     python -m convert.verify HF_DIR            # against transformers, in float32 on the CPU
     python -m convert.verify DIR OTHER_DIR     # ours against ours, e.g. before and after a conversion
+    python -m convert.verify DIR --int8        # with weights in int8 against the same in bfloat16
 
 Prints, for an image, a video and a long text, the largest absolute differences of each tower and of the logits, the
 mean KL divergence, how often the most likely token agrees, and both greedy answers. Exit status 1 when the greedy
-answers differ.
+answers differ, but for --int8, with which they may.
 """
 
 import argparse
@@ -59,15 +60,17 @@ def _difference(a: np.ndarray, b: np.ndarray) -> str:
     return f"{np.abs(a - b).max():.1e}"
 
 
-def verify(directory: str, other: str | None, dtype: str, max_new_tokens: int) -> int:
+def verify(directory: str, other: str | None, dtype: str, int8: bool, max_new_tokens: int) -> int:
     """Prints the comparison; 1 when greedy answers differ, else 0."""
-    model, processor = tarsier_jax.load(directory, dtype=dtype)
+    model, processor = tarsier_jax.load(directory, dtype=dtype, int8=int8)
     ours = Ours(model, processor)
+    other = directory if int8 and other is None else other
     if other is None:
         theirs: Side = HuggingFace(resolve(directory), processor.config, processor.eos_token_ids)
     else:
         theirs = Ours(*tarsier_jax.load(other, dtype=dtype))
-    print(f"{directory} in this project ({dtype}) against {other or 'Hugging Face (float32)'}")
+    weights = "weights in int8, " if int8 else ""
+    print(f"{directory} in this project ({weights}{dtype}) against {other or 'Hugging Face (float32)'}")
     print("largest absolute difference of: vision tower, decoder, logits\n")
     print("  ".join(f"{column:>9}" for column in COLUMNS))
     differ, answers = 0, []
@@ -79,7 +82,7 @@ def verify(directory: str, other: str | None, dtype: str, max_new_tokens: int) -
     print(f"\ngreedy answers, {max_new_tokens} tokens at most")
     for name, same, a, b in answers:
         print(f"{name}: {'equal' if same else 'DIFFERENT'}\n  this: {a!r}" + ("" if same else f"\n  that: {b!r}"))
-    return 1 if differ else 0
+    return 1 if differ and not int8 else 0
 
 
 def main() -> int:
@@ -89,12 +92,14 @@ def main() -> int:
     described = f"Hugging Face directory or hub id, or a converted directory (default {EMBEDDED}, the small model here)"
     parser.add_argument("directory", nargs="?", default=EMBEDDED, help=described)
     parser.add_argument("other", nargs="?", help="a second one; without it, the live Hugging Face model")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32, with --int8 bfloat16")
+    parser.add_argument("--int8", action="store_true", help="hold the weights of DIR's decoder layers in int8")
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     args = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
-    return run(lambda: verify(args.directory, args.other, args.dtype, args.max_new_tokens), args.traceback)
+    dtype = args.dtype or ("bfloat16" if args.int8 else "float32")
+    return run(lambda: verify(args.directory, args.other, dtype, args.int8, args.max_new_tokens), args.traceback)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from infer.engine import Answer, Engine, Refusal, Request, fit_shape
 from infer.inputs import Item, find_items, is_list, with_prediction
 from infer.loading import LoadReport, load_requests
 from infer.outputs import LineWriter, finished_lines
-from infer.runtime import Compilations, add_model_flag, prepare_process, resolve_dtype
+from infer.runtime import Compilations, add_model_flag, add_precision_flags, prepare_process, resolve_dtype
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import check_sampling
@@ -55,7 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--distributed", action="store_true", help="find the other processes (TPU pod, Slurm, MPI)")
     parser.add_argument("--limit", type=int, help="caption no more clips than this")
     parser.add_argument("--overwrite", action="store_true", help="begin anew")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_precision_flags(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)
 
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
     if not todo:
         return 1 if failed else 0
     mesh = local_mesh(args.mesh)
-    model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype), mesh=mesh)
+    model, processor = tarsier_jax.load(args.model, resolve_dtype(args.dtype), mesh, args.int8)
     processor = dataclasses.replace(processor, options=options)
     groups = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     shape = fit_shape(processor, args.slots, args.max_new_tokens, groups, args.prompt_tokens)

@@ -11,7 +11,7 @@ import sys
 import time
 
 import tarsier_jax
-from infer.runtime import Options, add_model_flag, describe_file, prepare_process, resolve_dtype
+from infer.runtime import Options, add_model_flag, add_precision_flags, describe_file, prepare_process, resolve_dtype
 from tarsier_jax.cli import run
 from tarsier_jax.processing.processor import ProcessorOptions
 from tarsier_jax.processing.video import find_inputs
@@ -29,7 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_precision_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
     if not paths:
         return 1
     _log(f"loading {args.model}")
-    model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
+    model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype), int8=args.int8)
     processor = dataclasses.replace(processor, options=settings)
     begin = time.perf_counter()
     for number, path in enumerate(paths, 1):

@@ -38,6 +38,12 @@ def add_model_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_precision_flags(parser: argparse.ArgumentParser) -> None:
+    """--dtype and --int8."""
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--int8", action="store_true", help="hold the weights of the decoder's layers in int8")
+
+
 def resolve_dtype(dtype: str, platform: str | None = None) -> str:
     """ "auto" is bfloat16 on accelerators and float32 on CPUs, which compute bfloat16 slowly.
 

@@ -18,7 +18,9 @@ from tarsier_jax.processing.processor import Processor, load_processor
 from tarsier_jax.weights import load_weights, resolve
 
 
-def load(path: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[Tarsier, Processor]:
+def load(
+    path: str | Path, dtype: str = "float32", mesh: Mesh | None = None, int8: bool = False
+) -> tuple[Tarsier, Processor]:
     """Loads a checkpoint for inference.
 
     Args:
@@ -26,16 +28,19 @@ def load(path: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> 
             `convert.hf_to_orbax`.
         dtype: "float32" or "bfloat16", for parameters and matrix products.
         mesh: from `tarsier_jax.sharding.make_mesh`; the parameters are laid out over it. None uses one device.
+        int8: holds the weights of the decoder's layers in int8, one scale an output channel (needs qwix). From a
+            Hugging Face directory, devices never hold more than the quantized model and one parameter in `dtype`.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of a kind that is not supported.
+        InputError: int8 without qwix.
     """
     directory = resolve(path)
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     attention = default_implementation(platform, dtype)
     config = dataclasses.replace(load_config(directory), dtype=dtype, param_dtype=dtype, attention=attention)
     processor = load_processor(directory, config)  # first: it fails fast
-    model = load_weights(directory, config, mesh)
+    model = load_weights(directory, config, mesh, int8)
     # See models.layers.apply_layers: only a TPU reads a layer out of a stack without copying it.
     return (model if platform == "tpu" else unstack(model)), processor
 

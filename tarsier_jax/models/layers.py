@@ -16,17 +16,21 @@ _normal = nnx.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b, computed in `dtype`. weight: [*out, in]; several output dimensions are allowed."""
+    """y = x W^T + b, computed in `dtype`. weight: [*out, in]; several output dimensions are allowed.
+
+    dot_general: what multiplies, as in flax's Linear; another one where weights are quantized (weights.quantize).
+    """
 
     def __init__(self, d_in: int, *out: int, bias: bool, dtype: str, param_dtype: str, rngs: nnx.Rngs):
         self.weight = nnx.Param(_normal(rngs.params(), (*out, d_in), param_dtype))
         self.bias = nnx.Param(jnp.zeros(out, param_dtype)) if bias else None
         self.dtype = dtype
+        self.dot_general: Callable[..., Array] = jax.lax.dot_general
 
     def __call__(self, x: Float[Array, "*batch D"], out_dtype: Any = None) -> Float[Array, "..."]:
         dimensions = (((x.ndim - 1,), (self.weight.ndim - 1,)), ((), ()))
         weight = self.weight[...].astype(self.dtype)
-        y = jax.lax.dot_general(x.astype(self.dtype), weight, dimensions, preferred_element_type=out_dtype)
+        y = self.dot_general(x.astype(self.dtype), weight, dimensions, preferred_element_type=out_dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

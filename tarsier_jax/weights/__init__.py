@@ -10,6 +10,7 @@ from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.weights.export import convert_to_hf, export_hf, hf_tensors
 from tarsier_jax.weights.load import load_hf
 from tarsier_jax.weights.orbax import convert_hf, is_converted, load_checkpoint, save_checkpoint
+from tarsier_jax.weights.quantize import check_qwix, use_quantized
 
 __all__ = [
     "EMBEDDED",
@@ -56,7 +57,17 @@ def resolve(path: str | Path) -> Path:
         ) from None
 
 
-def load_weights(directory: Path, config: ModelConfig, mesh: Mesh | None = None) -> Tarsier:
-    """The model of a Hugging Face or converted directory, with stacked layers. Raises CheckpointError."""
+def load_weights(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:
+    """The model of a Hugging Face or converted directory, with stacked layers.
+
+    int8: quantizes the decoder's layers, see weights.quantize.
+
+    Raises:
+        CheckpointError: see `load_hf` and `load_checkpoint`.
+        InputError: int8 without qwix.
+    """
     load = load_checkpoint if is_converted(directory) else load_hf
-    return load(directory, config, mesh)
+    if not int8:
+        return load(directory, config, mesh)
+    check_qwix()
+    return use_quantized(load(directory, config, mesh, int8))

@@ -14,13 +14,15 @@ from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.sharding import parameter_shardings
 from tarsier_jax.weights.match import open_checkpoint
 from tarsier_jax.weights.names import Parameter, abstract_state
+from tarsier_jax.weights.quantize import quantize_parameter
 from tarsier_jax.weights.source import Tensor
 
 
-def load_hf(directory: Path, config: ModelConfig, mesh: Mesh | None = None) -> Tarsier:
+def load_hf(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:
     """The model with a Hugging Face checkpoint's weights, in `config.param_dtype`, laid out over `mesh`.
 
-    Host memory holds the shard of one parameter at a time; a process reads no rows that its devices do not hold.
+    Host memory holds the shard of one parameter at a time; a process reads no rows that its devices do not hold. With
+    int8 (see weights.quantize), devices hold one parameter at a time as it was.
 
     Raises:
         CheckpointError: see `open_checkpoint`.
@@ -31,12 +33,13 @@ def load_hf(directory: Path, config: ModelConfig, mesh: Mesh | None = None) -> T
     dtype = np.dtype(jax.numpy.dtype(config.param_dtype))
     arrays = {}
     for parameter, tensors in checkpoint.sources:
-        arrays[parameter.path] = jax.make_array_from_callback(
+        array = jax.make_array_from_callback(
             parameter.shape,
             shardings[parameter.path],
             lambda index, p=parameter, t=tensors: read_block(p, t, index or ()).astype(dtype, copy=False),
         )
-        arrays[parameter.path].block_until_ready()  # or the host's copies would pile up
+        array.block_until_ready()  # or the host's copies would pile up
+        arrays[parameter.path] = quantize_parameter(parameter.path, array) if int8 else array
     return build(graph, state, arrays)
 
 

@@ -32,6 +32,7 @@ from tarsier_jax.sharding import parameter_path
 from tarsier_jax.weights.load import build, shardings_for
 from tarsier_jax.weights.match import Checkpoint, open_checkpoint
 from tarsier_jax.weights.names import Parameter, abstract_state
+from tarsier_jax.weights.quantize import quantize_parameter
 from tarsier_jax.weights.source import Tensor
 
 MANIFEST = "tarsier_jax.json"
@@ -261,8 +262,10 @@ def _save(path: Path, leaves: dict[tuple[Any, ...], Any], **options: Any) -> Non
         checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(nnx.traversals.unflatten_mapping(leaves)))
 
 
-def load_checkpoint(directory: Path, config: ModelConfig, mesh: Mesh | None = None) -> Tarsier:
+def load_checkpoint(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:
     """Restores a converted directory; each process reads only what its devices hold, in `config.param_dtype`.
+
+    With int8 (see weights.quantize), all is restored first, and then quantized.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or does not fit the directory's config.json.
@@ -281,7 +284,10 @@ def load_checkpoint(directory: Path, config: ModelConfig, mesh: Mesh | None = No
         except Exception as e:  # Orbax raises bare exceptions
             reason = str(e).split("\n")[0]
             raise CheckpointError(f"{directory} cannot be restored ({reason}). Convert the checkpoint again.") from None
-    return build(graph, state, nnx.traversals.flatten_mapping(restored))
+    arrays = nnx.traversals.flatten_mapping(restored)
+    if int8:
+        arrays = {path: quantize_parameter(path, array) for path, array in arrays.items()}
+    return build(graph, state, arrays)
 
 
 def check_arrays(directory: Path, state: nnx.State) -> None:

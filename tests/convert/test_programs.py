@@ -57,6 +57,14 @@ def test_verify_between_two_directories(checkpoint: Path, tmp_path: Path) -> Non
     assert "DIFFERENT" in other.stdout
 
 
+def test_verify_int8(checkpoint: Path) -> None:
+    done = call("verify", checkpoint, "--int8", "--max_new_tokens", 4)
+    assert done.returncode == 0, done.stderr
+    assert "weights in int8, bfloat16" in done.stdout
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.startswith(" ")}
+    assert all(0 < float(rows[probe][-2]) < 1e-2 for probe in ("image", "video", "text"))
+
+
 @pytest.mark.parametrize("program", ["hf_to_orbax", "orbax_to_hf"])
 def test_errors_are_short(program: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()

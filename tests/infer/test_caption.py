@@ -69,6 +69,11 @@ def test_a_run_goes_on(clips: Path, tmp_path: Path) -> None:
     assert len(run(clips, output, "--limit", 2, "--overwrite")[1]) == 2
 
 
+def test_int8(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines = run(clips, tmp_path / "out.jsonl", "--int8", "--limit", 2)
+    assert status == 0 and len(lines) == 2 and "0 compilations after warm-up" in capsys.readouterr().err
+
+
 def test_lists(clips: Path, tmp_path: Path) -> None:
     path = str(clips / "1.mp4")
     lines = [path, {"input": path, "prompt": "What moves?", "idx": "b"}, {"nothing": 1}, {"input": "gone.mp4"}]
