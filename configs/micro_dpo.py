@@ -19,5 +19,5 @@ def get_config(size: str = "full") -> ConfigDict:
     config.optimizer.peak_lr, config.optimizer.final_lr = 2e-5, 0.0
     config.optimizer.warmup_steps = 20
     config.optimizer.weight_decay = 0.0
-    config.dpo.beta = 0.1
+    config.dpo.beta = 0.5
     return sized(config, size)
