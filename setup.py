@@ -37,6 +37,15 @@ setup(
         "int8": INT8,
         "train": TRAIN,
         # jax[tpu] brings the TPU compiler, which needs no TPU.
-        "test": [*TRAIN, *INT8, "jax[tpu]", "torch==2.13.0", "pytest>=8", "ruff>=0.14", "pyright>=1.1.400"],
+        "test": [
+            *TRAIN,
+            *INT8,
+            "pyarrow>=15",
+            "jax[tpu]",
+            "torch==2.13.0",
+            "pytest>=8",
+            "ruff>=0.14",
+            "pyright>=1.1.400",
+        ],
     },
 )

@@ -2,7 +2,8 @@
 
 LIST is a .jsonl or .parquet file of paths or annotations. OUT gets one line a clip, written as it ends: its caption, or
 why there is none; annotations come back with the caption in the assistant's turn, ready for evaluation. Started again,
-a run goes on where it was. Exit status 1 if a clip could not be captioned.
+a run goes on where it was. Exit status 1 if a clip could not be captioned. OUT.parquet is made of OUT.parquet.jsonl at
+the end.
 
 Several machines: give each --num_shards N --shard_index I, or start each with --distributed. Each writes a file of its
 own, OUT.00000-of-00004.jsonl and so on. See docs/captioning.md.
@@ -23,7 +24,7 @@ import tarsier_jax
 from infer.engine import Answer, Engine, Refusal, Request, fit_shape
 from infer.inputs import Item, find_items, is_list, with_prediction
 from infer.loading import LoadReport, load_requests
-from infer.outputs import LineWriter, finished_lines
+from infer.outputs import LineWriter, finished_lines, lines_of, write_parquet
 from infer.runtime import Compilations, add_model_flag, add_precision_flags, prepare_process, resolve_dtype
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
@@ -39,7 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_model_flag(parser)
     parser.add_argument("--input", required=True, help="directory, glob, media file, or list (.jsonl, .parquet)")
-    parser.add_argument("--output", required=True, type=Path, help="file of JSON lines to write")
+    parser.add_argument("--output", required=True, type=Path, help="file to write (.jsonl, .parquet)")
     parser.add_argument("--prompt", default="Describe the video in detail.", help="where the list has none")
     parser.add_argument("--n_frames", type=int, default=16, help="frames sampled from each video (default 16)")
     parser.add_argument("--max_new_tokens", type=int, default=512)
@@ -67,23 +68,30 @@ def main(args: argparse.Namespace) -> int:
     if args.distributed:
         _find_processes()
     output, items = share_of(args)
+    lines = lines_of(output)
     # Files are known by their names, as others may have come; lines of a list by their index too.
     fields = ("idx", "input") if is_list(args.input) else ("input",)
-    former = [] if args.overwrite else list(finished_lines(output))
+    former = [] if args.overwrite else list(finished_lines(lines))
     done = {json.dumps([line.get(field) for field in fields]) for line in former}
     failed = sum("error" in line for line in former)
     todo = [item for item in items if json.dumps([getattr(item, field) for field in fields]) not in done]
     _log(f"{len(items)} clips, {len(items) - len(todo)} of them done before, into {output}")
-    if not todo:
-        return 1 if failed else 0
+    if todo:
+        failed += caption_all(todo, lines, options, args)
+    if output != lines:
+        write_parquet(lines, output)
+    return 1 if failed else 0
+
+
+def caption_all(todo: Sequence[Item], lines: Path, options: ProcessorOptions, args: argparse.Namespace) -> int:
+    """Loads the model and writes a line for each item; gives how many could not be captioned."""
     mesh = local_mesh(args.mesh)
     model, processor = tarsier_jax.load(args.model, resolve_dtype(args.dtype), mesh, args.int8)
     processor = dataclasses.replace(processor, options=options)
     groups = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     shape = fit_shape(processor, args.slots, args.max_new_tokens, groups, args.prompt_tokens)
     engine = Engine(model, processor, shape)
-    failed += caption(engine, todo, args, LineWriter(output, args.overwrite))
-    return 1 if failed else 0
+    return caption(engine, todo, args, LineWriter(lines, args.overwrite))
 
 
 def _find_processes() -> None:

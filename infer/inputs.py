@@ -12,6 +12,7 @@ from tarsier_jax.processing.processor import media_sample
 from tarsier_jax.processing.video import find_inputs
 
 _LISTS = (".jsonl", ".parquet")
+_NESTED = ("messages", "extra_info", "image_processing_config")  # columns that may hold JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,5 +138,9 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise InputError(f"Reading {path} needs pyarrow: pip install pyarrow.") from None
     for batch in parquet.ParquetFile(path).iter_batches():
         for row in batch.to_pylist():
-            packed = isinstance(row.get("messages"), str)
-            yield {**row, "messages": json.loads(row["messages"])} if packed else row
+            # Columns of other lines are empty in this one.
+            yield {k: _unpacked(k, v) for k, v in row.items() if v is not None}
+
+
+def _unpacked(name: str, value: Any) -> Any:
+    return json.loads(value) if name in _NESTED and isinstance(value, str) else value

@@ -1,5 +1,6 @@
-"""Lines that are written as they come, and read again when a run goes on."""
+"""Lines that are written as they come, and read again when a run goes on; and Parquet files made of them."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tarsier_jax.errors import InputError
+
+_ROWS = 10_000  # of a Parquet file, that are held at once
 
 
 def finished_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -48,3 +51,53 @@ class LineWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def lines_of(output: Path) -> Path:
+    """The file of lines behind an output: itself, or for OUT.parquet OUT.parquet.jsonl.
+
+    Raises:
+        InputError: a Parquet file without pyarrow.
+    """
+    if output.suffix.lower() != ".parquet":
+        return output
+    try:
+        import pyarrow  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(f"Writing {output} needs pyarrow: pip install pyarrow.") from None
+    return output.with_name(output.name + ".jsonl")
+
+
+def write_parquet(lines: Path, output: Path) -> None:
+    """Makes a Parquet file of all lines; whole or not at all.
+
+    Columns are int64 or float64 where all values are such numbers, else strings; what is nested is JSON.
+    """
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+    import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
+
+    kinds: dict[str, set[type]] = {}
+    for line in finished_lines(lines):
+        for name, value in line.items():
+            kinds.setdefault(name, set()).add(type(value))
+    types = {(int,): pa.int64(), (float,): pa.float64(), (float, int): pa.float64()}
+    schema = pa.schema(
+        (name, types.get(tuple(sorted(found - {type(None)}, key=str)), pa.string())) for name, found in kinds.items()
+    )
+    partial = output.with_name(f".{output.name}.partial")
+    with pq.ParquetWriter(partial, schema) as writer:
+        for rows in _batches(finished_lines(lines)):
+            columns = [pa.array([_cell(row.get(f.name), f.type) for row in rows], f.type) for f in schema]
+            writer.write_table(pa.table(columns, schema))
+    os.replace(partial, output)
+
+
+def _batches(lines: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(itertools.islice(lines, _ROWS)):
+        yield batch
+
+
+def _cell(value: Any, kind: Any) -> Any:
+    if value is None or isinstance(value, str) or str(kind) != "string":
+        return value
+    return json.dumps(value, ensure_ascii=False)

@@ -17,6 +17,7 @@ from eval.shapes.annotations import annotation
 from eval.shapes.clips import draw_clips
 from eval.shapes.render import write_clip
 from infer import caption, describe
+from infer.inputs import find_items
 from tarsier_jax.errors import InputError
 
 FLAGS = ("--max_new_tokens", "8", "--slots", "4", "--n_frames", "4", "--workers", "0")
@@ -106,6 +107,27 @@ def test_annotations_come_back_with_predictions(clips: Path, tmp_path: Path) -> 
         assert line["extra_info"]["events"] and line["tokens"] > 0
     same = {line["idx"]: line["messages"][1]["content"][0]["text"] for line in lines}
     assert same[7] == same[9]  # the answer was not shown
+
+
+def test_parquet(clips: Path, tmp_path: Path) -> None:
+    """Written at the end, from lines; read again as a list."""
+    scene = next(iter(draw_clips(0, 1))).scene
+    asked = annotation(scene, {"video_file": str(clips / "0.mp4")}, 7)
+    source = write_lines(tmp_path / "in.jsonl", [asked, str(clips / "1.mp4"), "gone.mp4"])
+    flags = ["--input", str(source), "--output", str(tmp_path / "out.parquet"), *FLAGS]
+    assert caption.main(caption.parse(flags)) == 1
+    lines = [json.loads(line) for line in (tmp_path / "out.parquet.jsonl").read_text().splitlines()]
+    items = {item.idx: item for item in find_items(str(tmp_path / "out.parquet"))}
+    assert len(items) == len(lines) == 3
+    for line in lines:
+        assert items[line["idx"]].line == line
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_parquet_without_pyarrow(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"out\.parquet needs pyarrow: pip install pyarrow"):
+        run(clips, tmp_path / "out.parquet")
 
 
 def test_shards(clips: Path, tmp_path: Path) -> None:

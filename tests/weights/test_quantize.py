@@ -30,15 +30,16 @@ def parameters(model: Tarsier) -> dict[str, Any]:
     return {parameter_path(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
-def test_values(saved: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values(saved: Path, dtype: str) -> None:
     """Each output channel has a scale of its own, and is rounded to nearest; all else is as it was."""
-    plain, quantized = (parameters(load(saved, int8)) for int8 in (False, True))
+    plain, quantized = (parameters(load(saved, int8, dtype)) for int8 in (False, True))
     matrices = {name for name, x in quantized.items() if isinstance(x, qwix.QArray)}
     assert len(matrices) == 7 and all(name.startswith("decoder/layers/") for name in matrices)
     for name, x in plain.items():
-        x, q = np.asarray(x), quantized[name]
+        x, q = np.asarray(x, np.float32), quantized[name]
         if name not in matrices:
-            np.testing.assert_array_equal(np.asarray(q), x)
+            np.testing.assert_array_equal(np.asarray(q, np.float32), x)
             continue
         scale = np.abs(x).max(axis=-1, keepdims=True) / 127.5  # so that the largest values round to -128 and 127
         assert q.qvalue.dtype == np.int8
