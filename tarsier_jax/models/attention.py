@@ -100,7 +100,9 @@ def _xla(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | N
     lengths = jnp.repeat(kv_lengths, K)  # [B * K]
     segments = None if segment_ids is None else jnp.repeat(segment_ids, K, axis=0)  # [B * K, S]
 
-    # q: [rows, H]; k, v: [S, H]; segments: [T]
+    # q: [rows, H]; k, v: [S, H]; segments: [T]. The backward pass computes the scores anew, piece by piece, within the
+    # cache: that takes a CPU half as long as to write them all to memory and read them again.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend_rows(q: Array, k: Array, v: Array, length: Array, segments: Array | None, start: Any) -> Array:
         scores = jnp.einsum("rh,sh->rs", q, k, preferred_element_type=jnp.float32)
         keys = jnp.arange(k.shape[0])
