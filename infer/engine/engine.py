@@ -38,6 +38,7 @@ _STEPS_ALOUD = 4  # between two calls of on_tokens
 class _Running:
     request: Request
     began: float
+    length: int  # tokens in its slot
     told: int = 0  # tokens that on_tokens has got
 
 
@@ -51,9 +52,8 @@ class Engine:
         self.model, self.processor, self.shape = model, processor, shape
         self._mesh = mesh_of(model)
         self._eos = jnp.asarray(sorted(processor.eos_token_ids), jnp.int32)
-        size = shape.prompt_tokens + shape.new_tokens
         with use_mesh_of(model):
-            self._state = empty_slots(model.config, shape.slots, size, shape.new_tokens, self._mesh)
+            self._state = empty_slots(model.config, shape.slots, shape.size, shape.new_tokens, self._mesh)
         self._free = self._all_slots()
         self._running: dict[tuple[int, int], _Running] = {}  # by group and slot
         self._cancelled: set[Any] = set()
@@ -119,7 +119,7 @@ class Engine:
             prompts.count[group] = len(placed)
             for n, (request, start) in enumerate(placed):
                 slot = self._free[group].pop()
-                self._running[group, slot] = _Running(request, now)
+                self._running[group, slot] = _Running(request, now, len(request.example.input_ids))
                 _fill(prompts, (group, n), request, start, slot)
         self._count(rows)
         self._run_insert(rows.batch, features, prompts)
@@ -145,12 +145,14 @@ class Engine:
         cancelled = np.zeros(self.shape.slots, bool)
         for (group, slot), running in self._running.items():
             cancelled[self._slot(group, slot)] = running.request.key in self._cancelled
-        return self._run_advance(cancelled, steps, max(missing, 1))
+        longest = max(running.length for running in self._running.values())
+        span = next((span for span in self.shape.spans if span >= longest + _STEPS), self.shape.size)
+        return self._run_advance(cancelled, steps, max(missing, 1), span)
 
-    def _run_advance(self, cancelled: np.ndarray, steps: int, wanted: int) -> tuple[jax.Array, jax.Array]:
+    def _run_advance(self, cancelled: np.ndarray, steps: int, wanted: int, span: int) -> tuple[jax.Array, jax.Array]:
         with use_mesh_of(self.model):
             self._state, progress = advance(
-                self.model, self._state, cancelled, self._eos, jnp.int32(steps), jnp.int32(wanted)
+                self.model, self._state, cancelled, self._eos, jnp.int32(steps), jnp.int32(wanted), span=span
             )
         return progress
 
@@ -162,6 +164,7 @@ class Engine:
             at = self._slot(group, slot)
             request, row = running.request, tokens[at]
             generation = finished(row, self.processor.eos_token_ids)
+            running.length = len(request.example.input_ids) + len(generation.tokens)
             if request.on_tokens and generation.tokens[running.told :]:
                 request.on_tokens(generation.tokens[running.told :])
                 running.told = len(generation.tokens)
@@ -182,7 +185,7 @@ class Engine:
     def _abandon(self) -> None:
         """Frees the slots of answers that nobody waits for any more."""
         if self._running:
-            self._run_advance(np.ones(self.shape.slots, bool), 0, 1)
+            self._run_advance(np.ones(self.shape.slots, bool), 0, 1, self.shape.size)
             self._running.clear()
             self._free = self._all_slots()
 
@@ -195,7 +198,8 @@ class Engine:
                 features = self._look(rows)
             for length in self.shape.lengths:
                 self._run_insert(cut(rows.batch, length), features, Prompts.none(self.shape.groups, samples))
-            self._run_advance(np.zeros(self.shape.slots, bool), 1, 1)
+            for span in self.shape.spans:
+                self._run_advance(np.zeros(self.shape.slots, bool), 1, 1, span)
         jax.block_until_ready(self._state)
 
     # Where things are.

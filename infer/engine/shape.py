@@ -13,6 +13,7 @@ _ROUNDING = 1.06  # by which a frame may grow when its sides are rounded to whol
 _SMALLEST_FRAME = 16  # patches, Qwen2-VL's least
 _FRAMES_A_BIN = 8  # at most
 _LENGTHS = (0.75, 0.9375, 1.0)  # of rows, as shares of the longest: one large clip seldom fills a row
+_SPANS = (0.25, 0.5, 0.75, 1.0)  # of the slots' tokens that decoding reads, as shares of all
 _STEPS = 8  # in which a row's bins are run, about: those at its end that are not in use are left out
 
 
@@ -38,6 +39,16 @@ class EngineShape:
                 f"{self.slots} slots cannot be shared by {self.groups} parts of the mesh, with {self.prompt_tokens} "
                 f"tokens a prompt and {self.new_tokens} an answer. Give a multiple of {self.groups} slots."
             )
+
+    @property
+    def size(self) -> int:
+        """Tokens that a slot has room for."""
+        return self.prompt_tokens + self.new_tokens
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """How many of a slot's tokens decoding reads, ascending: the first that all answers under way fit."""
+        return tuple(sorted({min(_round_up(self.size * share, 64), self.size) for share in _SPANS}))
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -83,17 +83,27 @@ def prefill(
     return _emit(state, logits, eos_ids)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="span")
 def decode(
-    model: Tarsier, state: DecodeState, eos_ids: Int[Array, " E"], steps: Int[Array, ""], wanted: Int[Array, ""]
+    model: Tarsier,
+    state: DecodeState,
+    eos_ids: Int[Array, " E"],
+    steps: Int[Array, ""],
+    wanted: Int[Array, ""],
+    span: int | None = None,
 ) -> DecodeState:
-    """Goes on for `steps` tokens a row, or until `wanted` answers have ended since, or all."""
+    """Goes on for `steps` tokens a row, or until `wanted` answers have ended since, or all.
+
+    span: of the cache's slots that are read, if not all; it also ends where an answer would need more.
+    """
     begun = jnp.sum(~state.done)
+    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, span=span))
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
         step, state = carry
         running = jnp.sum(~state.done)
-        return (step < steps) & (running > 0) & (begun - running < wanted)
+        longest = jnp.max(jnp.where(state.done, 0, state.cache.lengths))
+        return (step < steps) & (running > 0) & (begun - running < wanted) & (longest < (span or longest + 1))
 
     def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         step, state = carry
@@ -101,7 +111,8 @@ def decode(
         cache = dataclasses.replace(cache, lengths=jnp.where(state.done, state.cache.lengths, cache.lengths))
         return step + 1, _emit(dataclasses.replace(state, cache=cache), logits, eos_ids)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    _, state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, span=None))
 
 
 def _emit(state: DecodeState, logits: Array, eos_ids: Array) -> DecodeState:

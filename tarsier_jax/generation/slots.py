@@ -151,7 +151,7 @@ def insert(
     )
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="span")
 def advance(
     model: Tarsier,
     state: DecodeState,
@@ -159,9 +159,10 @@ def advance(
     eos_ids: Int[Array, " E"],
     steps: Int[Array, ""],
     wanted: Int[Array, ""],
+    span: int | None = None,
 ) -> tuple[DecodeState, tuple[Array, Array]]:
     """`decode`, after cancelled answers were ended; and what the host reads: `done` and `tokens`."""
-    state = decode(model, dataclasses.replace(state, done=state.done | cancelled), eos_ids, steps, wanted)
+    state = decode(model, dataclasses.replace(state, done=state.done | cancelled), eos_ids, steps, wanted, span)
     return state, (state.done, state.tokens)
 
 

@@ -42,7 +42,7 @@ class Attention(nnx.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None and T == 1:
             cache = cache.append(layer, k, v)
-            out = attend(q, cache.k[layer], cache.v[layer], kv_lengths=cache.lengths + 1)
+            out = attend(q, *cache.read(layer), kv_lengths=cache.lengths + 1)
         else:
             cache = cache.fill(layer, k, v) if cache is not None else None
             out = attend(q, k, v, causal=True, segment_ids=segment_ids, implementation=self.implementation)

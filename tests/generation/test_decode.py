@@ -104,3 +104,21 @@ def test_the_cache_is_donated(model: Tarsier) -> None:
     state = decode_module.prefill(model, batch, sampling, eos, keys, np.int32(8), max_new=8)
     decode_module.decode(model, state, eos, np.int32(4), np.int32(1))
     assert state.cache.k.is_deleted()
+
+
+def test_a_span_of_the_cache(model: Tarsier) -> None:
+    """What is read of the cache changes nothing; decoding stops where an answer needs more, and goes on with more."""
+    _, batch = reference.make_case(CASE, model.config)
+    rows, longest = batch.input_ids.shape[0], int(batch.lengths.max())
+    keys = jax.random.split(jax.random.key(0), rows)
+    sampling, eos = make_sampling(rows), np.zeros(0, np.int32)
+
+    def begin() -> decode_module.DecodeState:
+        return decode_module.prefill(model, batch, sampling, eos, keys, np.int32(24), max_new=24)
+
+    whole = decode_module.decode(model, begin(), eos, np.int32(24), np.int32(rows))
+    stopped = decode_module.decode(model, begin(), eos, np.int32(24), np.int32(rows), span=longest + 8)
+    assert int(stopped.counts.max()) == 9  # the prefill's, and one for each place in the span
+    gone_on = decode_module.decode(model, stopped, eos, np.int32(24), np.int32(rows), span=longest + 23)
+    np.testing.assert_array_equal(gone_on.tokens, whole.tokens)
+    assert gone_on.done.all()
