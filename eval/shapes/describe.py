@@ -42,15 +42,15 @@ def describe_grounded(scene: Scene, n: int = 16, rng: np.random.Generator | None
 
 
 def describe_frame(scene: Scene, frame: int) -> str:
-    """What is where in one frame, from left to right.
+    """What is where in one frame, place by place: row by row, from left to right.
 
     "A large red circle at the top left, a small blue bar tilted clockwise in the middle."
     """
     poses = [(pose_at(scene, i, frame), shape.kind) for i, shape in enumerate(scene.shapes)]
+    placed = [(_ninth(pose.y / scene.height), _ninth(pose.x / scene.width), pose, kind) for pose, kind in poses]
     shown = [
-        f"{article(f'{_size(pose.size)} {pose.colour} {kind}')} {_tilt(kind, pose.angle)}"
-        f"{_place(pose.x / scene.width, pose.y / scene.height)}"
-        for pose, kind in sorted(poses, key=lambda p: p[0].x)
+        f"{article(f'{_size(pose.size)} {pose.colour} {kind}')} {_tilt(kind, pose.angle)}{PLACES[row][column]}"
+        for row, column, pose, kind in sorted(placed, key=lambda p: (p[0], p[1], p[2].x, p[2].y))
         if pose.present
     ]
     return as_sentence(", ".join(shown) or "nothing")
@@ -69,9 +69,9 @@ def _tilt(kind: str, angle: float) -> str:
     return "" if abs(angle) < _UPRIGHT else f"tilted {TURNS[0] if angle > 0 else TURNS[1]} "
 
 
-def _place(x: float, y: float) -> str:
-    """In which ninth of the frame (x, y) lies, both 0 to 1."""
-    return PLACES[min(int(3 * y), 2)][min(int(3 * x), 2)]
+def _ninth(share: float) -> int:
+    """In which row or column of ninths something lies, that is so far down or across, 0 to 1."""
+    return min(int(3 * share), 2)
 
 
 def frame_groups(scene: Scene, n: int) -> list[tuple[int, int, list[int]]]:

@@ -27,7 +27,7 @@ def test_plain() -> None:
 
 
 def test_what_is_where_in_a_frame() -> None:
-    """From left to right, in ninths of the frame, under the names that the shapes bear by then."""
+    """Row by row, from left to right, in ninths of the frame, under the names that the shapes bear by then."""
     assert describe_frame(by_hand(), 0) == "A small red circle at the top right, a small green bar at the bottom right."
     assert (
         describe_frame(by_hand(), 30) == "A large blue circle at the top left, a small green bar at the bottom right."
@@ -41,6 +41,8 @@ def test_what_is_where_in_a_frame() -> None:
     middle = dataclasses.replace(by_hand(), shapes=(Shape("ring", gone), bar), events=())
     assert describe_frame(middle, 0) == "A small green bar at the bottom right."
     assert describe_frame(dataclasses.replace(middle, shapes=middle.shapes[:1]), 0) == "Nothing."
+    above = dataclasses.replace(by_hand(), shapes=(bar, Shape("ring", dataclasses.replace(bar.pose, y=0.2))), events=())
+    assert describe_frame(above, 0).startswith("A small green ring at the top right, a small green bar")
     seen = {Shape("ring", dataclasses.replace(gone, present=True, x=x, y=y)) for x in (0.3, 0.4) for y in (0.6, 0.7)}
     told = {describe_frame(dataclasses.replace(middle, shapes=(shape,)), 0) for shape in seen}
     assert told == {f"A small red ring {place}." for row in PLACES[1:] for place in row[:2]}
