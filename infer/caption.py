@@ -6,7 +6,7 @@ a run goes on where it was. Exit status 1 if a clip could not be captioned. OUT.
 the end.
 
 Several machines: give each --num_shards N --shard_index I, or start each with --distributed. Each writes a file of its
-own, OUT.00000-of-00004.jsonl and so on. See docs/captioning.md.
+own, OUT.00000-of-00004.jsonl and so on. Or start one with --ray ADDRESS. See docs/captioning.md.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 
+from infer.cluster import lines_from_ray
 from infer.engine import Report
 from infer.inputs import Item, find_items, is_list
 from infer.job import Job
@@ -47,6 +48,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_shards", type=int, default=1, help="parts that the list is dealt out in")
     parser.add_argument("--shard_index", type=int, default=0, help="which part is captioned here, from 0 on")
     parser.add_argument("--distributed", action="store_true", help="find the other processes (TPU pod, Slurm, MPI)")
+    parser.add_argument("--ray", metavar="ADDRESS", help='caption on a Ray cluster: HOST:PORT, "auto" or "local"')
+    parser.add_argument("--ray_actors", type=int, help="engines on it (default: as there are accelerators, or nodes)")
     parser.add_argument("--limit", type=int, help="caption no more clips than this")
     parser.add_argument("--overwrite", action="store_true", help="begin anew")
     add_precision_flags(parser)
@@ -57,6 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     job = Job.of(args)
     prepare_process()
+    if args.ray:
+        _check_ray_flags(args)
     output, items = share_of(args, *(_find_processes() if args.distributed else (1, 0)))
     lines = lines_of(output)
     # Files are known by their names, as others may have come; lines of a list by their index too.
@@ -67,7 +72,8 @@ def main(args: argparse.Namespace) -> int:
     todo = [item for item in items if json.dumps([getattr(item, field) for field in fields]) not in done]
     _log(f"{len(items)} clips, {len(items) - len(todo)} of them done before, into {output}")
     if todo:
-        failed += caption_here(todo, job, lines, args)
+        caption = caption_on_ray if args.ray else caption_here
+        failed += caption(todo, job, lines, args)
     if output != lines:
         write_parquet(lines, output)
     return 1 if failed else 0
@@ -82,12 +88,26 @@ def caption_here(todo: Sequence[Item], job: Job, lines: Path, args: argparse.Nam
     return tally.errors
 
 
+def caption_on_ray(todo: Sequence[Item], job: Job, lines: Path, args: argparse.Namespace) -> int:
+    """As `caption_here`, with engines on a Ray cluster."""
+    tally = write_lines(lines_from_ray(todo, job, args.ray, args.ray_actors), len(todo), lines, args.overwrite)
+    _log(f"{tally}, the actors' start among them")
+    return tally.errors
+
+
 def summary(report: Report, loading: LoadReport, compilations: int) -> str:
     return (
         f"device busy {report.busy_share:.0%}, {compilations} compilations after warm-up\n"
         f"padding: {report.patch_padding:.1%} of patches, {report.token_padding:.1%} of prompt tokens\n"
         f"loading: {loading.frames / max(loading.seconds, 1e-9):.0f} frames/s a worker"
     )
+
+
+def _check_ray_flags(args: argparse.Namespace) -> None:
+    if args.distributed:
+        raise InputError("--ray and --distributed both spread clips over machines. Give one of them.")
+    if args.ray_actors is not None and args.ray_actors < 1:
+        raise InputError(f"--ray_actors {args.ray_actors} has to be at least 1.")
 
 
 def _find_processes() -> tuple[int, int]:
