@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 EVAL = ["imageio[ffmpeg]>=2.34"]  # writes clips
 INT8 = ["qwix>=0.1.8,<0.2"]
+RAY = ["ray[data]>=2.53,<2.64"]  # 2.64 takes away the flag that bounds retries
 TRAIN = [*EVAL, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"]
 
 setup(
@@ -35,11 +36,13 @@ setup(
         "demo": [],  # the library is enough
         "eval": EVAL,
         "int8": INT8,
+        "ray": RAY,
         "train": TRAIN,
         # jax[tpu] brings the TPU compiler, which needs no TPU.
         "test": [
             *TRAIN,
             *INT8,
+            *RAY,
             "pyarrow>=15",
             "jax[tpu]",
             "torch==2.13.0",

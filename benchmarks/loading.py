@@ -54,7 +54,7 @@ def original(paths: Sequence[Path], max_pixels: int) -> int:
 
 def ours(paths: Sequence[Path], processor: Processor, workers: int) -> tuple[int, LoadReport]:
     report = LoadReport()
-    items = [Item(i, str(path), {}) for i, path in enumerate(paths)]
+    items = [Item(i, i, str(path), {}) for i, path in enumerate(paths)]
     for loaded in load_requests(items, processor, PROMPT, Request, workers, report):
         assert isinstance(loaded, Request), loaded
     return report.frames, report

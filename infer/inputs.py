@@ -19,10 +19,11 @@ _NESTED = ("messages", "extra_info", "image_processing_config")  # columns that 
 class Item:
     """One clip to caption.
 
-    idx: of the line itself, else its place in the list.  input: the file's name, or where the line stands.
-    line: what the list says about it; empty for a file.
+    number: its place in the list.  idx: of the line itself, else the number.  input: the file's name, or where the
+    line stands.  line: what the list says about it; empty for a file.
     """
 
+    number: int
     idx: Any
     input: str
     line: Mapping[str, Any]
@@ -86,7 +87,7 @@ def find_items(source: str) -> list[Item]:
     if is_list(source):
         return list(_read_list(path))
     paths = find_inputs(source) if path.exists() or not glob.has_magic(source) else _globbed(source)
-    return [Item(i, str(file), {}) for i, file in enumerate(paths)]
+    return [Item(i, i, str(file), {}) for i, file in enumerate(paths)]
 
 
 def is_list(source: str) -> bool:
@@ -123,12 +124,14 @@ def _item(path: Path, number: int, line: Any) -> Item:
         try:
             line = json.loads(line)
         except ValueError:
-            return Item(number, place, {"error": f"{place} is no JSON. Each line is an object or a path in quotes."})
+            line = {"error": f"{place} is no JSON. Each line is an object or a path in quotes."}
+            return Item(number, number, place, line)
     if isinstance(line, str):
-        return Item(number, line, {"input": line})
+        return Item(number, number, line, {"input": line})
     if not isinstance(line, Mapping) or not ("messages" in line or isinstance(line.get("input"), str)):
-        return Item(number, place, {"error": f'{place} has neither "messages" nor "input". Give one of them.'})
-    return Item(line.get("idx", number), line.get("input") or place, line)
+        line = {"error": f'{place} has neither "messages" nor "input". Give one of them.'}
+        return Item(number, number, place, line)
+    return Item(number, line.get("idx", number), line.get("input") or place, line)
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:

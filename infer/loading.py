@@ -20,7 +20,7 @@ _BUFFERED = 2  # clips a worker holds ready
 @jax.tree_util.register_dataclass  # as a tree, its arrays come out of worker processes through shared memory
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """An item's prompt, or why there is none; number: of the item in its list.  seconds: that it took."""
+    """An item's prompt, or why there is none; number: the item's.  seconds: that it took."""
 
     number: int
     example: Example | None
@@ -41,14 +41,13 @@ class _Prepare(grain.transforms.Map):
     processor: Processor
     prompt: str
 
-    def map(self, element: tuple[int, Item]) -> Prepared:
-        number, item = element
+    def map(self, element: Item) -> Prepared:
         start = time.perf_counter()
         try:
-            example, error = self.processor(item.sample(self.prompt)), None
+            example, error = self.processor(element.sample(self.prompt)), None
         except Exception as e:  # whatever a file of millions does, the run goes on, and its line says why
             example, error = None, f"{e}" if isinstance(e, InputError) else repr(e)
-        return Prepared(number, example, error, time.perf_counter() - start)
+        return Prepared(element.number, example, error, time.perf_counter() - start)
 
 
 def load_requests(
@@ -63,7 +62,7 @@ def load_requests(
 
     workers: processes; 0 loads in this one.
     """
-    dataset = grain.MapDataset.source(list(enumerate(items))).map(_Prepare(processor, prompt))
+    dataset = grain.MapDataset.source(list(items)).map(_Prepare(processor, prompt))
     loaded = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if workers:
         if not flags.FLAGS.is_parsed():

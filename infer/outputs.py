@@ -1,11 +1,16 @@
 """Lines that are written as they come, and read again when a run goes on; and Parquet files made of them."""
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from tqdm import tqdm
 
 from tarsier_jax.errors import InputError
 
@@ -51,6 +56,41 @@ class LineWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+@dataclasses.dataclass
+class Tally:
+    """What a run has written since it began: captions, errors, and the captions' tokens."""
+
+    captions: int = 0
+    errors: int = 0
+    tokens: int = 0
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        self.errors += "error" in line
+        self.captions += "error" not in line
+        self.tokens += line.get("tokens", 0)
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.began
+        return (
+            f"{self.captions} captions and {self.errors} errors in {seconds:.1f} s: "
+            f"{self.captions / seconds:.2f} clips/s, {self.tokens / seconds:.0f} tokens/s"
+        )
+
+
+def write_lines(lines: Iterable[Mapping[str, Any]], total: int, path: Path, overwrite: bool = False) -> Tally:
+    """Writes each as it comes, and shows how far it is on the way to `total`."""
+    writer, tally = LineWriter(path, overwrite), Tally()
+    with contextlib.closing(writer), tqdm(total=total, unit="clip", smoothing=0.1) as bar:
+        for line in lines:
+            writer.write(line)
+            tally.add(line)
+            rate = tally.tokens / (time.perf_counter() - tally.began)
+            bar.set_postfix_str(f"{rate:.0f} tokens/s, {tally.errors} errors", refresh=False)
+            bar.update()
+    return tally
 
 
 def lines_of(output: Path) -> Path:

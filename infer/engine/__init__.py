@@ -4,6 +4,17 @@ from infer.engine.engine import Engine
 from infer.engine.report import Report
 from infer.engine.requests import Answer, Refusal, Request
 from infer.engine.shape import EngineShape, fit_shape
+from infer.engine.shared import SharedEngine
 from infer.engine.texts import answer_samples
 
-__all__ = ["Answer", "Engine", "EngineShape", "Refusal", "Report", "Request", "answer_samples", "fit_shape"]
+__all__ = [
+    "Answer",
+    "Engine",
+    "EngineShape",
+    "Refusal",
+    "Report",
+    "Request",
+    "SharedEngine",
+    "answer_samples",
+    "fit_shape",
+]

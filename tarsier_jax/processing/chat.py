@@ -1,6 +1,7 @@
 """From messages to token ids: chat templates, the tokens that stand for visuals, and labels."""
 
 import re
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from tarsier_jax.processing.image import read_json
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
+
+_RENDERING = threading.Lock()  # transformers keeps one compiled template a process, with the state of its rendering
 
 _SYSTEM = """\
 {%- if messages[0].role != 'system' -%}
@@ -126,9 +129,10 @@ def encode_messages(
     messages, options = _final_turn(template, [_renderable(m) for m in messages], training)
     with_mask = marked and not options.get("continue_final_message")
     try:
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=with_mask, **options
-        )
+        with _RENDERING:
+            encoded: Any = tokenizer.apply_chat_template(
+                messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=with_mask, **options
+            )
     except (jinja2.TemplateError, TypeError, ValueError) as e:
         raise InputError(f"The chat template cannot render these messages: {e}. Check their roles and order.") from None
     input_ids = np.array(encoded["input_ids"], np.int32)

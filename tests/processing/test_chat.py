@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,14 @@ def test_a_prompt(encode) -> None:
     question = f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>What happens?<|im_end|>\n"
     assert prompt == f"{SYSTEM}{question}<|im_start|>assistant\n"
     assert trained == ""
+
+
+def test_several_threads_at_once(encode) -> None:
+    """Each gets the labels of its own messages."""
+    asked = [[message("user", text("?")), message("assistant", text(f"{'A ' * n}cat."))] for n in range(8)] * 50
+    expected = [encode(messages, training=True) for messages in asked[:8]] * 50
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda messages: encode(messages, training=True), asked)) == expected
 
 
 def test_the_number_of_tokens_is_the_originals(tokenizer, encode, tables: dict) -> None:

@@ -11,7 +11,7 @@ import pytest
 import tarsier_jax
 from eval.shapes.annotations import GROUNDED_PROMPT, PROMPT, ask
 from eval.shapes.clips import Clip, draw_clips
-from infer.engine import Answer, Engine, Refusal, Request, fit_shape
+from infer.engine import Answer, Engine, Refusal, Request, SharedEngine, fit_shape
 from infer.runtime import Compilations
 from tarsier_jax.errors import InputError
 from tarsier_jax.models.tarsier import Tarsier
@@ -120,6 +120,31 @@ def test_requests_may_come_slowly(engine: Engine, examples: list[Example]) -> No
         assert isinstance(answer, Answer)
         answered.set()
     assert answered.is_set()
+
+
+def test_several_threads_share_it(loaded: tuple[Tarsier, Processor], engine: Engine, examples: list[Example]) -> None:
+    """Each gets the answers to what it asked, refusals among them; the second asks while the first one's go on."""
+    expected = answers(engine, _greedy(examples))
+    shared, asked, got = SharedEngine(Engine(*loaded, engine.shape)), threading.Event(), [dict(), dict()]
+
+    def requests(part: int) -> Iterator[Request | Refusal]:
+        assert part == 0 or asked.wait(60)
+        yield Refusal(f"part {part}", "broken")
+        yield from _greedy(examples)[part::2]
+        asked.set()
+
+    def run(part: int) -> None:
+        for result in shared.run(requests(part)):
+            got[part][result.key if isinstance(result, Refusal) else result.request.key] = result
+
+    threads = [threading.Thread(target=run, args=(part,)) for part in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for part in range(2):
+        assert got[part].pop(f"part {part}").reason == "broken"
+        assert {i: a.tokens for i, a in got[part].items()} == {i: expected[i].tokens for i in expected if i % 2 == part}
 
 
 def test_refusals(engine: Engine, examples: list[Example]) -> None:
