@@ -4,10 +4,10 @@
     python -m benchmarks.bulk --clips 300 --small --kills 10
     python -m benchmarks.bulk --clips 2000 --small           # is memory flat?
 
-Moving shapes are written as mp4 files of all sizes, landscape and portrait (with --small, of the embedded model's own
-sizes), and captioned by the embedded model in float32. Prints the program's own summary of its last run (throughput,
-padding, compilations), whether every clip has its one line and its caption the words that `infer.describe` finds, and
-the memory of all its processes at each tenth of the clips.
+Moving shapes are written as mp4 files of all sizes, landscape and portrait (with --small, of the sizes and lengths that
+the embedded model is scored on), and captioned by the embedded model in float32, with three prompts in turn. Prints the
+program's own summary of its last run (throughput, padding, compilations), whether every clip has its one line and its
+caption the words that `infer.describe` finds, and the memory of all its processes at each tenth of the clips.
 """
 
 import argparse
@@ -26,18 +26,21 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
+from eval.shapes.annotations import GROUNDED_PROMPT, PROMPT
 from eval.shapes.clips import HELD_OUT, draw_clips
 from eval.shapes.render import write_clip
 from tarsier_jax.weights import EMBEDDED, resolve
 
 SHORT_SIDES = (360, 480, 540, 720, 1080)
 ASPECTS = (16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16)
+PROMPTS = (PROMPT, GROUNDED_PROMPT, "What happens first?")
 
 
 def write_clips(directory: Path, count: int, small: bool) -> list[Path]:
     rng = np.random.default_rng(0)
     paths = [directory / f"{i}.mp4" for i in range(count)]
-    for path, clip in zip(paths, draw_clips(HELD_OUT, count), strict=True):
+    for i, path in enumerate(paths):
+        (clip,) = draw_clips(HELD_OUT + i, 1, other=small and i % 2 == 1)
         frames = clip.video["frames"]
         if small:
             write_clip(path, frames)
@@ -192,7 +195,8 @@ def examine(args: argparse.Namespace, directory: Path) -> int:
     clips.mkdir()
     paths = break_clips(write_clips(clips, args.clips, args.small), args.broken)
     source = directory / "list.jsonl"
-    source.write_text("".join(json.dumps(str(path)) + "\n" for path in paths))
+    asked = [{"input": str(path), "prompt": PROMPTS[i % len(PROMPTS)]} for i, path in enumerate(paths)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in asked))
     shared = ["--model", str(model), "--n_frames", str(args.n_frames), "--max_new_tokens", "96"]
     sizes = ["--slots", str(args.slots), "--workers", str(args.workers)]
     files = ["--input", str(source), "--output", str(output)]
@@ -216,9 +220,14 @@ def compare(lines: list[dict], count: int, flags: list[str]) -> bool:
     asked = sorted((line for line in lines if "caption" in line), key=lambda line: line["idx"])[:count]
     if not asked:
         return True
-    command = [sys.executable, "-m", "infer.describe", *flags, "--json", "--input", *(line["input"] for line in asked)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    alone = {line["input"]: line["caption"] for line in map(json.loads, told)}
+    alone = {}
+    for prompt in PROMPTS:
+        inputs = [line["input"] for line in asked if line["prompt"] == prompt]
+        if not inputs:
+            continue
+        command = [sys.executable, "-m", "infer.describe", *flags, "--json", "--prompt", prompt, "--input", *inputs]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        alone |= {line["input"]: line["caption"] for line in map(json.loads, told)}
     same = sum(alone[line["input"]] == line["caption"] for line in asked)
     print(f"{same} of {len(asked)} captions equal those of infer.describe")
     return same == len(asked)

@@ -10,6 +10,7 @@ from absl import flags
 
 from infer.engine import Refusal, Request
 from infer.inputs import Item
+from infer.runtime import prepare_worker
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
@@ -68,7 +69,7 @@ def load_requests(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads flags of its own, which no command line of ours holds
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BUFFERED)
-        loaded = loaded.mp_prefetch(options, worker_init_fn=_leave_devices_alone)
+        loaded = loaded.mp_prefetch(options, worker_init_fn=prepare_worker)
     for prepared in loaded:
         if prepared.example is None:
             yield Refusal(prepared.number, prepared.error)
@@ -76,7 +77,3 @@ def load_requests(
         report.seconds += prepared.seconds
         report.frames += int(prepared.example.grid_thw[:, 0].sum())
         yield make(prepared.number, prepared.example)
-
-
-def _leave_devices_alone(worker: int, workers: int) -> None:
-    jax.config.update("jax_platforms", "cpu")

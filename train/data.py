@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from infer.runtime import prepare_worker
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.packing import Row, RowShape, Unit
@@ -347,9 +348,5 @@ def make_rows(
     if workers:
         flags.FLAGS.mark_as_parsed()  # grain reads flags of its own, which no command line of ours holds
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        return packed.mp_prefetch(options, worker_init_fn=_leave_devices_alone)
+        return packed.mp_prefetch(options, worker_init_fn=prepare_worker)
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2 * local)
-
-
-def _leave_devices_alone(worker: int, workers: int) -> None:
-    jax.config.update("jax_platforms", "cpu")
