@@ -14,7 +14,8 @@ from tarsier_jax.weights import EMBEDDED, resolve
 if __name__ == "__main__":
     directory = resolve(EMBEDDED)
     processor = load_processor(directory, load_config(directory))
-    requests = load_requests(find_items(sys.argv[1]), processor, "Describe.", Request, 1, LoadReport())
+    items = find_items(sys.argv[1]) * 100  # more than are held ready, so that the worker has something to do
+    requests = load_requests(items, processor, "Describe.", Request, 1, LoadReport())
     next(requests)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(600)
