@@ -1,11 +1,11 @@
 """One engine for several threads."""
 
+import dataclasses
 import os
 import queue
 import threading
 import traceback
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from infer.engine.engine import Engine
 from infer.engine.requests import Answer, Refusal, Request
@@ -21,11 +21,10 @@ class SharedEngine:
         self.processor, self.text = engine.processor, engine.text
         self._engine = engine
         self._requests: queue.Queue[Request] = queue.Queue(1)  # the engine itself draws ahead
-        self._asking: dict[Any, queue.SimpleQueue[Answer | Refusal]] = {}  # by key, where the answer goes
         threading.Thread(target=self._run, daemon=True).start()
 
     def run(self, requests: Iterable[Request | Refusal]) -> Iterator[Answer | Refusal]:
-        """As `Engine.run`, but all requests are drawn first. No two threads' requests share a key."""
+        """As `Engine.run`, but all requests are drawn first."""
         results: queue.SimpleQueue[Answer | Refusal] = queue.SimpleQueue()
         asked = 0
         for request in requests:
@@ -33,16 +32,19 @@ class SharedEngine:
             if isinstance(request, Refusal):
                 results.put(request)
             else:
-                self._asking[request.key] = results
-                self._requests.put(request)
+                self._requests.put(dataclasses.replace(request, key=(results, request.key)))
         for _ in range(asked):
             yield results.get()
 
     def _run(self) -> None:
         try:
             for result in self._engine.run(iter(self._requests.get, None)):
-                key = result.key if isinstance(result, Refusal) else result.request.key
-                self._asking.pop(key).put(result)
+                if isinstance(result, Refusal):
+                    results, key = result.key
+                    results.put(dataclasses.replace(result, key=key))
+                else:
+                    results, key = result.request.key
+                    results.put(dataclasses.replace(result, request=dataclasses.replace(result.request, key=key)))
         except BaseException:
             traceback.print_exc()
             os._exit(1)
