@@ -29,7 +29,7 @@ class Prepared:
 
     number: int
     example: Example | None
-    error: str | None
+    error: str  # empty if there is an example
     seconds: float
 
 
@@ -49,7 +49,7 @@ class _Prepare(grain.transforms.Map):
     def map(self, element: Item) -> Prepared:
         start = time.perf_counter()
         try:
-            example, error = self.processor(element.sample(self.prompt)), None
+            example, error = self.processor(element.sample(self.prompt)), ""
         except Exception as e:  # whatever a file of millions does, the run goes on, and its line says why
             example, error = None, f"{e}" if isinstance(e, InputError) else repr(e)
         return Prepared(element.number, example, error, time.perf_counter() - start)
