@@ -132,7 +132,7 @@ def main() -> int:
             Request(i, e, limit) for i, (e, limit) in enumerate(zip(examples, limits, strict=True))
         ):
             assert isinstance(answer, Answer), answer
-            found[answer.request.key] = answer.tokens
+            found[answer.key] = answer.tokens
         return [found[i] for i in range(n)]
 
     theirs.answer(examples[:1], [2])  # what PyTorch does at a first call

@@ -1,4 +1,4 @@
-"""Frames decoded and patchified a second: ours with worker processes, against the original's calls in one thread.
+"""Frames decoded and patchified a second: ours in threads, against the original's calls in one thread.
 
     python -m benchmarks.loading --clips 40 --workers 2
 
@@ -70,7 +70,7 @@ def main() -> int:
     args = parser.parse_args()
     _, processor = tarsier_jax.load(EMBEDDED)
     processor = dataclasses.replace(processor, image=ImageOptions())
-    rates: dict[str, list[float]] = {"original": [], "ours": [], "a worker": []}
+    rates: dict[str, list[float]] = {"original": [], "ours": [], "a thread": []}
     with tempfile.TemporaryDirectory() as directory:
         paths = write_clips(Path(directory), args.clips, small=False)
         for _ in range(args.rounds):
@@ -80,11 +80,11 @@ def main() -> int:
             start = time.perf_counter()
             count, report = ours(paths, processor, args.workers)
             rates["ours"].append(count / (time.perf_counter() - start))
-            rates["a worker"].append(report.frames / report.seconds)
+            rates["a thread"].append(report.frames / report.seconds)
     for name, found in rates.items():
         print(f"{name:<10} {statistics.median(found):7.1f} frames/s  ({', '.join(f'{rate:.1f}' for rate in found)})")
     ratio = np.median(np.divide(rates["ours"], rates["original"]))
-    print(f"ours with {args.workers} workers: {ratio:.2f} times the original's one thread")
+    print(f"ours with {args.workers} threads: {ratio:.2f} times the original's one thread")
     return 0
 
 

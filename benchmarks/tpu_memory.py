@@ -52,8 +52,7 @@ def abstract_model(config: ModelConfig, mesh: Mesh) -> Tarsier:
 
 def abstract_slots(config: ModelConfig, shape: EngineShape, mesh: Mesh) -> DecodeState:
     """The state of all slots, laid out as the engine does."""
-    size = shape.prompt_tokens + shape.new_tokens
-    state = jax.eval_shape(lambda: empty_slots(config, shape.slots, size, shape.new_tokens))
+    state = jax.eval_shape(lambda: empty_slots(config, shape.slots, shape.size, shape.new_tokens))
     return jax.tree.map(_placed, state, slot_shardings(state, mesh))
 
 

@@ -43,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="clip i is sampled with seed + i")
     parser.add_argument("--slots", type=int, default=32, help="captions under way at once, over all devices")
     parser.add_argument("--prompt_tokens", type=int, help="room for the longest prompt, if not for --n_frames and text")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode videos (default 2)")
+    parser.add_argument("--workers", type=int, default=2, help="threads that decode videos (default 2)")
     parser.add_argument("--mesh", default="", help="such as data=2,tensor=4; data takes all devices if not given")
     parser.add_argument("--num_shards", type=int, default=1, help="parts that the list is dealt out in")
     parser.add_argument("--shard_index", type=int, default=0, help="which part is captioned here, from 0 on")
@@ -99,7 +99,7 @@ def summary(report: Report, loading: LoadReport, compilations: int) -> str:
     return (
         f"device busy {report.busy_share:.0%}, {compilations} compilations after warm-up\n"
         f"padding: {report.patch_padding:.1%} of patches, {report.token_padding:.1%} of prompt tokens\n"
-        f"loading: {loading.frames / max(loading.seconds, 1e-9):.0f} frames/s a worker"
+        f"loading: {loading.frames / max(loading.seconds, 1e-9):.0f} frames/s a thread"
     )
 
 

@@ -79,8 +79,7 @@ class Job:
 
         numbered = {item.number: item for item in items}
         for result in engine.run(load_requests(items, engine.processor, self.prompt, make, self.workers, loading)):
-            number = result.key if isinstance(result, Refusal) else result.request.key
-            yield _line(numbered[number], result, engine, self.prompt)
+            yield _line(numbered[result.key], result, engine, self.prompt)
 
 
 def mesh_sizes(flag: str) -> dict[str, int]:

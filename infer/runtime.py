@@ -2,9 +2,7 @@
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
-import threading
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,19 +26,6 @@ def prepare_process() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "tarsier_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def prepare_worker(worker: int, workers: int) -> None:
-    """The `worker_init_fn` of grain's processes: they leave the devices alone, and end when their program is killed."""
-    jax.config.update("jax_platforms", "cpu")
-    program = multiprocessing.parent_process()
-
-    def end_with() -> None:
-        if program is not None:
-            program.join()
-            os._exit(1)
-
-    threading.Thread(target=end_with, daemon=True).start()
 
 
 def add_model_flag(parser: argparse.ArgumentParser) -> None:

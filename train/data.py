@@ -1,7 +1,7 @@
-"""The data of a run: annotation lines, mixed and shuffled, decoded in worker processes, packed into rows (grain).
+"""The data of a run: annotation lines, mixed and shuffled, decoded in threads, packed into rows (grain).
 
 One row of every batch packs the samples r, r + B, r + 2 B, ... of the shuffled mixture, for each r below B, the rows of
-a step in all. So the rows of a batch, but for their order, do not depend on how many processes or workers made them.
+a step in all. So the rows of a batch, but for their order, do not depend on how many processes or threads made them.
 """
 
 import dataclasses
@@ -14,9 +14,7 @@ from typing import Any, SupportsIndex
 import grain
 import jax
 import numpy as np
-from absl import flags
 
-from infer.runtime import prepare_worker
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.packing import Row, RowShape, Unit
@@ -34,8 +32,8 @@ class DataConfig:
     images start from.  tokens, bins, patches, frames, samples: the shape of a row, see `RowShape`.
     shuffle: lines anew at each pass, or keep the order of the files.  rows: of a step, over all devices and parts.
     lookahead: decoded samples among which a row looks for one that fits.
-    workers: processes that decode; 0 decodes in a thread.  max_bad_share: of samples that cannot be used, beyond which
-    the run stops.
+    workers: threads that decode, one at least.  max_bad_share: of samples that cannot be used, beyond which the run
+    stops.
     """
 
     train: str = ""
@@ -335,18 +333,17 @@ def make_rows(
     rows: int,
     process: int = 0,
     processes: int = 1,
-    workers: int = 0,
+    workers: int = 1,
 ) -> grain.IterDataset:
-    """This process's share of the `rows` rows of every step, step after step, made in worker processes."""
+    """This process's share of the `rows` rows of every step, step after step, made ahead in threads.
+
+    Threads and no processes: decoding, resizing and patchifying all let go of Python's lock, and a row's patches,
+    hundreds of megabytes, are handed over without a copy.
+    """
     local = rows // processes
-    workers = math.gcd(workers, local) if workers else 0
-    streams = local // max(workers, 1)
+    workers = math.gcd(max(workers, 1), local)
     samples = lines.seed(seed).random_map(LoadLine(load, packer, media_root))[process::processes]
     in_order = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    parents = [samples[stream::streams].to_iter_dataset(in_order) for stream in range(streams)]
-    packed = PackedRows(parents, packer)
-    if workers:
-        flags.FLAGS.mark_as_parsed()  # grain reads flags of its own, which no command line of ours holds
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        return packed.mp_prefetch(options, worker_init_fn=prepare_worker)
-    return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2 * local)
+    streams = [samples[stream::local].to_iter_dataset(in_order) for stream in range(local)]
+    packed = [PackedRows(streams[worker::workers], packer) for worker in range(workers)]
+    return grain.experimental.InterleaveIterDataset(packed, cycle_length=workers, iter_buffer_size=2)

@@ -104,7 +104,7 @@ def described(engine: Engine, first: int, count: int, temperature: float) -> Ite
     for answer in engine.run(requests()):
         if isinstance(answer, Refusal):
             raise InputError(answer.reason)
-        number, how = answer.request.key
+        number, how = answer.key
         told[number][how] = engine.text(answer)
         if len(told[number]) == 2:
             both = told.pop(number)

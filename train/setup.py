@@ -66,7 +66,7 @@ class Run:
         """How many shares there are."""
         return row_share(self.plan.mesh)[1]
 
-    def rows(self, lines: grain.MapDataset, rows: int, workers: int = 0) -> grain.IterDataset:
+    def rows(self, lines: grain.MapDataset, rows: int, workers: int = 1) -> grain.IterDataset:
         """This process's rows of packed samples, `rows` a step over all processes."""
         data = self.config.data
         packer = Packer(

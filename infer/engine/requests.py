@@ -43,6 +43,11 @@ class Answer:
     finish_reason: str
     seconds: float
 
+    @property
+    def key(self) -> Any:
+        """The request's."""
+        return self.request.key
+
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:

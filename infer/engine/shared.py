@@ -39,11 +39,10 @@ class SharedEngine:
     def _run(self) -> None:
         try:
             for result in self._engine.run(iter(self._requests.get, None)):
+                results, key = result.key
                 if isinstance(result, Refusal):
-                    results, key = result.key
                     results.put(dataclasses.replace(result, key=key))
                 else:
-                    results, key = result.request.key
                     results.put(dataclasses.replace(result, request=dataclasses.replace(result.request, key=key)))
         except BaseException:
             traceback.print_exc()

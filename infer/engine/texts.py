@@ -35,5 +35,5 @@ def answer_samples(
     for answer in tqdm(engine.run(requests()), desc=name, unit="clip", disable=name is None):
         if isinstance(answer, Refusal):
             raise InputError(answer.reason)
-        texts[answer.request.key] = engine.text(answer)
+        texts[answer.key] = engine.text(answer)
     return [texts[i] for i in range(len(texts))]

@@ -96,14 +96,14 @@ def decode(
 
     span: of the cache's slots that are read, if not all; it also ends where an answer would need more.
     """
-    begun = jnp.sum(~state.done)
+    begun, room = jnp.sum(~state.done), span or state.cache.k.shape[2]
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, span=span))
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
         step, state = carry
         running = jnp.sum(~state.done)
         longest = jnp.max(jnp.where(state.done, 0, state.cache.lengths))
-        return (step < steps) & (running > 0) & (begun - running < wanted) & (longest < (span or longest + 1))
+        return (step < steps) & (running > 0) & (begun - running < wanted) & (longest < room)
 
     def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         step, state = carry
