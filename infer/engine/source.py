@@ -24,12 +24,12 @@ class Source:
     def empty(self) -> bool:
         return self._items.empty()
 
-    def next(self, block: bool, seconds: float | None = None) -> Any | None:
-        """The next item; None if there is none, or none yet and `block` is false, or none for so many seconds."""
+    def next(self, block: bool) -> Any | None:
+        """The next item; None if there is none, or none yet and `block` is false."""
         if self.ended:
             return None
         try:
-            item = self._items.get(block, seconds)
+            item = self._items.get(block)
         except queue.Empty:
             return None
         if item is _END or isinstance(item, BaseException):
