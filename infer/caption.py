@@ -129,6 +129,8 @@ def _find_processes() -> tuple[int, int]:
 
 def share_of(args: argparse.Namespace, processes: int, process: int) -> tuple[Path, list[Item]]:
     """The file to write, and this process's clips. Raises InputError."""
+    if args.num_shards < 1 or (args.limit or 0) < 0:
+        raise InputError(f"--num_shards {args.num_shards} has to be at least 1, and --limit {args.limit} at least 0.")
     if not 0 <= args.shard_index < args.num_shards:
         raise InputError(f"--shard_index {args.shard_index} has to be from 0 to {args.num_shards - 1}.")
     shards = args.num_shards * processes

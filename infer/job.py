@@ -47,6 +47,10 @@ class Job:
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, 0, self.top_p)
+        if self.max_new_tokens < 1 or self.workers < 0:
+            raise InputError(
+                f"--max_new_tokens {self.max_new_tokens} has to be at least 1, and --workers {self.workers} at least 0."
+            )
         mesh_sizes(self.mesh)
         _ = self.options
 

@@ -166,6 +166,10 @@ def test_processes_that_do_not(clips: Path, tmp_path: Path) -> None:
         (("--mesh", "rows=1"), "--mesh rows=1 does not fit"),
         (("--temperature", -1), "temperature is -1"),
         (("--slots", 0), "0 slots cannot be shared"),
+        (("--num_shards", 0), "--num_shards 0 has to be at least 1"),
+        (("--limit", -1), "--limit -1 at least 0"),
+        (("--max_new_tokens", 0), "--max_new_tokens 0 has to be at least 1"),
+        (("--workers", -1), "--workers -1 at least 0"),
     ],
 )
 def test_bad_flags(clips: Path, tmp_path: Path, flags: tuple, message: str) -> None:
