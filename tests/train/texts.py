@@ -1,4 +1,4 @@
-"""Annotations of texts without media, which cost nothing to load. A module of its own, light for worker processes."""
+"""Annotations of texts without media, which cost nothing to load."""
 
 import json
 from collections.abc import Mapping, Sequence
