@@ -27,7 +27,7 @@ setup(
         "huggingface_hub",
         "pillow",
         "decord2>=3.4",
-        "grain>=0.2.15",  # decodes in worker processes
+        "grain>=0.2.15",  # decodes ahead
         "tqdm",
     ],
     extras_require={

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import grain
-import jax
 import numpy as np
 
 from tarsier_jax.errors import InputError
@@ -85,7 +84,6 @@ class Loaded:
     key: str = ""
 
 
-@jax.tree_util.register_dataclass  # as a tree, its arrays come out of worker processes through shared memory
 @dataclasses.dataclass(frozen=True)
 class PackedRow:
     """A row, the keys of its units, and since the stream's last one: samples drawn, and cut or bad ones among them."""

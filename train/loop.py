@@ -238,7 +238,7 @@ class _Loop:
         return Summary(self.step, self.loss, stopped, self.late_compilations, rates["data_wait"])
 
     def close(self) -> None:
-        """Waits for a save in progress, and ends the worker processes."""
+        """Waits for a save in progress, and ends the threads that make rows."""
         self.checkpoints.close()
         self.rows.close()
         self.log.close()
