@@ -1,4 +1,4 @@
-"""AdamW with cosine decay, global-norm clipping, learning-rate groups and layer-wise decay of the vision tower.
+"""AdamW, Muon for some matrices, cosine decay, clipping, learning-rate groups, layer-wise decay of the vision tower.
 
 Parameters are a flat dict, path -> array, as everywhere in this room: "decoder/norm/weight". Paths are chosen by
 regular expressions that match them whole.
@@ -17,6 +17,8 @@ from tarsier_jax.errors import InputError
 
 Params = dict[str, Any]
 
+_VECTORS = (r".*/bias", r".*norm[12]?/weight")  # parameters that are no matrices
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -25,8 +27,9 @@ class OptimizerConfig:
     peak_lr is reached after warmup_steps and decays along a cosine to final_lr at the last step.
     vision_layer_decay: the learning rate of the vision tower's block i of n is peak_lr * decay^(n - i), that of its
     patch embedding decay^(n + 1).  lr_groups: (regex, factor) pairs, the first match counts.  freeze: parameters that
-    are not trained; they have no optimizer state.  no_decay: parameters without weight decay.  mu_dtype: of the first
-    moment; the second stays float32, because bfloat16 would swallow its small increments.
+    are not trained; they have no optimizer state.  no_decay: parameters without weight decay.  muon: matrices that
+    Muon updates in place of Adam, see `_muon`.  mu_dtype: of the first moment; the second stays float32, because
+    bfloat16 would swallow its small increments.
     """
 
     peak_lr: float = 2e-5
@@ -40,7 +43,8 @@ class OptimizerConfig:
     vision_layer_decay: float = 0.9
     lr_groups: tuple[tuple[str, float], ...] = ()
     freeze: tuple[str, ...] = ()
-    no_decay: tuple[str, ...] = (r".*/bias", r".*norm[12]?/weight")
+    no_decay: tuple[str, ...] = _VECTORS
+    muon: tuple[str, ...] = ()
     mu_dtype: str = "float32"
 
 
@@ -108,18 +112,47 @@ def make_optimizer(
     Source of AdamW: arXiv 1711.05101.
 
     Raises:
-        InputError: see `split_frozen`, `make_schedule` and `lr_factors`.
+        InputError: see `split_frozen`, `make_schedule` and `lr_factors`; or a pattern of muon matches no parameter that
+            is trained, or one that is no matrix.
     """
     trained, _ = split_frozen(params, config.freeze)
     factors = {path: factor for path, factor in lr_factors(params, config).items() if path in trained}
     decayed = {path: not _matches(path, config.no_decay) for path in trained}
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype),
+        _direction(config, trained),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
+
+
+def _direction(config: OptimizerConfig, trained: Params) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype)
+    if not config.muon:
+        return adam
+    _check_patterns("muon", config.muon, trained)
+    kinds = {path: "muon" if _matches(path, config.muon) else "adam" for path in trained}
+    vectors = [path for path, kind in kinds.items() if kind == "muon" and _matches(path, _VECTORS)]
+    if vectors:
+        raise InputError(f"optimizer.muon matches {vectors[0]}, which is no matrix. Leave biases and norms to Adam.")
+    return optax.partition({"adam": adam, "muon": _muon(config)}, kinds)
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Steps along the nearest orthogonal matrix, 0.2 in root mean square, as large as AdamW's mostly are.
+
+    The last two dimensions are a matrix's, those before them stack layers. Source: arXiv 2502.16982, section 2.2.
+    """
+
+    def matrices(updates: Any) -> Any:
+        return jax.tree.map(lambda u: optax.contrib.MuonDimensionNumbers(u.ndim - 1, u.ndim - 2), updates)
+
+    def as_large_as_adam(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)
+
+    muon = optax.contrib.scale_by_muon(mu_dtype=config.mu_dtype, weight_dimension_numbers=matrices)
+    return optax.chain(muon, optax.stateless(as_large_as_adam))
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-# A learning rate that moves the loss, and a checkpoint every third step.
-SETTINGS = ("--config.optimizer.peak_lr=1e-3", "--config.save_every=3", "--config.eval_every=0")
+# A learning rate that moves the loss, both optimizers, and a checkpoint every third step.
+MUON = "--config.optimizer.muon=('decoder/layers/mlp/.*',)"
+SETTINGS = ("--config.optimizer.peak_lr=1e-3", MUON, "--config.save_every=3", "--config.eval_every=0")
 
 
 def start(workdir: Path, *flags: str, devices: int = 1, program: str = "sft", recipe: str = "recap_7b") -> Any:

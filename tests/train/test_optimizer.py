@@ -105,6 +105,45 @@ def test_only_the_first_moment_takes_another_dtype(mu_dtype: str) -> None:
     assert {x.dtype.name for x in jax.tree.leaves((adam.nu, updates))} == {"float32"}
 
 
+# Muon
+
+MUON = dataclasses.replace(PLAIN, muon=(".*/attn/.*/weight",))
+
+
+def test_muon_steps_along_the_nearest_orthogonal_matrix_of_each_layer() -> None:
+    """U V^T of the gradient's singular vectors, 0.2 in root mean square; a square matrix of 4 has 16 entries."""
+    params = make_params()
+    updates, _ = first_step(MUON, params, params)
+    for path in ("decoder/layers/attn/q/weight", "vision/blocks/attn/proj/weight"):
+        for update, gradient in zip(updates[path], params[path], strict=True):
+            u, _, v = np.linalg.svd(np.asarray(gradient))
+            step = -np.asarray(update) / (0.1 * 0.2 * 4**0.5)
+            singular = np.diag(u.T @ step @ v.T)
+            np.testing.assert_allclose(step, u @ np.diag(singular) @ v, atol=1e-5)  # its singular vectors, all alike
+            assert (singular > 0.6).all() and (singular < 1.3).all()  # Newton-Schulz's five steps come no nearer
+
+
+def test_other_parameters_stay_with_adam() -> None:
+    params = make_params()
+    (with_muon, _), (without, _) = (first_step(config, params, params) for config in (MUON, PLAIN))
+    for path in SHAPES:
+        assert np.array_equal(with_muon[path], without[path]) == ("/attn/" not in path or path.endswith("bias")), path
+
+
+def test_muon_keeps_one_moment_and_lies_where_its_parameters_do() -> None:
+    _, state = first_step(MUON, make_params(), make_params())
+    kept = [path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(state)[0] if hasattr(path[-1], "key")]
+    matrices = {"decoder/layers/attn/q/weight", "vision/blocks/attn/proj/weight"}
+    assert {path: kept.count(path) for path in SHAPES} == {path: 1 if path in matrices else 2 for path in SHAPES}
+
+
+def test_muon_of_what_is_no_matrix() -> None:
+    with pytest.raises(InputError, match=r"optimizer\.muon matches decoder/layers/attn/q/bias, which is no matrix"):
+        make_optimizer(dataclasses.replace(PLAIN, muon=("decoder/layers/.*",)), 10, make_params())
+    with pytest.raises(InputError, match=r"optimizer\.muon has 'vision', which matches no parameter"):
+        make_optimizer(dataclasses.replace(PLAIN, muon=("vision",)), 10, make_params())
+
+
 # Frozen parameters
 
 
