@@ -24,7 +24,11 @@ _BICUBIC = 3  # PIL's number, as preprocessor_config.json has it
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """What a checkpoint's preprocessor_config.json fixes. The defaults are those of the released Qwen2-VL models."""
+    """What a checkpoint's preprocessor_config.json fixes. The defaults are those of the released Tarsier2 models.
+
+    double_frames: every frame of a video is a temporal patch of its own. A checkpoint that was trained on temporal
+    patches of consecutive frames says false; the key is this project's, others do not have it.
+    """
 
     min_pixels: int = 56 * 56
     max_pixels: int = 12_845_056
@@ -34,6 +38,7 @@ class ImageOptions:
     rescale: float = 1 / 255
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    double_frames: bool = True
 
     @property
     def factor(self) -> int:
@@ -181,6 +186,7 @@ def _parse_options(raw: Mapping[str, Any], default: ImageOptions, path: Path) ->
         rescale=raw.get("rescale_factor") or default.rescale,
         mean=tuple(raw.get("image_mean") or default.mean),
         std=tuple(raw.get("image_std") or default.std),
+        double_frames=bool(raw.get("double_frames", default.double_frames)),
     )
     for key in ("patch_size", "merge_size", "temporal_patch_size"):
         expected = getattr(default, key)

@@ -32,7 +32,8 @@ class ProcessorOptions:
     max_pixels_per_sample: bounds all frames together, each counted twice if doubled; many frames are shown smaller.
     max_seq_len: tokens of a sample, visual ones included.  video_sampler: "v1" evenly spaced with both ends, "v2" the
     middle of equal segments.  force_frames_n_divisible: frames of a video are made a multiple of this, with black
-    ones at the end.  double_frames: every frame is a temporal patch of its own.
+    ones at the end.  double_frames: every frame is a temporal patch of its own, unless the checkpoint pairs frames (see
+    `ImageOptions`).
     """
 
     n_frames: int = 16
@@ -122,6 +123,11 @@ class Processor:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
     @property
+    def double_frames(self) -> bool:
+        """Whether every frame of a video is a temporal patch of its own."""
+        return self.options.double_frames and self.image.double_frames
+
+    @property
     def pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(pad) if isinstance(pad, int) else next(iter(self.eos_token_ids), 0)
@@ -140,7 +146,7 @@ class Processor:
         if not 0 <= low <= high:
             raise InputError(f"image_processing_config: min_pixels {low} is not between 0 and max_pixels {high}.")
         T = self.config.vision.temporal_patch_size
-        times = {"image": T, "video": T if self.options.double_frames else 1}
+        times = {"image": T, "video": T if self.double_frames else 1}
         shown = sum(visual.count * times[visual.kind] for visual in visuals)
         high = min(int(high), self.options.max_pixels_per_sample // max(shown, 1))
         return min(int(low), high), high
@@ -153,7 +159,7 @@ class Processor:
         for visual in visuals:
             name = visual.clip.name
             fitted = (fit_budget(frame, *limits, name) for frame in visual.frames())
-            double = self.options.double_frames or visual.kind == "image"
+            double = self.double_frames or visual.kind == "image"
             patches, grid = patch_frames(fitted, visual.count, self.image, double, name)
             parts.append(patches)
             grids.append(grid)

@@ -98,6 +98,11 @@ def test_options_without_a_file_are_the_released_ones(tmp_path: Path) -> None:
     assert load_image_options(tmp_path, VisionConfig()).mean == (0.5, 0.5, 0.5)
 
 
+def test_a_checkpoint_may_pair_frames(tmp_path: Path) -> None:
+    write_json(tmp_path / "preprocessor_config.json", {"double_frames": False})
+    assert load_image_options(tmp_path, VisionConfig()) == dataclasses.replace(OPTIONS, double_frames=False)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

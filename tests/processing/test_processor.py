@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,16 @@ def test_many_frames_share_the_budget_of_pixels(processor: Processor) -> None:
     np.testing.assert_array_equal(small.grid_thw, [[4, 20, 36]])  # as in the table, for 64 frames
     paired = processor.replace(max_pixels_per_sample=4 * 147_456, double_frames=False)(user(video_item(*visuals)))
     np.testing.assert_array_equal(paired.grid_thw, [[2, 20, 36]])
+
+
+def test_a_checkpoint_that_pairs_frames_is_shown_pairs(processor: Processor) -> None:
+    """Whatever the options say; an odd frame at the end is paired with itself."""
+    frames = [formula_frame(56, 56, i) for i in range(3)]
+    own = dataclasses.replace(processor, image=dataclasses.replace(processor.image, double_frames=False))
+    asked = processor.replace(double_frames=False)(user(video_item(*frames)))
+    shown = own(user(video_item(*frames)))
+    np.testing.assert_array_equal(shown.grid_thw, [[2, 4, 4]])
+    np.testing.assert_array_equal(shown.pixel_values, asked.pixel_values)
 
 
 def test_a_sample_may_have_limits_of_its_own(processor: Processor) -> None:
