@@ -11,16 +11,23 @@ def get_config(size: str = "full") -> ConfigDict:
     config.model = "untrained"
     config.data.train = config.data.eval = "shapes"
     config.data.shuffle = False  # short clips come first
-    config.steps = 8000
+    config.steps = 7000
     config.remat = "none"
     config.score_clips = 100
     config.log_every, config.save_every, config.eval_every, config.keep = 50, 1000, 1000, 1
-    config.data.tokens, config.data.bins, config.data.patches, config.data.frames = 640, 46, 48, 1
-    config.data.rows, config.data.samples, config.data.workers = 2, 24, 1
+    config.data.tokens, config.data.bins, config.data.patches, config.data.frames = 320, 20, 48, 1
+    config.data.rows, config.data.samples, config.data.workers = 4, 24, 1
     config.optimizer.peak_lr = 1e-3
     config.optimizer.final_lr = 2e-5
     config.optimizer.warmup_steps = 100
     config.optimizer.weight_decay = 0.05
     config.optimizer.vision_layer_decay = 1.0
     config.optimizer.b2 = 0.99
+    matrices = (
+        r"decoder/layers/(attn|mlp)/.*/weight",
+        r"vision/blocks/(attn|mlp)/.*/weight",
+        r"vision/merger/fc[12]/weight",
+    )
+    config.optimizer.muon = matrices
+    config.optimizer.lr_groups = tuple((pattern, 4.0) for pattern in matrices)
     return sized(config, size)

@@ -16,6 +16,7 @@ def get_config(size: str = "full") -> ConfigDict:
     config.data.shuffle = True
     config.data.samples = 4
     config.steps, config.save_every = 300, 100
+    config.optimizer.muon = config.optimizer.lr_groups = ()
     config.optimizer.peak_lr, config.optimizer.final_lr = 2e-5, 0.0
     config.optimizer.warmup_steps = 20
     config.optimizer.weight_decay = 0.0

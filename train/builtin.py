@@ -22,15 +22,19 @@ from eval.shapes.describe import describe
 from eval.shapes.render import render, write_clip
 from eval.shapes.script import generate
 from train.config import TrainConfig
-from train.shapes import write_seeds
+from train.shapes import Stage, write_seeds
 from train.untrained import MICRO, TINY, write_untrained
 
-# Of moving shapes, from easy to hard: so many clips, and what `train.shapes` makes of them.
-STAGES: tuple[tuple[int, dict[str, Any]], ...] = (
-    (6_000, {"still": True}),
-    (20_000, {"events": 1}),
-    (14_000, {"events": 2}),
-    (200_000, {}),
+# Of moving shapes, from easy to hard: so many clips, and what `train.shapes` makes of them in turn. Stills stay to
+# the end, or what is where is forgotten.
+_ANY: dict[str, Any] = {}
+_STILL, _ONE, _TWO, _THREE = {"still": True}, {"events": 1}, {"events": 2}, {"events": 3}
+_OF_TWO_SHAPES, _OF_THREE_SHAPES = {**_ONE, "shapes": 2}, {**_ONE, "shapes": 3}
+STAGES: tuple[Stage, ...] = (
+    (16_000, (_STILL, _OF_TWO_SHAPES, _STILL, _OF_THREE_SHAPES)),
+    (30_000, (_ONE, _OF_TWO_SHAPES, _OF_THREE_SHAPES, _TWO, _TWO, _STILL)),
+    (24_000, (_OF_THREE_SHAPES, _TWO, _THREE, _TWO, _THREE, _STILL)),
+    (200_000, (*[_ANY] * 6, _OF_THREE_SHAPES, _STILL)),
 )
 _MODELS = {"random": TINY, "untrained": MICRO}
 _RANDOM_CLIPS, _HELD_OUT_CLIPS = 8, 32
@@ -55,7 +59,7 @@ def with_builtin(config: TrainConfig, workdir: Path) -> TrainConfig:
 def _write_shapes(directory: Path) -> None:
     directory.mkdir(parents=True)
     write_seeds(directory / "train.jsonl", STAGES)
-    write_seeds(directory / "held_out.jsonl", [(_HELD_OUT_CLIPS, {})], first=HELD_OUT)
+    write_seeds(directory / "held_out.jsonl", [(_HELD_OUT_CLIPS, [_ANY])], first=HELD_OUT)
 
 
 def write_clips(directory: Path) -> Path:

@@ -1,7 +1,8 @@
-"""Heads of an untrained model that begin by looking at one place beside their query, as a convolution does.
+"""Where an untrained model begins to look: `look`, at places beside a token, and `see_change`, at what changes.
 
 Found out from random weights, that what moves is to be compared with the same place a frame ago takes most of a short
-training. Only biases say where a head looks: what it sees there is random as usual, and training may change all of it.
+training. Heads begin by looking at one place beside their query, as a convolution does: only biases say where, and what
+they see there is random as usual. Training may change all of it.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from tarsier_jax.models.rope import inverse_frequencies
 from tarsier_jax.models.tarsier import Tarsier
 
 SHARPNESS = 5.0  # nats by which a head's score falls one step, along any axis, from where it looks
+_STRONGER = 1.5  # filters of changes than others: most of a frame does not change
 _FAINT = 0.1  # what is left of the weights of its queries and keys, so that places count and not what is there
 
 # One for each head of a layer: steps of (time, row, column), or of (row, column) in the vision tower.
@@ -41,6 +43,17 @@ def look(model: Tarsier, decoder: Sequence[Offsets], vision: Sequence[Offsets]) 
         queries, keys = _of(all_three, (layer, 0)), _of(all_three, (layer, 1))
         _aim(queries, keys, 1, [head_biases(frequencies, axes, o) for o in offsets])
     _write((qkv.weight, qkv.bias), all_three)
+
+
+def see_change(model: Tarsier) -> None:
+    """Half of the patch filters begin with what both frames of a temporal patch show, half with their difference."""
+    config, weight = model.config.vision, model.vision.patch_embed.weight
+    E, T = config.embed_dim, config.temporal_patch_size
+    filters = np.array(weight, np.float32).reshape(E, -1, T, config.patch_size**2)  # [E, colours, T, pixels]
+    first, half = filters[:, :, :1] * T**-0.5, E // 2
+    filters[:half] = first[:half]
+    filters[half:] = _STRONGER * first[half:] * (-1.0) ** np.arange(T)[:, None]
+    weight[...] = jnp.asarray(filters.reshape(E, -1), weight.dtype)
 
 
 def head_biases(frequencies: np.ndarray, axes: np.ndarray, offset: Sequence[int]) -> Projection:

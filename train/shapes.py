@@ -24,12 +24,15 @@ from tarsier_jax.processing.sampling import sample_uniform
 _QUESTIONS = 2  # of a clip, in turns of one conversation
 
 
-def write_seeds(path: Path, stages: Sequence[tuple[int, Mapping[str, Any]]], first: int = 0) -> Path:
-    """Lines for the stages of a curriculum, (clips, what their lines say beside the seed): see `moving_shapes`."""
+Stage = tuple[int, Sequence[Mapping[str, Any]]]
+
+
+def write_seeds(path: Path, stages: Sequence[Stage], first: int = 0) -> Path:
+    """Lines for the stages of a curriculum: so many clips, and what their lines say in turn (see `moving_shapes`)."""
     seeds = itertools.count(first)
     with path.open("w") as file:
-        for count, line in stages:
-            for seed in itertools.islice(seeds, count):
+        for count, lines in stages:
+            for seed, line in zip(itertools.islice(seeds, count), itertools.cycle(lines)):
                 file.write(json.dumps({"task": "moving_shapes", "seed": seed, "idx": seed, **line}) + "\n")
     return path
 

@@ -19,7 +19,7 @@ from tarsier_jax.config import parse_config
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.chat import BARE_CHATML
 from tarsier_jax.weights import export_hf
-from train.looking import look
+from train.looking import look, see_change
 
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"),
@@ -60,7 +60,8 @@ MICRO = {
         "rope_scaling": {"type": "mrope", "mrope_section": [*[1] * 8, 0]},
     },
     "vision": {"depth": 2, "embed_dim": 64, "num_heads": 4},
-    "preprocessor": {"min_pixels": 84 * 84, "max_pixels": 84 * 112},
+    # Two frames a temporal patch, as Qwen2-VL has it: half as many tokens, and what changes is seen at once.
+    "preprocessor": {"min_pixels": 84 * 84, "max_pixels": 84 * 112, "double_frames": False},
     "looking": {"decoder": (_AROUND, _AROUND[:6]), "vision": (_NEIGHBOURS, _NEIGHBOURS[:2])},
 }
 _STD = 0.02  # of a new model's weights
@@ -88,6 +89,7 @@ def write_untrained(directory: Path, sizes: dict[str, Any], seed: int = 0) -> Pa
     _scale(model)
     if sizes["looking"]:
         look(model, **sizes["looking"])
+        see_change(model)
     export_hf(model, directory, layout="tarsier2")
     return directory
 

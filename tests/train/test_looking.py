@@ -64,6 +64,18 @@ def test_the_decoder_of_micro(micro: Tarsier) -> None:
     assert not micro.decoder.layers[2].attn.q.bias[...].any()
 
 
+def test_half_of_the_patch_filters_of_micro_see_changes_only(micro: Tarsier) -> None:
+    rng = np.random.default_rng(0)
+    before, after = rng.standard_normal((2, 1, 3, 1, 14 * 14))
+    still, changed = (np.concatenate(pair, axis=2).reshape(1, -1) for pair in ((before, before), (before, after)))
+    seen, seen_changed = (
+        np.asarray(micro.vision.patch_embed(jnp.asarray(x, jnp.float32)))[0] for x in (still, changed)
+    )
+    half = len(seen) // 2
+    np.testing.assert_allclose(seen[half:], 0.0, atol=1e-5)
+    assert np.abs(seen[:half]).min() > 1e-5 and np.abs(seen_changed[half:]).min() > 1e-5
+
+
 def test_the_vision_tower_of_micro(micro: Tarsier) -> None:
     config = micro.config.vision
     rows, columns = np.divmod(np.arange(36), 6)

@@ -64,11 +64,11 @@ def test_a_still() -> None:
 
 
 def test_lines_keep_their_order(tmp_path: Path) -> None:
-    path = write_seeds(tmp_path / "seeds.jsonl", [(2, {"events": 1}), (3, {})], first=7)
+    path = write_seeds(tmp_path / "seeds.jsonl", [(2, [{"events": 1}]), (3, [{}, {"events": 2}])], first=7)
     lines = lines_of(str(path), seed=0, repeat=True, shuffle=False)
     read = [json.loads(lines[i].text) for i in range(6)]
     assert [line["seed"] for line in read] == [7, 8, 9, 10, 11, 7]
-    assert [line.get("events") for line in read] == [1, 1, None, None, None, 1]
+    assert [line.get("events") for line in read] == [1, 1, None, 2, None, 1]
 
 
 @pytest.mark.parametrize("seed", [None, -1, "3"])
