@@ -121,7 +121,7 @@ def _line(item: Item, result: Answer | Refusal, engine: Engine | SharedEngine, p
         return {**known, "error": result.reason}
     text, example = engine.text(result), result.request.example
     told = {
-        "n_frames": int(example.grid_thw[:, 0].sum()),
+        "n_frames": example.frames,
         "tokens": len(result.tokens),
         "finish_reason": result.finish_reason,
         "seconds": round(result.seconds, 3),

@@ -63,5 +63,5 @@ def load_requests(
             yield Refusal(prepared.number, prepared.error)
             continue
         report.seconds += prepared.seconds
-        report.frames += int(prepared.example.grid_thw[:, 0].sum())
+        report.frames += prepared.example.frames
         yield make(prepared.number, prepared.example)

@@ -20,6 +20,7 @@ class Example:
     pixel_values: float32 (N, C*T*14*14), in the patch order of Hugging Face's Qwen2VLImageProcessor.
     grid_thw: int32 (visuals, 3), in patches.  position_ids: int32 (3, S), the M-RoPE ids.
     cut: tokens of text that were left out at the end, being beyond max_seq_len.
+    frames: frames and images shown; a temporal patch may hold two of them.
     """
 
     input_ids: np.ndarray
@@ -28,6 +29,7 @@ class Example:
     grid_thw: np.ndarray
     position_ids: np.ndarray
     cut: int = 0
+    frames: int = 0
 
 
 HostOrDeviceArray = Any  # numpy as `make_batch` gives it, jax.Array on a device and under jit

@@ -112,7 +112,9 @@ class Processor:
         position_ids = mrope_positions(
             input_ids[:n], grid_thw, self.config.vision.spatial_merge_size, self._placeholder_ids
         )
-        return Example(input_ids[:n], labels[:n], pixel_values, grid_thw, position_ids, cut=len(input_ids) - n)
+        frames = sum(visual.count for visual in visuals)
+        cut = len(input_ids) - n
+        return Example(input_ids[:n], labels[:n], pixel_values, grid_thw, position_ids, cut, frames)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Pads examples to buckets; see `make_batch`."""

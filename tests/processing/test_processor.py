@@ -25,7 +25,7 @@ def test_an_example(processor: Processor, mp4: Path) -> None:
     )
     assert (example.labels == -100).all()
     assert example.position_ids.shape == (3, len(example.input_ids))
-    dtypes = {name: str(value.dtype) for name, value in vars(example).items() if name != "cut"}
+    dtypes = {name: str(value.dtype) for name, value in vars(example).items() if name not in ("cut", "frames")}
     assert dtypes == {name: "float32" if name == "pixel_values" else "int32" for name in dtypes}
 
 
@@ -58,6 +58,7 @@ def test_a_checkpoint_that_pairs_frames_is_shown_pairs(processor: Processor) -> 
     asked = processor.replace(double_frames=False)(user(video_item(*frames)))
     shown = own(user(video_item(*frames)))
     np.testing.assert_array_equal(shown.grid_thw, [[2, 4, 4]])
+    assert shown.frames == 3
     np.testing.assert_array_equal(shown.pixel_values, asked.pixel_values)
 
 
