@@ -53,7 +53,7 @@ def see_change(model: Tarsier) -> None:
     first, half = filters[:, :, :1] * T**-0.5, E // 2
     filters[:half] = first[:half]
     filters[half:] = _STRONGER * first[half:] * (-1.0) ** np.arange(T)[:, None]
-    weight[...] = jnp.asarray(filters.reshape(E, -1), weight.dtype)
+    _write([weight], [filters.reshape(E, -1)])
 
 
 def head_biases(frequencies: np.ndarray, axes: np.ndarray, offset: Sequence[int]) -> Projection:
@@ -89,7 +89,7 @@ def _copied(*parameters: object) -> Projection:
     return weight, bias
 
 
-def _write(parameters: Sequence[nnx.Param], values: Projection) -> None:
+def _write(parameters: Sequence[nnx.Param], values: Sequence[np.ndarray]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter[...] = jnp.asarray(value, parameter.dtype)
 

@@ -23,12 +23,12 @@ from tarsier_jax.processing.sampling import sample_uniform
 
 _QUESTIONS = 2  # of a clip, in turns of one conversation
 
-
+# Of a curriculum: so many clips, and what their lines say in turn beside the seed.
 Stage = tuple[int, Sequence[Mapping[str, Any]]]
 
 
 def write_seeds(path: Path, stages: Sequence[Stage], first: int = 0) -> Path:
-    """Lines for the stages of a curriculum: so many clips, and what their lines say in turn (see `moving_shapes`)."""
+    """Lines for the stages of a curriculum: see `moving_shapes`."""
     seeds = itertools.count(first)
     with path.open("w") as file:
         for count, lines in stages:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.image import temporal_patches
 from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor
 
@@ -79,7 +80,7 @@ def fit_shape(
     options, merge = processor.options, processor.config.vision.merge_factor
     area = min(options.max_pixels * _ROUNDING, processor.image.max_pixels)
     frame = max(_round_up(area / processor.config.vision.patch_size**2, 4), _SMALLEST_FRAME)
-    shown = options.n_frames if processor.double_frames else -(-options.n_frames // processor.image.temporal_patch_size)
+    shown = temporal_patches(options.n_frames, processor.image.temporal_patch_size, processor.double_frames)
     visual = shown * frame // merge
     prompt_tokens = prompt_tokens or min(_round_up(visual + _LONG_TEXT, 64), options.max_seq_len)
     tokens = max(prompt_tokens, _SHORTEST_ROW)

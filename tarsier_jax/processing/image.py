@@ -118,6 +118,11 @@ def fit_budget(image: Image.Image, min_pixels: int, max_pixels: int, name: str =
     return _resize(image, height, width)
 
 
+def temporal_patches(frames: int, size: int, double: bool) -> int:
+    """How many temporal patches so many frames fill: one each if `double`, else one for every `size` of them."""
+    return frames if double else -(-frames // size)
+
+
 def patch_frames(
     frames: Iterable[Image.Image], count: int, options: ImageOptions, double: bool, name: str = "The image"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +143,7 @@ def patch_frames(
     limits = options.min_pixels, options.max_pixels
     T, patch, merge, factor = options.temporal_patch_size, options.patch_size, options.merge_size, options.factor
     height, width = smart_resize(first.height, first.width, factor, *limits, name)
-    t = count if double else -(-count // T)
+    t = temporal_patches(count, T, double)
     out = np.empty((t, height // factor, width // factor, merge, merge, 3, T, patch, patch), np.float32)
     scale, shift = _normalisation(options)
     for i, frame in zip(range(count), itertools.chain([first], frames), strict=True):
