@@ -344,4 +344,5 @@ def make_rows(
     in_order = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     streams = [samples[stream::local].to_iter_dataset(in_order) for stream in range(local)]
     packed = [PackedRows(streams[worker::workers], packer) for worker in range(workers)]
-    return grain.experimental.InterleaveIterDataset(packed, cycle_length=workers, iter_buffer_size=2)
+    ahead = max(2, local // workers)  # rows of each worker: a step's at least, or the next one waits for them
+    return grain.experimental.InterleaveIterDataset(packed, cycle_length=workers, iter_buffer_size=ahead)

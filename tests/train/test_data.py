@@ -1,5 +1,6 @@
 import collections
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor
-from tests.train.texts import ROWS, open_rows, write_lines, write_texts
+from tests.train.texts import ROWS, load, open_rows, write_lines, write_texts
 from train.config import TrainConfig
 from train.data import (
     FORGIVEN,
@@ -223,6 +224,23 @@ def test_workers_change_nothing_and_go_on_where_they_were(texts: str, packer: Pa
     again.set_state(json.loads(state))
     assert contents(take(6, again)) == kept
     again.close()
+
+
+def test_a_step_of_rows_is_made_ahead(tmp_path: Path, packer: Packer) -> None:
+    """One worker makes all eight while the step before is computed: every row is one long text, with two waiting."""
+    made = []
+
+    def counted(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+        made.append(sample["id"])
+        return load(sample, rng)
+
+    rows = open_rows(write_texts(tmp_path / "long.jsonl", [60] * 24), packer, rows=8, load=counted)
+    take(1, rows)
+    deadline = time.monotonic() + 30
+    while len(made) < 8 * 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    rows.close()
+    assert len(made) >= 8 * 3
 
 
 # Samples that cannot be used
