@@ -25,16 +25,26 @@ from train.config import TrainConfig
 from train.shapes import Stage, write_seeds
 from train.untrained import MICRO, TINY, write_untrained
 
+
+def _clip(events: int | None = None, shapes: int | None = None, verb: str | None = None) -> dict[str, Any]:
+    """Of moving shapes: so many events and shapes, one of the events of that verb; any where nothing is given."""
+    line = {"events": events, "shapes": shapes, "verb": verb}
+    return {name: value for name, value in line.items() if value is not None}
+
+
 # Of moving shapes, from easy to hard: so many clips, and what `train.shapes` makes of them in turn. Stills stay to
 # the end, or what is where is forgotten.
-_ANY: dict[str, Any] = {}
-_STILL, _ONE, _TWO, _THREE = {"still": True}, {"events": 1}, {"events": 2}, {"events": 3}
-_OF_TWO_SHAPES, _OF_THREE_SHAPES = {**_ONE, "shapes": 2}, {**_ONE, "shapes": 3}
+_STILL = {"still": True}
+_HARD = [_clip(1, verb=verb) for verb in ("turn", "recolour", "collide")]
 STAGES: tuple[Stage, ...] = (
-    (16_000, (_STILL, _OF_TWO_SHAPES, _STILL, _OF_THREE_SHAPES)),
-    (30_000, (_ONE, _OF_TWO_SHAPES, _OF_THREE_SHAPES, _TWO, _TWO, _STILL)),
-    (24_000, (_OF_THREE_SHAPES, _TWO, _THREE, _TWO, _THREE, _STILL)),
-    (200_000, (*[_ANY] * 6, _OF_THREE_SHAPES, _STILL)),
+    (16_000, (_STILL, _clip(1, 2), _STILL, _clip(1, 3))),
+    (24_000, (_clip(1), _clip(1, 2), _clip(1, 3), _clip(2), _clip(2), _STILL)),
+    (20_000, (_clip(1, 3), _clip(2), _clip(3), _clip(2, 3), _clip(3), _STILL)),
+    (16_000, (*[_clip()] * 6, _clip(1, 3), _STILL)),
+    # Turns and new colours are seldom and hard to see, so they are practised once the rest is known.
+    (6_000, (*[_clip(1, verb="turn")] * 3, _clip(1, 3))),
+    (6_000, (*[_clip(1, verb="recolour")] * 2, _clip(1, verb="turn"), _clip(1, 3))),
+    (200_000, (*[_clip()] * 6, *_HARD, _clip(1, 3), _STILL)),
 )
 _MODELS = {"random": TINY, "untrained": MICRO}
 _RANDOM_CLIPS, _HELD_OUT_CLIPS = 8, 32
@@ -59,7 +69,7 @@ def with_builtin(config: TrainConfig, workdir: Path) -> TrainConfig:
 def _write_shapes(directory: Path) -> None:
     directory.mkdir(parents=True)
     write_seeds(directory / "train.jsonl", STAGES)
-    write_seeds(directory / "held_out.jsonl", [(_HELD_OUT_CLIPS, [_ANY])], first=HELD_OUT)
+    write_seeds(directory / "held_out.jsonl", [(_HELD_OUT_CLIPS, [_clip()])], first=HELD_OUT)
 
 
 def write_clips(directory: Path) -> Path:

@@ -42,7 +42,7 @@ def moving_shapes(sample: Mapping[str, Any], rng: np.random.Generator, n_frames:
 
     With "still" it is about a single frame; with "events": n, a description of a clip of n events; else it is of any
     clip, described, or described with the frames of each event, some with questions about it. "shapes" is how many
-    there are.
+    there are, "verb" what the first event is, or the last where the clip is played backwards.
 
     Raises:
         InputError: the line has no seed.
@@ -51,7 +51,7 @@ def moving_shapes(sample: Mapping[str, Any], rng: np.random.Generator, n_frames:
     if not isinstance(seed, int) or seed < 0:
         raise InputError(f"A moving_shapes line needs a seed, a whole number from 0 on, not {seed!r}.")
     rng = np.random.default_rng(seed)
-    scene, size = draw_scene(rng, shapes=sample.get("shapes"), events=sample.get("events"))
+    scene, size = draw_scene(rng, **{name: sample.get(name) for name in ("shapes", "events", "verb")})
     indices, kind = sample_uniform(scene.frames, n_frames), "video"
     if sample.get("still"):
         indices, kind = [int(rng.choice([0, *(event.last for event in scene.events)]))], "image"
@@ -79,9 +79,9 @@ def _turns(scene: Scene, rng: np.random.Generator, n_frames: int) -> list[tuple[
     to choices are a single letter, from which alone little is learnt; those after the description can be read off it.
     """
     kind = rng.random()
-    if kind < 0.1:
+    if kind < 0.05:
         return [(GROUNDED_PROMPT, describe_grounded(scene, n_frames))]
-    asked = questions(scene, rng) if kind < 0.5 else []
+    asked = questions(scene, rng) if kind < 0.2 else []
     order = rng.permutation(len(asked))[:_QUESTIONS].tolist()
     turns = [(asked[i].prompt(), f" Answer: ({asked[i].answer}") for i in order]
     turns.insert(int(rng.integers(len(turns) + 1)), (PROMPT, describe(scene)))

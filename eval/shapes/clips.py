@@ -39,9 +39,13 @@ def draw_clips(seed: int, count: int, other: bool = False) -> Iterator[Clip]:
 
 
 def draw_scene(
-    rng: np.random.Generator, other: bool = False, shapes: int | None = None, events: int | None = None
+    rng: np.random.Generator,
+    other: bool = False,
+    shapes: int | None = None,
+    events: int | None = None,
+    verb: str | None = None,
 ) -> tuple[Scene, Size]:
-    """A random scene, forwards or backwards, and the size to render it at.
+    """A random scene (see `script.generate`), forwards or backwards, and the size to render it at.
 
     Half of them are reversed because some events (a shape that appears) can be only in some places of a story, and a
     model should not learn that from anything but the frames.
@@ -52,5 +56,5 @@ def draw_scene(
     frames = int(rng.choice(OTHER_LENGTHS) if other else events * rng.choice(PACES))
     if not other and rng.random() < SLOW:
         frames = int(rng.integers(max(frames, 16), 41))
-    scene = generate(rng, frames, aspect=width / height, shapes=shapes, events=events)
+    scene = generate(rng, frames, aspect=width / height, shapes=shapes, events=events, verb=verb)
     return (reverse(scene) if rng.random() < 0.5 else scene), size

@@ -1,7 +1,7 @@
 """Scenes in words: descriptions, sentences of single events, and descriptions grounded in frames.
 
-A shape goes by the name that it has when an event begins (see `world`). It is "a red circle" when first named, then
-"the red circle", or "it" (or nothing, in the same sentence) where the event before was its own and of no other shape.
+A shape goes by the name that it has when an event begins (see `world`): "the red circle". Random phrasings say "a red
+circle" at first, and "it" (or nothing, in the same sentence) where the event before was its own and of no other shape.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,9 @@ def event_sentences(scene: Scene) -> list[str]:
 
 
 def describe(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """A description. Without `rng` the plainest: the first phrase of every table, one sentence an event."""
-    return " ".join(_tell(facts(scene), rng, join=rng is not None))
+    """A description. Without `rng` the plainest: one sentence an event, each with its shapes' names."""
+    told = facts(scene)
+    return " ".join(_tell_plainly(told) if rng is None else _tell(told, rng, join=True))
 
 
 def describe_grounded(scene: Scene, n: int = 16, rng: np.random.Generator | None = None) -> str:
@@ -32,7 +33,7 @@ def describe_grounded(scene: Scene, n: int = 16, rng: np.random.Generator | None
 
     An event between two sampled frames goes to the frame after it. Events that then share a frame share a tag.
     """
-    told = _tell(facts(scene), rng, join=False)
+    told = _tell_plainly(facts(scene)) if rng is None else _tell(facts(scene), rng, join=False)
     groups = frame_groups(scene, n)
     return " ".join(
         f"<frame: {first}> {text}" if first == last else f"<frame: {first}-{last}> {text}"
@@ -89,26 +90,32 @@ def frame_groups(scene: Scene, n: int) -> list[tuple[int, int, list[int]]]:
     return groups
 
 
-def _tell(told: Sequence[Fact], rng: np.random.Generator | None, join: bool) -> list[str]:
+def _tell_plainly(told: Sequence[Fact]) -> list[str]:
+    """Nothing in a sentence says how many others come, and no name hangs on those before."""
+    first, *later = (plain(fact) for fact in told)
+    return [first, *(f"Then {text[0].lower()}{text[1:]}" for text in later)]
+
+
+def _tell(told: Sequence[Fact], rng: np.random.Generator, join: bool) -> list[str]:
     """One sentence an event, or with `join` sometimes for two."""
     texts: list[str] = []
     named: set[str] = set()
     joined = True  # the sentence that is being written cannot take another event
     for i, fact in enumerate(told):
         same = i > 0 and len(fact.names) == 1 == len(told[i - 1].names) and name_after(told[i - 1]) == fact.names[0]
-        joined = join and not joined and _chance(rng, _JOIN)
+        joined = join and not joined and rng.random() < _JOIN
         if joined:
             texts[-1] = f"{texts[-1][:-1]}{_joined(fact, named, same, rng)}."
         else:
             opening = _pick(FIRST if i == 0 else LAST if i == len(told) - 1 > 1 else NEXT, rng)
-            short = same and _chance(rng, _PRONOUN)
+            short = same and rng.random() < _PRONOUN
             text = _pick(sentences(fact, "it") if short else _named(fact, named, rng), rng)
             texts.append(as_sentence(opening + text))
         named |= {*fact.names, name_after(fact)}
     return texts
 
 
-def _joined(fact: Fact, named: set[str], same: bool, rng: np.random.Generator | None) -> str:
+def _joined(fact: Fact, named: set[str], same: bool, rng: np.random.Generator) -> str:
     """What follows in a sentence that has told one event: " and then turns blue"."""
     how = _pick(JOINED, rng)
     if same:
@@ -116,17 +123,13 @@ def _joined(fact: Fact, named: set[str], same: bool, rng: np.random.Generator | 
     return f", {how} {_pick(_named(fact, named, rng), rng)}"
 
 
-def _named(fact: Fact, named: set[str], rng: np.random.Generator | None) -> list[str]:
+def _named(fact: Fact, named: set[str], rng: np.random.Generator) -> list[str]:
     """All ways to tell a fact with the shapes' names, those of a pair in either order."""
     names = [f"the {name}" if name in named else article(name) for name in fact.names]
-    if len(names) == 2 and rng is not None and rng.random() < 0.5:
+    if len(names) == 2 and rng.random() < 0.5:
         names.reverse()
     return sentences(fact, *names)
 
 
-def _chance(rng: np.random.Generator | None, share: float) -> bool:
-    return rng is None or rng.random() < share
-
-
-def _pick(options: Sequence[str], rng: np.random.Generator | None) -> str:
-    return options[0] if rng is None else options[int(rng.integers(len(options)))]
+def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
+    return options[int(rng.integers(len(options)))]

@@ -11,6 +11,7 @@ from eval.shapes.world import (
     KINDS,
     PAIR_VERBS,
     TURNS,
+    VERBS,
     Background,
     Change,
     Event,
@@ -65,18 +66,21 @@ def generate(
     aspect: float = 1.0,
     shapes: int | None = None,
     events: int | None = None,
+    verb: str | None = None,
 ) -> Scene:
     """A random scene of one to three shapes and one to five events.
 
     Args:
         frames: how long the clip is.  Every event shows at work in at least two of the steps between frames, or
             between 16 sampled ones if there are more.
-        aspect: width over height.  shapes, events: how many, drawn at random if not given.
+        aspect: width over height.  shapes, events: how many, drawn at random if not given.  verb: of the first event.
 
     Raises:
-        InputError: the clip is too short for its events, or a count is out of range.
+        InputError: the clip is too short for its events, a count is out of range, there is no such verb, or it takes
+            two shapes and there is one.
     """
-    n_shapes = int(rng.integers(1, 4)) if shapes is None else shapes
+    fewest = 2 if verb in PAIR_VERBS else 1
+    n_shapes = int(rng.integers(fewest, 4)) if shapes is None else shapes
     n_events = int(rng.integers(1, 6)) if events is None else events
     short = frames < _MIN_FRAMES * n_events
     if short or not 1 <= n_shapes <= 3 or not 1 <= n_events <= 5 or not 0.5 <= aspect <= 2:
@@ -84,14 +88,18 @@ def generate(
             f"A scene has 1 to 3 shapes, 1 to 5 events, {_MIN_FRAMES} frames or more for each of them and an aspect of "
             f"0.5 to 2, not {n_shapes}, {n_events}, {frames} and {aspect}."
         )
+    if verb is not None and (verb not in VERBS or n_shapes < fewest):
+        raise InputError(
+            f"{n_shapes} shapes cannot {verb!r}. Verbs: {', '.join(VERBS)}; {' and '.join(PAIR_VERBS)} take two."
+        )
     while True:
-        scene = _attempt(rng, frames, (max(aspect, 1.0), max(1 / aspect, 1.0)), n_shapes, n_events)
+        scene = _attempt(rng, frames, (max(aspect, 1.0), max(1 / aspect, 1.0)), n_shapes, n_events, verb)
         if scene is not None:
             return scene
 
 
 def _attempt(
-    rng: np.random.Generator, frames: int, size: tuple[float, float], n_shapes: int, n_events: int
+    rng: np.random.Generator, frames: int, size: tuple[float, float], n_shapes: int, n_events: int, verb: str | None
 ) -> Scene | None:
     stage = _set_stage(rng, size, n_shapes)
     if stage is None:
@@ -101,15 +109,16 @@ def _attempt(
     spans = _spans(rng, n_events, frames)
     events = []
     for first, last in spans:
-        made = next((e for e in (_propose(rng, stage) for _ in range(_TRIES)) if e is not None), None)
+        drawn = (verb if verb and not events else _pick(rng, _DRAWN) for _ in range(_TRIES))
+        made = next((e for e in (_propose(rng, stage, v) for v in drawn) if e is not None), None)
         if made is None:
             return None
-        verb, detail, changes = made
+        done, detail, changes = made
         for change in changes:
             stage.poses[change.shape] = change.after
             stage.names[f"{change.after.colour} {stage.kinds[change.shape]}"] = change.shape
             seen[change.shape] |= change.after.present
-        events.append(Event(verb, detail, first, last, tuple(changes)))
+        events.append(Event(done, detail, first, last, tuple(changes)))
     if not all(seen):
         return None
     return Scene(*size, frames, _background(rng), shapes, tuple(events))
@@ -158,9 +167,8 @@ def _spans(rng: np.random.Generator, n: int, frames: int) -> list[tuple[int, int
     return spans
 
 
-def _propose(rng: np.random.Generator, stage: _Stage) -> tuple[str, str, list[Change]] | None:
-    """A next event, if the one that was drawn can happen."""
-    verb = _pick(rng, _DRAWN)
+def _propose(rng: np.random.Generator, stage: _Stage, verb: str) -> tuple[str, str, list[Change]] | None:
+    """A next event of that verb, if what was drawn can happen."""
     count = 2 if verb in PAIR_VERBS else 1
     if len(stage.poses) < count:
         return None

@@ -17,7 +17,7 @@ WAYS = {
     "down": ("down", "downwards"),
 }
 SPINS = ("turns", "rotates", "spins")
-BECOMES = ("turns", "becomes", "changes to")
+BECOMES = ("becomes", "turns", "changes to")
 SIMPLE = {
     "grow": ("grows", "gets bigger", "becomes larger"),
     "shrink": ("shrinks", "gets smaller", "becomes smaller"),

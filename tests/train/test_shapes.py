@@ -33,7 +33,7 @@ def test_a_seed_is_a_clip() -> None:
 def test_what_is_asked(processor: Processor) -> None:
     """Descriptions, grounded ones, and descriptions beside up to two questions; answers are what is trained on."""
     asked = {PROMPT: 0, GROUNDED_PROMPT: 0, "question": 0}
-    for seed in range(120):
+    for seed in range(200):
         chat = sample(seed=seed)
         prompt = chat["messages"][0]["content"][1]["text"]
         asked[prompt if prompt in asked else "question"] += 1

@@ -20,10 +20,12 @@ SEEDS = range(300)
 def test_plain() -> None:
     assert event_sentences(by_hand()) == [
         "The red circle moves to the left.",
-        "The red circle turns blue.",
+        "The red circle becomes blue.",
         "The blue circle grows.",
     ]
-    assert describe(by_hand()) == "A red circle moves to the left. Then it turns blue. Finally, it grows."
+    assert describe(by_hand()) == (
+        "The red circle moves to the left. Then the red circle becomes blue. Then the blue circle grows."
+    )
 
 
 def test_what_is_where_in_a_frame() -> None:
@@ -88,7 +90,8 @@ def test_backwards() -> None:
 def test_grounded_by_hand() -> None:
     # Of 31 frames, 4 are sampled: 0, 10, 20, 30; 16 are: 0, 2, 4, ...
     assert describe_grounded(by_hand(), 4) == (
-        "<frame: 2> A red circle moves to the left. <frame: 3> Then it turns blue. <frame: 4> Finally, it grows."
+        "<frame: 2> The red circle moves to the left. <frame: 3> Then the red circle becomes blue. "
+        "<frame: 4> Then the blue circle grows."
     )
     assert frame_groups(by_hand(), 16) == [(2, 6, [0]), (7, 11, [1]), (12, 16, [2])]
     assert frame_groups(by_hand(), 3) == [(2, 2, [0, 1]), (3, 3, [2])]

@@ -8,7 +8,7 @@ from tarsier_jax.errors import InputError
 
 EVENTS = [
     "The red circle moves to the left.",
-    "The red circle turns blue.",
+    "The red circle becomes blue.",
     "The blue circle and the green bar swap places.",
     "The green bar turns clockwise.",
 ]

@@ -62,7 +62,7 @@ def test_by_hand() -> None:
     asked = {q.text: q for q in questions(by_hand(), np.random.default_rng(0))}
     first = asked["What happens first?"]
     assert first.options[LETTERS.index(first.answer)] == "The red circle moves to the left."
-    assert {"The red circle turns blue.", "The blue circle grows."} < set(first.options)  # right, at another time
+    assert {"The red circle becomes blue.", "The blue circle grows."} < set(first.options)  # right, at another time
     way = asked["In which direction does the red circle move?"]
     assert set(way.options) == {f"{WAYS[way][0].capitalize()}." for way in DIRECTIONS}
     assert way.options[LETTERS.index(way.answer)] == "To the left."
@@ -86,7 +86,7 @@ def test_annotation_of_a_file(tmp_path: Path) -> None:
     assert (line["dataset"], line["task"], line["idx"]) == ("Shapes/3_events", "video/caption", 5)
     assert line["extra_info"] == {
         "duration": 3.1,
-        "events": ["The red circle moves to the left.", "The red circle turns blue.", "The blue circle grows."],
+        "events": ["The red circle moves to the left.", "The red circle becomes blue.", "The blue circle grows."],
         "spans": [[0, 10], [10, 20], [21, 30]],
         "n_events": 3,
         "n_shots": 1,

@@ -53,6 +53,19 @@ def test_counts_that_are_asked_for() -> None:
     assert (len(made.shapes), len(made.events), made.frames, made.width, made.height) == (3, 5, 16, 1.5, 1.0)
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_that_is_asked_for(verb: str) -> None:
+    for seed in range(10):
+        made = generate(np.random.default_rng(seed), verb=verb)
+        assert made.events[0].verb == verb and len(made.shapes) >= (2 if verb in PAIR_VERBS else 1)
+
+
+@pytest.mark.parametrize("wrong", [{"verb": "fly"}, {"verb": "swap", "shapes": 1}])
+def test_refuses_verbs(wrong: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="shapes cannot"):
+        generate(np.random.default_rng(0), **wrong)
+
+
 @pytest.mark.parametrize("wrong", [{"frames": 14, "events": 5}, {"shapes": 4}, {"events": 0}, {"aspect": 3.0}])
 def test_refuses(wrong: dict[str, int]) -> None:
     with pytest.raises(InputError, match="1 to 3 shapes"):
