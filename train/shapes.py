@@ -51,7 +51,8 @@ def moving_shapes(sample: Mapping[str, Any], rng: np.random.Generator, n_frames:
     if not isinstance(seed, int) or seed < 0:
         raise InputError(f"A moving_shapes line needs a seed, a whole number from 0 on, not {seed!r}.")
     rng = np.random.default_rng(seed)
-    scene, size = draw_scene(rng, **{name: sample.get(name) for name in ("shapes", "events", "verb")})
+    shapes, events, verb = (sample.get(name) for name in ("shapes", "events", "verb"))
+    scene, size = draw_scene(rng, shapes=shapes, events=events, verb=verb)
     indices, kind = sample_uniform(scene.frames, n_frames), "video"
     if sample.get("still"):
         indices, kind = [int(rng.choice([0, *(event.last for event in scene.events)]))], "image"
