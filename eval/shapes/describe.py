@@ -24,8 +24,7 @@ def event_sentences(scene: Scene) -> list[str]:
 
 def describe(scene: Scene, rng: np.random.Generator | None = None) -> str:
     """A description. Without `rng` the plainest: one sentence an event, each with its shapes' names."""
-    told = facts(scene)
-    return " ".join(_tell_plainly(told) if rng is None else _tell(told, rng, join=True))
+    return " ".join(_tell(facts(scene), rng, join=True))
 
 
 def describe_grounded(scene: Scene, n: int = 16, rng: np.random.Generator | None = None) -> str:
@@ -33,7 +32,7 @@ def describe_grounded(scene: Scene, n: int = 16, rng: np.random.Generator | None
 
     An event between two sampled frames goes to the frame after it. Events that then share a frame share a tag.
     """
-    told = _tell_plainly(facts(scene)) if rng is None else _tell(facts(scene), rng, join=False)
+    told = _tell(facts(scene), rng, join=False)
     groups = frame_groups(scene, n)
     return " ".join(
         f"<frame: {first}> {text}" if first == last else f"<frame: {first}-{last}> {text}"
@@ -96,8 +95,10 @@ def _tell_plainly(told: Sequence[Fact]) -> list[str]:
     return [first, *(f"Then {text[0].lower()}{text[1:]}" for text in later)]
 
 
-def _tell(told: Sequence[Fact], rng: np.random.Generator, join: bool) -> list[str]:
-    """One sentence an event, or with `join` sometimes for two."""
+def _tell(told: Sequence[Fact], rng: np.random.Generator | None, join: bool) -> list[str]:
+    """One sentence an event, or with `join` and at random sometimes for two."""
+    if rng is None:
+        return _tell_plainly(told)
     texts: list[str] = []
     named: set[str] = set()
     joined = True  # the sentence that is being written cannot take another event
