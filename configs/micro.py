@@ -11,7 +11,7 @@ def get_config(size: str = "full") -> ConfigDict:
     config.model = "untrained"
     config.data.train = config.data.eval = "shapes"
     config.data.shuffle = False  # short clips come first
-    config.steps = 8500
+    config.steps = 9800
     config.remat = "none"
     config.score_clips = 100
     config.log_every, config.save_every, config.eval_every, config.keep = 50, 1000, 1000, 1

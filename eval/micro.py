@@ -21,7 +21,7 @@ from eval.shapes.annotations import ask, question_annotation
 from eval.shapes.clips import HELD_OUT, Clip, draw_clips
 from eval.shapes.describe import event_sentences
 from eval.shapes.judge import corpus_scores
-from eval.shapes.questions import a_question
+from eval.shapes.questions import a_question, letter_in
 from eval.shapes.render import write_clip
 from eval.shapes.world import reverse
 from infer.engine import Engine, answer_samples, fit_shape
@@ -77,8 +77,8 @@ class Scorer:
             asked.append(question_annotation(question, clip.video, i, i))
             kinds.append(question.kind)
             letters.append(question.answer)
-        answers = answer_samples(self._engine, asked, 1, name="questions")
-        right = [answer.strip() == letter for answer, letter in zip(answers, letters, strict=True)]
+        answers = answer_samples(self._engine, asked, _MAX_NEW_TOKENS, name="questions")
+        right = [letter_in(answer) == letter for answer, letter in zip(answers, letters, strict=True)]
         return {
             k: (kinds.count(k), sum(r for r, kind in zip(right, kinds, strict=True) if kind == k)) for k in set(kinds)
         }

@@ -39,11 +39,11 @@ _HARD = [_clip(1, verb=verb) for verb in ("turn", "recolour", "collide")]
 STAGES: tuple[Stage, ...] = (
     (16_000, (_STILL, _clip(1, 2), _STILL, _clip(1, 3))),
     (24_000, (_clip(1), _clip(1, 2), _clip(1, 3), _clip(2), _clip(2), _STILL)),
-    (20_000, (_clip(1, 3), _clip(2), _clip(3), _clip(2, 3), _clip(3), _STILL)),
+    (20_000, (_clip(1, 3), _clip(2), _clip(3), _clip(2, 3), _clip(), _STILL)),
     (16_000, (*[_clip()] * 6, _clip(1, 3), _STILL)),
     # Turns and new colours are seldom and hard to see, so they are practised once the rest is known.
-    (6_000, (*[_clip(1, verb="turn")] * 3, _clip(1, 3))),
-    (6_000, (*[_clip(1, verb="recolour")] * 2, _clip(1, verb="turn"), _clip(1, 3))),
+    (14_000, (*[_clip(1, verb="turn")] * 3, _clip(1, 3))),
+    (8_000, (*[_clip(1, verb="recolour")] * 2, _clip(1, verb="turn"), _clip(1, 3))),
     (200_000, (*[_clip()] * 6, *_HARD, _clip(1, 3), _STILL)),
 )
 _MODELS = {"random": TINY, "untrained": MICRO}

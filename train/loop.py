@@ -99,8 +99,9 @@ class _Loop:
                 self._advance()
                 self._trace()
                 self._report_if_due()
-                if self._due(self.config.save_every):
-                    self._save()
+                if self._due(self.config.save_every) or self._last:
+                    self._save()  # before the evaluation, in case the held-out samples cannot be used
+                self._evaluate_if_due()
             self._check_pending()
             if self.step > self.first:
                 self._save()
@@ -169,9 +170,12 @@ class _Loop:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
+    @property
+    def _last(self) -> bool:
+        return self.step == self.config.steps
+
     def _report_if_due(self) -> None:
-        last = self.step == self.config.steps
-        if self._due(self.config.log_every) or last:
+        if self._due(self.config.log_every) or self._last:
             self._check_pending()
             values = {name: float(np.mean([v[name] for v in self.recent])) for name in self.recent[0]}
             values |= {"lr": float(np.asarray(self.schedule(self.step - 1))), **self.meter.rates()}
@@ -179,7 +183,9 @@ class _Loop:
             self.meter.reset()
             self.log.scalars(self.step, values)
             self.log.line(console_line(self.step, self.config.steps, values))
-        if self.config.data.eval and (self._due(self.config.eval_every) or (last and self.config.eval_every)):
+
+    def _evaluate_if_due(self) -> None:
+        if self.config.data.eval and (self._due(self.config.eval_every) or (self._last and self.config.eval_every)):
             self._check_pending()
             values = self.evaluation.losses(self.state)
             self.log.scalars(self.step, values)

@@ -22,6 +22,7 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.sampling import sample_uniform
 
 _QUESTIONS = 2  # of a clip, in turns of one conversation
+_GROUNDED, _ASKED = 0.05, 0.5  # of any clips: how many are grounded, and how many are so or have questions
 
 # Of a curriculum: so many clips, and what their lines say in turn beside the seed.
 Stage = tuple[int, Sequence[Mapping[str, Any]]]
@@ -77,13 +78,13 @@ def _turns(scene: Scene, rng: np.random.Generator, n_frames: int) -> list[tuple[
     """Questions and answers: a grounded description, or a plain one, with questions before and after it for some clips.
 
     Descriptions are worded in one way only: that a thing could be said in another is noise to a small model. Answers
-    to choices are a single letter, from which alone little is learnt; those after the description can be read off it.
+    that come after the description can be read off it, those before it have to be seen.
     """
     kind = rng.random()
-    if kind < 0.05:
+    if kind < _GROUNDED:
         return [(GROUNDED_PROMPT, describe_grounded(scene, n_frames))]
-    asked = questions(scene, rng) if kind < 0.2 else []
+    asked = questions(scene, rng) if kind < _ASKED else []
     order = rng.permutation(len(asked))[:_QUESTIONS].tolist()
-    turns = [(asked[i].prompt(), f" Answer: ({asked[i].answer}") for i in order]
+    turns = [(asked[i].prompt(), asked[i].reply()) for i in order]
     turns.insert(int(rng.integers(len(turns) + 1)), (PROMPT, describe(scene)))
     return turns

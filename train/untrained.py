@@ -53,10 +53,11 @@ MICRO = {
         "num_hidden_layers": 4,
         "num_attention_heads": 12,
         "num_key_value_heads": 4,
-        # At the usual million, three rows and columns of tokens would look all the same; and each of time, row and
-        # column needs slow and fast frequencies, so they take turns. (transformers 4 joins two of these lists, and
+        # At the usual million, three rows and columns of tokens would look all the same; at 15, no frequency is slow
+        # enough to find a word of a question at any distance. Each of time, row and column needs slow and fast ones,
+        # so they take turns. (transformers 4 joins two of these lists, and
         # counts on in the second; with nine sections that starts with time again.)
-        "rope_theta": 15.0,
+        "rope_theta": 300.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [*[1] * 8, 0]},
     },
     "vision": {"depth": 2, "embed_dim": 64, "num_heads": 4},
@@ -146,7 +147,7 @@ def _texts() -> Iterator[str]:
     rng = np.random.default_rng(0)
     for _ in range(_SCENES):
         scene = generate(rng)
-        yield "system\nYou are a helpful assistant.user\nassistant\n Answer: (\n"
+        yield "system\nYou are a helpful assistant.user\nassistant\n Answer: ()\n"
         yield f"{PROMPT} {IMAGE_PROMPT} {GROUNDED_PROMPT}"
         yield describe(scene, rng)
         yield from (describe_frame(scene, frame) for frame in (0, scene.frames - 1))

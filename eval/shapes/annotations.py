@@ -51,10 +51,10 @@ def annotation(
 
 
 def question_annotation(question: Question, video: Mapping[str, Any], idx: int, vid: int) -> dict[str, Any]:
-    """A line that asks a question; the answer begins with " Answer: (", so that a letter is what comes next."""
-    begun, letter = {"type": "text", "text": " Answer: ("}, {"type": "text", "text": "", "reference": question.answer}
+    """A line that asks a question; its reference is the right option, and then the letter."""
+    answer = {"type": "text", "text": "", "reference": question.reply()}
     return {
-        "messages": [ask(video, question.prompt()), {"role": "assistant", "content": [begun, letter]}],
+        "messages": [ask(video, question.prompt()), {"role": "assistant", "content": [answer]}],
         "dataset": f"ShapesQA/{_QUESTION_SETS[question.kind]}",
         "task": "video/QA",
         "idx": idx,

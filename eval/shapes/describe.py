@@ -8,7 +8,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.shapes.words import FIRST, JOINED, LAST, NEXT, PLACES, article, as_sentence, name_after, plain, sentences
+from eval.shapes.words import (
+    FIRST,
+    JOINED,
+    LAST,
+    NEXT,
+    PLACES,
+    article,
+    as_clause,
+    as_sentence,
+    name_after,
+    plain,
+    sentences,
+)
 from eval.shapes.world import ROUND, TURNS, Fact, Scene, changed_frames, facts, pose_at
 from tarsier_jax.processing.sampling import sample_uniform
 
@@ -92,7 +104,7 @@ def frame_groups(scene: Scene, n: int) -> list[tuple[int, int, list[int]]]:
 def _tell_plainly(told: Sequence[Fact]) -> list[str]:
     """Nothing in a sentence says how many others come, and no name hangs on those before."""
     first, *later = (plain(fact) for fact in told)
-    return [first, *(f"Then {text[0].lower()}{text[1:]}" for text in later)]
+    return [first, *(f"Then {as_clause(text)}." for text in later)]
 
 
 def _tell(told: Sequence[Fact], rng: np.random.Generator | None, join: bool) -> list[str]:

@@ -6,11 +6,12 @@ colour to take on a colour on the way.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from eval.shapes.words import WAYS, as_sentence, plain
+from eval.shapes.words import WAYS, as_clause, as_sentence, plain
 from eval.shapes.world import COLOURS, DIRECTIONS, ROUND, TURNS, Fact, Scene, facts, names_of, opposite
 
 LETTERS = "ABCD"
@@ -30,6 +31,16 @@ class Question:
         """The question as TVBench asks it, options on lines of their own."""
         lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, self.options, strict=True)]
         return "\n".join([f"Question: {self.text}", *lines])
+
+    def reply(self) -> str:
+        """The right option's words and then its letter, from which alone a small model learns next to nothing."""
+        return f" {self.options[LETTERS.index(self.answer)]} Answer: ({self.answer})"
+
+
+def letter_in(reply: str) -> str:
+    """The letter that a reply chooses: its last "(B)", or all that it says. Empty if there is none."""
+    chosen = re.findall(rf"\(([{LETTERS}])\)", reply) or re.findall(rf"^[ (]*([{LETTERS}])[ .)]*$", reply)
+    return chosen[-1] if chosen else ""
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -81,8 +92,8 @@ def _after(scene: Scene, told: Sequence[Fact], rng: np.random.Generator) -> Ques
     if len(told) < 3:
         return None
     i = int(rng.integers(1, len(told)))
-    before = plain(told[i - 1])
-    return _ordered(scene, told, rng, f"What happens right after {before[0].lower()}{before[1:-1]}?", i, i - 1)
+    before = as_clause(plain(told[i - 1]))
+    return _ordered(scene, told, rng, f"What happens right after {before}?", i, i - 1)
 
 
 def _ordered(

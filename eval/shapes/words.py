@@ -78,6 +78,11 @@ def as_sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
+def as_clause(sentence: str) -> str:
+    """Without its capital and its period."""
+    return f"{sentence[0].lower()}{sentence[1:-1]}"
+
+
 def name_after(fact: Fact) -> str:
     """What the shape that did something is called from then on."""
     return f"{fact.detail} {fact.names[0].split()[1]}" if fact.verb == "recolour" else fact.names[0]

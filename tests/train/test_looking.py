@@ -13,7 +13,7 @@ from train.looking import SHARPNESS, head_biases
 from train.untrained import MICRO, write_untrained
 
 GRID = np.stack(np.meshgrid(range(5), range(4), range(4), indexing="ij")).reshape(3, -1)  # (time, row, column), S
-SECTIONS, H, THETA = (1,) * 8 + (0,), 16, 15.0
+SECTIONS, H, THETA = (1,) * 8 + (0,), 16, 300.0
 
 
 @pytest.fixture(scope="module")

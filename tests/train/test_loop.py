@@ -90,6 +90,14 @@ def test_only_bad_samples(tmp_path: Path) -> None:
         train(config, tmp_path / "run", sft_job)
 
 
+def test_held_out_samples_that_cannot_be_used_lose_no_training(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("[]\n" * 200)
+    config = debug_config(**{"data.eval": str(tmp_path / "bad.jsonl")})
+    with pytest.raises(InputError, match=r"bad.jsonl line \d"):
+        train(config, tmp_path / "run", sft_job)
+    assert Checkpoints(tmp_path / "run", keep=1).latest() == config.steps
+
+
 def test_no_space_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = TrainState(jnp.int32(3), {"decoder/norm/weight": jnp.ones(2**18)}, {}, ())
     data: Any = iter(grain.MapDataset.range(3).to_iter_dataset())

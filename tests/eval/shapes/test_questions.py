@@ -11,7 +11,7 @@ import pytest
 from eval.shapes.annotations import GROUNDED_PROMPT, annotation, question_annotation
 from eval.shapes.describe import describe, describe_grounded
 from eval.shapes.judge import events_of
-from eval.shapes.questions import LETTERS, Question, questions, untrue
+from eval.shapes.questions import LETTERS, Question, letter_in, questions, untrue
 from eval.shapes.render import render, write_clip
 from eval.shapes.words import WAYS
 from eval.shapes.world import DIRECTIONS, Scene, facts
@@ -113,4 +113,21 @@ def test_question_annotation() -> None:
         line = json.loads(json.dumps(question_annotation(question, {"video_file": "1.mp4"}, i, vid=1)))
         assert line["task"] == "video/QA" and line["dataset"].startswith("ShapesQA/")
         assert line["messages"][0]["content"][1]["text"].startswith("Question: ")
-        assert _answer(prepare(line, np.random.default_rng(0))) == f" Answer: ({question.answer}"
+        assert _answer(prepare(line, np.random.default_rng(0))) == question.reply()
+        right = dict(zip(LETTERS, question.options, strict=True))[question.answer]
+        assert question.reply() == f" {right} Answer: ({question.answer})"
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        (" The red bar grows. Answer: (C)", "C"),
+        ("B", "B"),
+        (" (D).", "D"),
+        ("Not (A), but (B) The red bar grows.", "B"),
+        ("A red bar grows.", ""),
+        (" The red bar grows. Answer: (", ""),
+    ],
+)
+def test_the_letter_in_a_reply(reply: str, letter: str) -> None:
+    assert letter_in(reply) == letter
