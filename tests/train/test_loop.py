@@ -91,8 +91,10 @@ def test_only_bad_samples(tmp_path: Path) -> None:
 
 
 def test_held_out_samples_that_cannot_be_used_lose_no_training(tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text("[]\n" * 200)
-    config = debug_config(**{"data.eval": str(tmp_path / "bad.jsonl")})
+    clips, bad = write_clips(tmp_path / "clips"), tmp_path / "bad.jsonl"
+    bad.write_text("[]\n" * 200)
+    data = {"data.train": str(clips), "data.eval": str(bad), "data.media_root": str(clips.parent)}
+    config = debug_config(**data)
     with pytest.raises(InputError, match=r"bad.jsonl line \d"):
         train(config, tmp_path / "run", sft_job)
     assert Checkpoints(tmp_path / "run", keep=1).latest() == config.steps
