@@ -30,10 +30,14 @@ def question(clip: Clip) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def captions(clips: list[Clip]) -> list[str]:
-    """Ours, by the engine."""
+def engine() -> Engine:
     model, processor = tarsier_jax.load(EMBEDDED)
-    engine = Engine(model, processor, fit_shape(processor, SLOTS, TOKENS))
+    return Engine(model, processor, fit_shape(processor, SLOTS, TOKENS))
+
+
+@pytest.fixture(scope="module")
+def captions(engine: Engine, clips: list[Clip]) -> list[str]:
+    """Ours, by the engine."""
     return answer_samples(engine, map(question, clips), TOKENS)
 
 
@@ -49,11 +53,9 @@ def test_it_describes_clips_it_has_not_seen(clips: list[Clip], captions: list[st
     assert corpus_scores(captions, [event_sentences(clip.scene) for clip in clips])["f1"] > 0.7
 
 
-def test_it_answers_questions_better_than_by_guessing() -> None:
+def test_it_answers_questions_better_than_by_guessing(engine: Engine) -> None:
     """Four options, of which one is right; its card gives 0.46 of 500."""
-    model, processor = tarsier_jax.load(EMBEDDED)
-    scorer = Scorer(Engine(model, processor, fit_shape(processor, SLOTS, TOKENS)))
-    counted = scorer.choose(draw_clips(HELD_OUT + 10**6, 100), seed=0).values()
+    counted = Scorer(engine).choose(draw_clips(HELD_OUT + 10**6, 100), seed=0).values()
     assert sum(right for _, right in counted) / sum(asked for asked, _ in counted) > 0.35
 
 

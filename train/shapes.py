@@ -22,7 +22,7 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.sampling import sample_uniform
 
 _QUESTIONS = 2  # of a clip, in turns of one conversation
-_GROUNDED, _ASKED = 0.05, 0.5  # of any clips: how many are grounded, and how many are so or have questions
+_GROUNDED, _ASKED = 0.05, 0.45  # how many of any clips are grounded, and how many have questions
 
 # Of a curriculum: so many clips, and what their lines say in turn beside the seed.
 Stage = tuple[int, Sequence[Mapping[str, Any]]]
@@ -83,7 +83,7 @@ def _turns(scene: Scene, rng: np.random.Generator, n_frames: int) -> list[tuple[
     kind = rng.random()
     if kind < _GROUNDED:
         return [(GROUNDED_PROMPT, describe_grounded(scene, n_frames))]
-    asked = questions(scene, rng) if kind < _ASKED else []
+    asked = questions(scene, rng) if kind < _GROUNDED + _ASKED else []
     order = rng.permutation(len(asked))[:_QUESTIONS].tolist()
     turns = [(asked[i].prompt(), asked[i].reply()) for i in order]
     turns.insert(int(rng.integers(len(turns) + 1)), (PROMPT, describe(scene)))

@@ -55,8 +55,8 @@ MICRO = {
         "num_key_value_heads": 4,
         # At the usual million, three rows and columns of tokens would look all the same; at 15, no frequency is slow
         # enough to find a word of a question at any distance. Each of time, row and column needs slow and fast ones,
-        # so they take turns. (transformers 4 joins two of these lists, and
-        # counts on in the second; with nine sections that starts with time again.)
+        # so they take turns. (transformers 4 joins two of these lists, and counts on in the second; with nine sections
+        # that starts with time again.)
         "rope_theta": 300.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [*[1] * 8, 0]},
     },

@@ -15,8 +15,8 @@ from eval.shapes.words import (
     NEXT,
     PLACES,
     article,
-    as_clause,
     as_sentence,
+    clause,
     name_after,
     plain,
     sentences,
@@ -103,8 +103,8 @@ def frame_groups(scene: Scene, n: int) -> list[tuple[int, int, list[int]]]:
 
 def _tell_plainly(told: Sequence[Fact]) -> list[str]:
     """Nothing in a sentence says how many others come, and no name hangs on those before."""
-    first, *later = (plain(fact) for fact in told)
-    return [first, *(f"Then {as_clause(text)}." for text in later)]
+    first, *later = told
+    return [plain(first), *(f"Then {clause(fact)}." for fact in later)]
 
 
 def _tell(told: Sequence[Fact], rng: np.random.Generator | None, join: bool) -> list[str]:

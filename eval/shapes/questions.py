@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.shapes.words import WAYS, as_clause, as_sentence, plain
+from eval.shapes.words import WAYS, as_sentence, clause, plain
 from eval.shapes.world import COLOURS, DIRECTIONS, ROUND, TURNS, Fact, Scene, facts, names_of, opposite
 
 LETTERS = "ABCD"
@@ -33,7 +33,7 @@ class Question:
         return "\n".join([f"Question: {self.text}", *lines])
 
     def reply(self) -> str:
-        """The right option's words and then its letter, from which alone a small model learns next to nothing."""
+        """The right option's words, and then its letter: from letters alone a small model learns next to nothing."""
         return f" {self.options[LETTERS.index(self.answer)]} Answer: ({self.answer})"
 
 
@@ -92,8 +92,7 @@ def _after(scene: Scene, told: Sequence[Fact], rng: np.random.Generator) -> Ques
     if len(told) < 3:
         return None
     i = int(rng.integers(1, len(told)))
-    before = as_clause(plain(told[i - 1]))
-    return _ordered(scene, told, rng, f"What happens right after {before}?", i, i - 1)
+    return _ordered(scene, told, rng, f"What happens right after {clause(told[i - 1])}?", i, i - 1)
 
 
 def _ordered(

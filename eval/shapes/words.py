@@ -67,20 +67,20 @@ def article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
+def clause(fact: Fact, definite: bool = True) -> str:
+    """The plain way to tell a fact, inside of a sentence: "the red circle moves to the left"."""
+    names = [f"the {name}" if definite else article(name) for name in fact.names]
+    return sentences(fact, *names)[0]
+
+
 def plain(fact: Fact, definite: bool = True) -> str:
     """The canonical sentence of a fact, "The red circle moves to the left."."""
-    names = [f"the {name}" if definite else article(name) for name in fact.names]
-    return as_sentence(sentences(fact, *names)[0])
+    return as_sentence(clause(fact, definite))
 
 
 def as_sentence(text: str) -> str:
     """With a capital and a period."""
     return f"{text[0].upper()}{text[1:]}."
-
-
-def as_clause(sentence: str) -> str:
-    """Without its capital and its period."""
-    return f"{sentence[0].lower()}{sentence[1:-1]}"
 
 
 def name_after(fact: Fact) -> str:
