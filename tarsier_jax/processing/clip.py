@@ -1,0 +1,128 @@
+"""The clip: what every reader of videos, animations and images returns, and the checks and errors that they share."""
+
+import codecs
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tarsier_jax.errors import InputError
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".wmv")
+GIF_SUFFIXES = (".gif",)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+ACCEPTED = (
+    f"Videos end in {' '.join(VIDEO_SUFFIXES)}, animations in {' '.join(GIF_SUFFIXES)}, "
+    f"images in {' '.join(IMAGE_SUFFIXES)}; upper case will do."
+)
+
+Frame = Image.Image
+Decoder = Callable[[Sequence[int]], Iterator[Frame]]  # takes strictly increasing indices
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """An opened clip.
+
+    Attributes:
+        name: The file, or a description of the source, for messages.
+        length: The number of frames.
+        rate: The mean number of frames per second, or None when frames have no times.
+        decode: Decodes the frames at strictly increasing indices.
+        times: The time of each frame in seconds from the first frame, (length,), or None when frames have no times.
+    """
+
+    name: str
+    length: int
+    rate: float | None
+    decode: Decoder
+    times: np.ndarray | None = None
+
+    def read(self, indices: Sequence[int]) -> Iterator[Frame]:
+        """RGB frames at the given indices, in the order given, repeated where an index is.
+
+        Raises:
+            InputError: a frame cannot be decoded, or an index is not in the clip.
+        """
+        outside = [i for i in indices if not 0 <= i < self.length]
+        if outside:
+            raise InputError(f"{self.name} has frames 0 to {self.length - 1}; there is no frame {outside}.")
+        if all(a < b for a, b in itertools.pairwise(indices)):
+            return self.decode(indices)
+        order = sorted(set(indices))
+        frames = dict(zip(order, self.decode(order), strict=True))
+        return (frames[i] for i in indices)
+
+
+def kind_of(path: str | Path) -> str:
+    """Says "video", "gif" or "image" by the ending of a name; a directory is a video, one image a frame.
+
+    Raises:
+        InputError: the ending is none of the accepted ones.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix in VIDEO_SUFFIXES:
+        return "video"
+    if suffix in GIF_SUFFIXES:
+        return "gif"
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    raise InputError(f"{path}: files ending in {suffix or 'nothing'} are not read. {ACCEPTED} Convert or rename it.")
+
+
+def check_file(path: Path) -> None:
+    """Raises InputError for a file that is missing or empty."""
+    try:
+        if path.is_file() and path.stat().st_size > 0:
+            return
+        problem = "is empty" if path.is_file() else "does not exist" if not path.exists() else "is no file"
+    except (OSError, ValueError) as e:
+        problem = f"cannot be looked up ({e})"
+    raise InputError(f"{path} {problem}. Check the path, or copy the file again.")
+
+
+def name_content(path: str | Path) -> str | None:
+    """Names the content of a file that is text instead of pictures, with its remedy; None where nothing is recognized.
+
+    A failed download often leaves a web page or an error message under the name of the video or picture.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(512)
+    except (OSError, ValueError):
+        return None
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a git-lfs pointer: run `git lfs pull`"
+    if b"<svg" in head:
+        return "an SVG drawing: convert it to PNG"
+    if head.startswith(b"<"):
+        kind = "a web page" if b"<html" in head or b"<!doctype html" in head else "an XML document"
+        return f"{kind}, so the download failed: download it again"
+    if _is_text(head):
+        kind = "a JSON document" if head.startswith((b"{", b"[")) else "text"
+        return f"{kind}, perhaps the error message of a failed download: download it again"
+    return None
+
+
+def undecodable(name: str, error: Exception) -> InputError:
+    """The error for a file whose decoding failed with `error`."""
+    if content := name_content(name):
+        return InputError(f"{name} cannot be decoded: it is {content}.")
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(
+        f"{name} cannot be decoded: it is cut off, damaged, or holds no pictures ({reason}). Copy it again, or mend a "
+        "video with `ffmpeg -i broken.mp4 mended.mp4`."
+    )
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(character.isprintable() or character.isspace() for character in text)
