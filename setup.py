@@ -26,7 +26,7 @@ setup(
         "jinja2>=3.1",
         "huggingface_hub",
         "pillow",
-        "decord2>=3.4",
+        "av>=18",  # FFmpeg
         "grain>=0.2.15",  # decodes ahead
         "tqdm",
     ],

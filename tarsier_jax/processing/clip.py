@@ -3,6 +3,7 @@
 import codecs
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def kind_of(path: str | Path) -> str:
     Raises:
         InputError: the ending is none of the accepted ones.
     """
+    _check_local(path)
     path = Path(path)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix in VIDEO_SUFFIXES:
@@ -74,8 +76,10 @@ def kind_of(path: str | Path) -> str:
     raise InputError(f"{path}: files ending in {suffix or 'nothing'} are not read. {ACCEPTED} Convert or rename it.")
 
 
-def check_file(path: Path) -> None:
+def check_file(path: str | Path) -> None:
     """Raises InputError for a file that is missing or empty."""
+    _check_local(path)
+    path = Path(path)
     try:
         if path.is_file() and path.stat().st_size > 0:
             return
@@ -83,6 +87,11 @@ def check_file(path: Path) -> None:
     except (OSError, ValueError) as e:
         problem = f"cannot be looked up ({e})"
     raise InputError(f"{path} {problem}. Check the path, or copy the file again.")
+
+
+def _check_local(path: str | Path) -> None:
+    if isinstance(path, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise InputError(f"{path} is an address, and only files are read. Download it, and give the file.")
 
 
 def name_content(path: str | Path) -> str | None:

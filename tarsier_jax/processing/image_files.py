@@ -24,7 +24,7 @@ def load_image(source: str | Path | Image.Image | np.ndarray) -> Frame:
         return Image.fromarray(source)
     if not isinstance(source, str | Path):
         raise InputError(f"{source!r} is no image. Give a path, a PIL image, or a uint8 array of shape (H, W, 3).")
-    check_file(Path(source))
+    check_file(source)
     if kind_of(source) == "video":
         raise InputError(
             f"{source} is a video where an image belongs. Use a video item, or video_file with frame_indices."

@@ -90,7 +90,8 @@ def open_visuals(
             continue
         video = item["video"]
         clip = open_clip(_source(video))
-        indices = select_frames(video, clip.length, clip.rate, next(counts), sampler, rng, clip.name)
+        n = next(counts)
+        indices = select_frames(video, clip.length, clip.rate, n, sampler, rng, clip.name, clip.times)
         if (way := video.get("disturb")) is not None:
             indices = disturb(indices, way.get("kind"), np.random.default_rng(way.get("seed") or 0), clip.name)
         visuals.append(Visual("video", clip, indices, video.get("mask_boxes"), -len(indices) % divisor))

@@ -12,6 +12,7 @@ import numpy as np
 from tarsier_jax.errors import InputError
 
 SAMPLERS = ("v1", "v2")
+_TICK = 1e-6  # seconds by which timestamps are rounded
 
 
 def sample_uniform(length: int, n: int) -> list[int]:
@@ -77,15 +78,20 @@ def select_frames(
     sampler: str = "v1",
     rng: np.random.Generator | None = None,
     name: str = "the clip",
+    times: np.ndarray | None = None,
 ) -> list[int]:
     """Frame indices that a video item of an annotation asks for.
 
     `frame_indices`, `time_indices` (seconds) and `fps` (frames a second to take; if that makes more than n, n evenly
     spaced ones) exclude each other. `start_frame`/`end_frame`, or `start_time`/`end_time` in seconds, bound what is
-    sampled, both ends included.
+    sampled, both ends included; an end past the last frame means the last frame.
+
+    Seconds count from the first frame. Where frames come at a constant rate, they mean the nearest frame, as in the
+    original; elsewhere, the frame that is on the screen.
 
     Args:
         length: frames in the clip.  rate: its frames a second, None if it has none.  n: frames to take.
+        times: the time of each frame in seconds, (length,), increasing; None for a constant rate.
 
     Raises:
         InputError: seconds are given for a clip without a frame rate, or the frames asked for are not in the clip.
@@ -97,21 +103,24 @@ def select_frames(
         raise InputError(
             f"{name} has no frame rate, so that times and fps mean nothing. Use frame_indices, start_frame, end_frame."
         )
+    if times is not None and _is_constant(times, rate or 0):
+        times = None
     if _listed(item):
-        indices = item["frame_indices"] if "frame_indices" in given else _to_frames(item["time_indices"], rate)
+        listed = item.get("frame_indices")
+        indices = [_frame_at(s, rate, times) for s in item["time_indices"]] if listed is None else listed
         return _check_listed([int(i) for i in indices], length, name)
-    start, end = _bounds(item, length, rate)
+    start, end = _bounds(item, length, rate, times)
     span = end - start + 1
     if not 0 <= start < length or span < 1:
         raise InputError(
             f"{name} has frames 0 to {length - 1}, but {start} to {end} are asked for. Mend the start and end."
         )
     if item.get("fps") is not None:
-        every = list(range(start, end + 1, max(1, round((rate or 0) / item["fps"]))))
+        every = _every(start, end, item["fps"], rate or 0, times)
         if len(every) <= n:
-            return [i for i in every if i < length]
+            return every
     sampled = sample_uniform(span, n) if sampler == "v1" else sample_segments(span, n, rng)
-    return [start + i for i in sampled if start + i < length]  # what lies past the end is left out, as it ever was
+    return [start + i for i in sampled]
 
 
 def _listed(video: Mapping[str, Any]) -> bool:
@@ -127,18 +136,37 @@ def _frames_asked(video: Mapping[str, Any], max_n_frames: int) -> int:
     return max_n_frames if video.get("fps") is not None else 0
 
 
-def _to_frames(seconds: Sequence[float], rate: float | None) -> list[int]:
-    return [round(float(s) * (rate or 0)) for s in seconds]
+def _is_constant(times: np.ndarray, rate: float) -> bool:
+    """Whether the frame nearest to any time is the one that the rate says."""
+    return bool(np.all(np.abs(times * rate - np.arange(len(times))) < 0.5))
 
 
-def _bounds(item: Mapping[str, Any], length: int, rate: float | None) -> tuple[int, int]:
+def _frame_at(seconds: float, rate: float | None, times: np.ndarray | None) -> int:
+    """The index of the frame at a time. Past the last frame, it counts on at the clip's rate."""
+    if times is None:
+        return round(float(seconds) * (rate or 0))
+    if seconds > times[-1]:
+        return len(times) - 1 + round((float(seconds) - float(times[-1])) * (rate or 0))
+    return int(np.searchsorted(times, seconds + _TICK, side="right")) - 1
+
+
+def _every(start: int, end: int, fps: float, rate: float, times: np.ndarray | None) -> list[int]:
+    """The frames from `start` to `end`, thinned out to `fps` a second."""
+    if times is None:
+        return list(range(start, end + 1, max(1, round(rate / fps))))
+    # A frame is taken if a multiple of 1 / fps falls into the time for which it is on the screen.
+    edges = np.append(times[start : end + 1], times[end] + 1 / rate) - times[start]
+    ticks = np.ceil((edges - _TICK) * fps)
+    return (start + np.flatnonzero(ticks[:-1] < ticks[1:])).tolist()
+
+
+def _bounds(item: Mapping[str, Any], length: int, rate: float | None, times: np.ndarray | None) -> tuple[int, int]:
     def bound(side: str, default: int) -> int:
         if item.get(f"{side}_time") is not None:
-            return round(item[f"{side}_time"] * (rate or 0))
+            return _frame_at(item[f"{side}_time"], rate, times)
         return round(item[f"{side}_frame"]) if item.get(f"{side}_frame") is not None else default
 
-    start, end = bound("start", 0), bound("end", length - 1)
-    return start, length - 1 if end == length else end
+    return bound("start", 0), min(bound("end", length - 1), length - 1)
 
 
 def _check_listed(indices: list[int], length: int, name: str) -> list[int]:

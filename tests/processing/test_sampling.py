@@ -46,7 +46,8 @@ def test_a_video_that_would_get_no_frame_is_an_error() -> None:
         ({"start_frame": 10}, [10, 40, 69, 99]),
         ({"start_time": 1, "end_time": 1.9}, [10, 13, 16, 19]),
         ({"start_time": 9, "end_time": 10}, [90, 93, 96, 99]),
-        ({"start_frame": 95, "end_frame": 104}, [95, 98]),  # the part past the end is left out
+        ({"start_frame": 95, "end_frame": 104}, [95, 96, 98, 99]),  # an end past the last frame means that
+        ({"start_time": 0, "end_time": 9999}, [0, 33, 66, 99]),
         ({"fps": 0.4}, [0, 25, 50, 75]),
         ({"fps": 5}, [0, 33, 66, 99]),  # 50 frames are more than may be shown
         ({"fps": 1, "start_time": 2, "end_time": 4}, [20, 30, 40]),
@@ -55,6 +56,27 @@ def test_a_video_that_would_get_no_frame_is_an_error() -> None:
 )
 def test_select_frames(item: dict, expected: list[int]) -> None:
     assert select_frames(item, length=100, rate=10.0, n=4) == expected
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ({"time_indices": [0.5, 2.99, 3, 9]}, [0, 2, 3, 4]),  # the frame on the screen
+        ({"start_time": 2.5, "end_time": 5}, [2, 3]),
+        ({"fps": 1}, [0, 1, 2, 3, 4]),
+        ({"fps": 0.25}, [0, 3, 4]),  # at 0, 4, 8 and 12 s
+        ({}, [0, 1, 3, 4]),
+    ],
+)
+def test_seconds_of_a_variable_rate(item: dict, expected: list[int]) -> None:
+    times = np.array([0, 1, 2, 3, 8.0])
+    assert select_frames(item, length=5, rate=0.5, n=5 if "fps" in item else 4, times=times) == expected
+
+
+def test_timestamps_that_jitter_mean_what_the_rate_says() -> None:
+    times = np.arange(100) / 10 + np.random.default_rng(0).uniform(-0.02, 0.02, 100)
+    item = {"time_indices": [0.04, 0.06, 1.24]}
+    assert select_frames(item, 100, 10.0, n=4, times=times) == select_frames(item, 100, 10.0, n=4) == [0, 1, 12]
 
 
 def test_select_frames_by_the_second_sampler() -> None:

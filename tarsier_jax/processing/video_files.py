@@ -1,0 +1,309 @@
+"""Reading video files: the frames of FFmpeg's own decode, addressed by index, with their presentation times.
+
+PyAV brings FFmpeg's libraries. Opening a file reads its packets without decoding them: their timestamps are the index
+of frames. Reading seeks to the key frame before each wanted frame, and decodes from there.
+"""
+
+import dataclasses
+import itertools
+import struct
+from collections.abc import Container, Iterable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import av.error
+import numpy as np
+from av.container import InputContainer
+from av.filter import Graph
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from PIL import Image
+
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.clip import Clip, Frame, undecodable
+
+_PROGRESSIVE = 1  # FFmpeg's AV_FIELD_PROGRESSIVE
+_ERRORS = (av.error.FFmpegError, ValueError, OSError)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """The frames of a file in display order, and the key frames at which decoding may begin.
+
+    Attributes:
+        pts: The presentation timestamp of each frame, int64 (length,), strictly increasing.
+        key_pts: The presentation timestamp of each key frame, int64 (keys,), increasing.
+        key_seek: The timestamp to which the container seeks for each key frame, int64 (keys,).
+        reliable: Whether each timestamp in `pts` names a frame. If not, frames are counted from the start.
+    """
+
+    pts: np.ndarray
+    key_pts: np.ndarray
+    key_seek: np.ndarray
+    reliable: bool
+
+
+def open_video(path: Path) -> Clip:
+    """Opens a video file and reads its index of frames.
+
+    Raises:
+        InputError: The file is cut off, damaged, or has no video that FFmpeg decodes.
+    """
+    try:
+        container, stream = _open(path)
+        index = _read_index(path, container, stream)
+    except _ERRORS as e:
+        raise undecodable(str(path), e) from None
+    if not len(index.pts):
+        raise undecodable(str(path), ValueError("no frame"))
+    times = (index.pts - index.pts[0]) * float(stream.time_base or 0)
+
+    def decode(indices: Sequence[int]) -> Iterator[Frame]:
+        frames = _seek(container, stream, index, indices) if index.reliable else _scan(path, indices)
+        try:
+            yield from _pictures(frames)
+        except _ERRORS as e:
+            raise undecodable(str(path), e) from None
+
+    return Clip(str(path), len(times), _rate(times, stream.average_rate), decode, times)
+
+
+def _open(path: Path) -> tuple[InputContainer, VideoStream]:
+    container = av.open(str(path), metadata_errors="replace")
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream) and not container.streams.audio:
+        raise ValueError("it contains no video stream")
+    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:  # of an album
+        raise InputError(f"{path} cannot be decoded: it contains sound only. Choose another file.")
+    if stream.codec_context is None:
+        raise InputError(
+            f"{path} cannot be decoded: FFmpeg has no decoder for its codec. Convert it, for example with "
+            "`ffmpeg -i in.mp4 -c:v libx264 out.mp4` on a machine that plays it."
+        )
+    stream.codec_context.thread_count = 1  # several clips are decoded at once, each in a thread
+    return container, stream
+
+
+def _read_index(path: Path, container: InputContainer, stream: VideoStream) -> _Index:
+    codec = stream.codec_context
+    stamps = [_stamp(packet, codec.name) for packet in container.demux(stream) if packet.size]
+    if not stamps or len(stream.index_entries) > len(stamps) or stamps[-1].corrupt:
+        raise ValueError("the file ends before its last frame")
+    pts = [stamp.pts for stamp in stamps]
+    if not _has_times(container, codec) or None in pts or len(set(pts)) < len(pts) or not stamps[0].key:
+        return _count_frames(path)
+    shown, first = sorted(stamp.pts for stamp in stamps if stamp.shown), pts[0]
+    if shown[0] < first:
+        shown = [*_leading_frames(path, first), *(t for t in shown if t >= first)]
+    key_pts, key_seek = np.array(sorted((stamp.pts, stamp.seek) for stamp in stamps if stamp.key), np.int64).T
+    return _Index(np.array(shown, np.int64), key_pts, key_seek, True)
+
+
+def _has_times(container: InputContainer, codec: VideoCodecContext) -> bool:
+    """Whether the packets of a container carry presentation times, one per frame.
+
+    AVI stores none: FFmpeg derives them, wrongly where frames are reordered. In a transport stream, a packet may be a
+    field, half of a frame.
+    """
+    formats = set(container.format.name.split(","))
+    return bool(
+        formats & {"mov", "matroska", "asf"}
+        or ("avi" in formats and not codec.has_b_frames)
+        or ("mpegts" in formats and codec.field_order == _PROGRESSIVE)
+    )
+
+
+class _Stamp(NamedTuple):
+    """A packet without its data.
+
+    Attributes:
+        pts: The presentation timestamp, or None.
+        seek: The timestamp by which a container finds the packet.
+        key: Whether it is a key frame.
+        shown: Whether it makes a frame that is shown.
+        corrupt: Whether it is incomplete.
+    """
+
+    pts: Any
+    seek: Any
+    key: bool
+    shown: bool
+    corrupt: bool
+
+
+def _stamp(packet: Packet, codec: str) -> _Stamp:
+    seek = min((t for t in (packet.pts, packet.dts) if t is not None), default=None)
+    shown = not packet.is_discard and not _is_hidden(packet, codec)
+    return _Stamp(packet.pts, seek, packet.is_keyframe, shown, packet.is_corrupt)
+
+
+def _is_hidden(packet: Packet, codec: str) -> bool:
+    """Whether a packet of VP8 or VP9 is a reference that is never shown.
+
+    Source: RFC 6386, section 9.1; VP9 bitstream specification, section 6.2 and annex B.
+    """
+    if codec not in ("vp8", "vp9"):
+        return False
+    data = memoryview(packet)
+    if codec == "vp8":
+        return not data[0] & 0b1_0000
+    superframe = data[-1] & 0b1110_0000 == 0b1100_0000  # it contains a frame that is shown
+    return not superframe and not data[0] & 0b1010  # show_existing_frame, show_frame
+
+
+def _leading_frames(path: Path, first: int) -> list[int]:
+    """The timestamps of frames shown before the first key frame, at `first`.
+
+    A cut leaves some of them without the frames that they refer to; those are not decoded.
+    """
+    container, stream = _open(path)
+    decoded = (frame.pts or 0 for frame in _decode(container.demux(stream)))
+    return list(itertools.takewhile(lambda pts: pts < first, decoded))
+
+
+def _count_frames(path: Path) -> _Index:
+    """The index of a file whose packets do not tell its frames: all of it is decoded."""
+    container, stream = _open(path)
+    pts = [-1 if frame.pts is None else frame.pts for frame in _decode(container.demux(stream))]
+    if any(a >= b for a, b in itertools.pairwise(pts)):  # the times mean nothing
+        interval = 1 / ((stream.average_rate or 25) * (stream.time_base or Fraction(1)))
+        pts = [round(i * interval) for i in range(len(pts))]
+    none = np.zeros(0, np.int64)
+    return _Index(np.array(pts, np.int64), none, none, False)
+
+
+def _scan(path: Path, indices: Sequence[int]) -> Iterator[VideoFrame]:
+    """Decodes from the start and counts. `indices` increase strictly."""
+    container, stream = _open(path)
+    frames = enumerate(_decode(container.demux(stream)))
+    for index in indices:
+        frame = next((frame for i, frame in frames if i == index), None)
+        if frame is None:
+            raise ValueError("a frame is missing")
+        yield frame
+
+
+def _seek(
+    container: InputContainer, stream: VideoStream, index: _Index, indices: Sequence[int]
+) -> Iterator[VideoFrame]:
+    """Decodes from the key frame before each of `indices`, which increase strictly."""
+    wanted = index.pts[list(indices)]
+    keys = np.maximum(np.searchsorted(index.key_pts, wanted, side="right") - 1, 0)
+    for key, group in itertools.groupby(zip(keys.tolist(), wanted.tolist(), strict=True), key=lambda pair: pair[0]):
+        yield from _decode_group(container, stream, index, key, [pts for _, pts in group])
+
+
+def _decode_group(
+    container: InputContainer, stream: VideoStream, index: _Index, key: int, wanted: list[int]
+) -> Iterator[VideoFrame]:
+    """The frames with the timestamps `wanted`, from one key frame on."""
+    for first, thin in _attempts(key):
+        packets = _packets_from(container, stream, index, first)
+        for frame in _decode(_thinned(packets, stream.codec_context, set(wanted)) if thin else packets):
+            if frame.pts is None or frame.pts < wanted[0]:
+                continue
+            if frame.pts > wanted[0] or (frame.is_corrupt and (thin or first > 0)):
+                break  # the frame cannot be decoded from here
+            yield frame
+            wanted = wanted[1:]
+            if not wanted:
+                return
+    raise ValueError("a frame is missing")
+
+
+def _attempts(key: int) -> Iterator[tuple[int, bool]]:
+    """The key frames to decode from, until it succeeds, and whether to decode the wanted frames only.
+
+    Some containers mark frames as key frames from which nothing can be decoded.
+    """
+    yield key, True
+    yield key, False
+    for step in itertools.count():
+        if key == 0:
+            return
+        key = max(0, key - 2**step)
+        yield key, False
+
+
+def _packets_from(container: InputContainer, stream: VideoStream, index: _Index, key: int) -> Iterator[Packet]:
+    """Packets from a key frame on; none if the container does not find it."""
+    codec, pts = stream.codec_context, int(index.key_pts[key])
+    codec.flush_buffers()
+    codec.skip_frame = "DEFAULT"
+    container.seek(int(index.key_seek[key]), stream=stream)
+    packets = container.demux(stream)
+    for packet in packets:
+        if packet.pts == pts:
+            return itertools.chain([packet], packets)
+        if packet.is_keyframe and packet.pts is not None and packet.pts > pts:
+            break
+    return iter(())
+
+
+def _thinned(packets: Iterable[Packet], codec: VideoCodecContext, wanted: Container[int | None]) -> Iterator[Packet]:
+    """Packets as they are; the decoder skips frames that are not wanted and that no other frame refers to.
+
+    In HEVC with temporal layers, a frame that its own layer does not refer to may be a reference of the layer above.
+    """
+    hevc, layers = codec.name == "hevc", codec.extradata or b""
+    skips = codec.name in ("h264", "mpeg4", "mpeg2video") or (hevc and len(layers) > 21 and layers[21] >> 3 & 7 == 1)
+    for packet in packets:
+        codec.skip_frame = "NONREF" if skips and packet.pts not in wanted else "DEFAULT"
+        yield packet
+
+
+def _decode(packets: Iterable[Packet]) -> Iterator[VideoFrame]:
+    """Decodes packets; as in the ffmpeg program, one that cannot be decoded is left out."""
+    for packet in packets:
+        try:
+            yield from packet.decode()  # pyright: ignore[reportReturnType]
+        except av.error.InvalidDataError:
+            continue
+
+
+def _pictures(frames: Iterable[VideoFrame]) -> Iterator[Frame]:
+    """Frames as RGB, converted as the ffmpeg program converts them, turned as their display matrix says."""
+    graph, layout = None, None
+    for frame in frames:
+        if graph is None or layout != (frame.format.name, frame.width, frame.height):
+            graph, layout = _rgb_graph(frame), (frame.format.name, frame.width, frame.height)
+        graph.push(frame)
+        yield Image.fromarray(_upright(graph.pull().to_ndarray(), frame))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _rgb_graph(frame: VideoFrame) -> Graph:
+    """The filters of the ffmpeg program for RGB output. PyAV's `reformat` converts more than 8 bits in another way."""
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    graph.link_nodes(source, graph.add("scale"), graph.add("format", "rgb24"), graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def _upright(pixels: np.ndarray, frame: VideoFrame) -> np.ndarray:
+    """The pixels (H, W, 3), turned and mirrored as the display matrix of the frame says, to the nearest quarter turn.
+
+    The matrix maps a place (x, y) to (a x + c y, b x + d y).
+    """
+    side_data: Any = frame.side_data
+    matrix = next((m for m in side_data if m.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return pixels
+    a, b, _, c, d, *_ = struct.unpack("<9i", bytes(matrix))
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _rate(times: np.ndarray, average: Fraction | None) -> float | None:
+    """Frames per second: the file's own average where its frames keep to it, else their mean rate."""
+    if len(times) < 2 or times[-1] <= 0:
+        return float(average) if average else None
+    mean = (len(times) - 1) / float(times[-1])
+    return float(average) if average and abs(average - mean) < 0.01 * mean else mean
