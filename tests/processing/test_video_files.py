@@ -209,23 +209,9 @@ def test_a_damaged_frame_that_is_wanted_is_an_error(source: Callable[..., Path],
 def test_sound_with_a_cover_picture_is_no_video(source: Callable[..., Path], tmp_path: Path) -> None:
     cover, path = tmp_path / "cover.png", tmp_path / "song.mp4"
     ffmpeg("-f", "lavfi", "-i", "testsrc2=s=96x64", "-frames:v", 1, cover)
-    ffmpeg(
-        "-f",
-        "lavfi",
-        "-i",
-        "sine=d=0.2",
-        "-i",
-        cover,
-        "-map",
-        0,
-        "-map",
-        1,
-        "-disposition:v",
-        "attached_pic",
-        "-f",
-        "ipod",
-        path,
-    )
+    sound = ("-f", "lavfi", "-i", "sine=d=0.2")
+    streams = ("-map", 0, "-map", 1, "-c:a", "aac", "-c:v", "copy", "-disposition:v", "attached_pic")
+    ffmpeg(*sound, "-i", cover, *streams, "-f", "ipod", path)
     with pytest.raises(InputError, match=r"song\.mp4 cannot be decoded: it contains sound only"):
         open_clip(path)
 
