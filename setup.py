@@ -44,6 +44,7 @@ setup(
             *INT8,
             *RAY,
             "pyarrow>=15",
+            "decord2>=3.4",  # the original's reader, in benchmarks
             "jax[tpu]",
             "torch==2.13.0",
             "pytest>=8",

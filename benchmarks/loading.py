@@ -1,24 +1,30 @@
-"""Frames decoded and patchified a second: ours in threads, against the original's calls in one thread.
+"""Frames per second and memory of reading videos, side by side with other readers in one run.
 
-    python -m benchmarks.loading --clips 40 --workers 2
+    python -m benchmarks.loading --clips 40 --workers 2          # whole samples and readers, on clips of 360p to 1080p
+    python -m benchmarks.loading --large                          # one hour of 1080p, a 4K and an 8K clip
 
-Clips of 360p to 1080p, landscape and portrait, 16 frames of each at the released pixel limits. The original's path:
-decord's VideoReader with one thread, get_batch, a resize to the pixel budget, then transformers' image processor (PIL),
-in one process, one clip after the other. Both start with warm files; rounds alternate, and medians are shown.
+16 frames of each clip. Whole samples: our processor in threads against the original's calls in one thread (decord,
+a resize to the pixel budget, transformers' image processor). Readers, frames as RGB in one thread: ours; decord as this
+project used it before, from the start up to frame 3,000 and by its own seeking beyond; PyAV in the usual way, a seek
+and decoding forward for each frame. Files are warm, rounds alternate, and medians are shown. With --large, each reader
+runs in a process of its own, whose peak memory is shown.
 """
 
 import argparse
 import dataclasses
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
@@ -30,10 +36,52 @@ from infer.loading import LoadReport, load_requests
 from tarsier_jax.processing.image import ImageOptions, fit_budget
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.sampling import sample_uniform
+from tarsier_jax.processing.video import open_clip
 from tarsier_jax.weights import EMBEDDED
 
 FRAMES = 16
 PROMPT = "Describe the video in detail."
+SCANNED = 3000  # frames up to which the former reader decoded from the start
+
+
+def read_ours(path: Path) -> int:
+    clip = open_clip(path)
+    return sum(1 for _ in clip.read(sample_uniform(clip.length, FRAMES)))
+
+
+def read_decord(path: Path) -> int:
+    from decord import VideoReader, cpu
+
+    reader = VideoReader(str(path), ctx=cpu(0), num_threads=1)
+    indices = sample_uniform(len(reader), FRAMES)
+    if len(reader) > SCANNED:
+        return len(reader.get_batch(indices).asnumpy())
+    wanted, count = set(indices), 0
+    for i in range(indices[-1] + 1):
+        frame = reader.next()
+        count += i in wanted and frame.asnumpy().ndim == 3
+    return count
+
+
+def read_pyav(path: Path) -> int:
+    import av
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        assert stream.duration is not None and stream.average_rate is not None and stream.time_base is not None
+        length = round(stream.duration * stream.time_base * stream.average_rate)
+        count = 0
+        for index in sample_uniform(length, FRAMES):
+            pts = round(index / stream.average_rate / stream.time_base)
+            container.seek(pts, stream=stream)
+            frames = (frame for frame in container.decode(stream) if frame.pts is not None and frame.pts >= pts)
+            frame = next(frames, None)
+            count += frame is not None and frame.to_ndarray(format="rgb24").ndim == 3
+        return count
+
+
+READERS: dict[str, Callable[[Path], int]] = {"ours": read_ours, "decord": read_decord, "PyAV": read_pyav}
 
 
 def original(paths: Sequence[Path], max_pixels: int) -> int:
@@ -52,12 +100,96 @@ def original(paths: Sequence[Path], max_pixels: int) -> int:
     return count
 
 
-def ours(paths: Sequence[Path], processor: Processor, workers: int) -> tuple[int, LoadReport]:
+def ours(paths: Sequence[Path], processor: Processor, workers: int) -> int:
     report = LoadReport()
     items = [Item(i, i, str(path), {}) for i, path in enumerate(paths)]
     for loaded in load_requests(items, processor, PROMPT, Request, workers, report):
         assert isinstance(loaded, Request), loaded
-    return report.frames, report
+    return report.frames
+
+
+def compare(clips: int, workers: int, rounds: int) -> None:
+    """Prints the rates of whole samples, and of readers."""
+    _, processor = tarsier_jax.load(EMBEDDED)
+    processor = dataclasses.replace(processor, image=ImageOptions())
+    with tempfile.TemporaryDirectory() as directory:
+        paths = write_clips(Path(directory), clips, small=False)
+        samples = {
+            f"ours, {workers} threads": lambda: ours(paths, processor, workers),
+            "the original's calls": lambda: original(paths, processor.options.max_pixels),
+        }
+        readers = {name: lambda read=read: sum(map(read, paths)) for name, read in READERS.items()}
+        for title, ways in (("whole samples", samples), ("readers, one thread", readers)):
+            print(f"{title}, {clips} clips, medians of {rounds} rounds")
+            show(alternate(ways, rounds))
+
+
+def alternate(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """Frames per second of each way in each round."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            count = run()
+            rates[name].append(count / (time.perf_counter() - start))
+    return rates
+
+
+def show(rates: dict[str, list[float]]) -> None:
+    first = next(iter(rates.values()))
+    for name, values in rates.items():
+        ratio = np.median(np.divide(first, values))
+        each = ", ".join(f"{rate:.1f}" for rate in values)
+        print(f"  {name:<22} {statistics.median(values):7.1f} frames/s  ({each})  ours: {ratio:.2f} times", flush=True)
+
+
+def compare_large(rounds: int) -> None:
+    """Prints the seconds and the peak memory of each reader on large clips."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name, path in write_large(Path(directory)):
+            print(f"{name}: {path.stat().st_size / 2**20:.0f} MiB")
+            seconds: dict[str, list[float]] = {reader: [] for reader in READERS}
+            memory = dict.fromkeys(READERS, 0)
+            for _ in range(rounds):
+                for reader in READERS:
+                    command = [sys.executable, "-m", "benchmarks.loading", "--reader", reader, str(path)]
+                    values = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+                    seconds[reader].append(float(values[-2]))
+                    memory[reader] = max(memory[reader], int(values[-1]))
+            for reader in READERS:
+                median = statistics.median(seconds[reader])
+                print(f"  {reader:<8} {median:6.2f} s  {memory[reader]:6.0f} MiB above the imports", flush=True)
+
+
+def write_large(directory: Path) -> Iterable[tuple[str, Path]]:
+    """An hour of 1080p (30 s over and over, a key frame every 250 frames), 4 s of 4K and 2 s of 8K in H.264."""
+    kinds = {"an hour of 1080p": ("1920x1080", 30), "4 s of 4K": ("3840x2160", 4), "2 s of 8K": ("7680x4320", 2)}
+    for name, (size, seconds) in kinds.items():
+        part, path = directory / f"part_{size}.mp4", directory / f"{size}.mp4"
+        picture = ["-f", "lavfi", "-i", f"testsrc2=s={size}:r=25:d={seconds}", "-vf", "noise=alls=8:allf=t"]
+        run_ffmpeg(*picture, "-c:v", "libx264", "-preset", "veryfast", "-crf", "30", "-pix_fmt", "yuv420p", part)
+        loops = 119 if seconds == 30 else 0
+        run_ffmpeg("-stream_loop", loops, "-i", part, "-c", "copy", path)
+        yield name, path
+        path.unlink()
+
+
+def run_ffmpeg(*arguments: object) -> None:
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True)
+
+
+def read_once(reader: str, path: Path) -> None:
+    """Prints the seconds and the MiB of memory that one reader takes for one file."""
+    if reader == "decord":
+        import decord  # noqa: F401
+    if reader == "PyAV":
+        import av  # noqa: F401
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    count = READERS[reader](path)
+    seconds = time.perf_counter() - start
+    assert count == FRAMES, count
+    print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 def main() -> int:
@@ -67,24 +199,15 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=40)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--large", action="store_true", help="large clips, and memory")
+    parser.add_argument("--reader", nargs=2, metavar=("READER", "FILE"), help="one reader on one file")
     args = parser.parse_args()
-    _, processor = tarsier_jax.load(EMBEDDED)
-    processor = dataclasses.replace(processor, image=ImageOptions())
-    rates: dict[str, list[float]] = {"original": [], "ours": [], "a thread": []}
-    with tempfile.TemporaryDirectory() as directory:
-        paths = write_clips(Path(directory), args.clips, small=False)
-        for _ in range(args.rounds):
-            start = time.perf_counter()
-            count = original(paths, processor.options.max_pixels)
-            rates["original"].append(count / (time.perf_counter() - start))
-            start = time.perf_counter()
-            count, report = ours(paths, processor, args.workers)
-            rates["ours"].append(count / (time.perf_counter() - start))
-            rates["a thread"].append(report.frames / report.seconds)
-    for name, found in rates.items():
-        print(f"{name:<10} {statistics.median(found):7.1f} frames/s  ({', '.join(f'{rate:.1f}' for rate in found)})")
-    ratio = np.median(np.divide(rates["ours"], rates["original"]))
-    print(f"ours with {args.workers} threads: {ratio:.2f} times the original's one thread")
+    if args.reader:
+        read_once(args.reader[0], Path(args.reader[1]))
+    elif args.large:
+        compare_large(args.rounds)
+    else:
+        compare(args.clips, args.workers, args.rounds)
     return 0
 
 

@@ -23,6 +23,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
+from PIL.Image import Transpose
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.clip import Clip, Frame, undecodable
@@ -268,12 +269,16 @@ def _decode(packets: Iterable[Packet]) -> Iterator[VideoFrame]:
 
 def _pictures(frames: Iterable[VideoFrame]) -> Iterator[Frame]:
     """Frames as RGB, converted as the ffmpeg program converts them, turned as their display matrix says."""
-    graph, layout = None, None
+    graph, layout, turns = Graph(), None, list[Transpose]()
     for frame in frames:
-        if graph is None or layout != (frame.format.name, frame.width, frame.height):
+        if layout != (frame.format.name, frame.width, frame.height):
             graph, layout = _rgb_graph(frame), (frame.format.name, frame.width, frame.height)
+            turns = _turns(frame)  # once, as PyAV frees a frame whose side data was read with the next garbage only
         graph.push(frame)
-        yield Image.fromarray(_upright(graph.pull().to_ndarray(), frame))  # pyright: ignore[reportAttributeAccessIssue]
+        picture = _picture(graph.pull())
+        for turn in turns:
+            picture = picture.transpose(turn)
+        yield picture
 
 
 def _rgb_graph(frame: VideoFrame) -> Graph:
@@ -286,19 +291,27 @@ def _rgb_graph(frame: VideoFrame) -> Graph:
     return graph
 
 
-def _upright(pixels: np.ndarray, frame: VideoFrame) -> np.ndarray:
-    """The pixels (H, W, 3), turned and mirrored as the display matrix of the frame says, to the nearest quarter turn.
+def _picture(rgb: Any) -> Frame:
+    """A frame in RGB as a picture."""
+    (plane,) = rgb.planes
+    data: Any = memoryview(plane)
+    return Image.frombuffer("RGB", (rgb.width, rgb.height), data, "raw", "RGB", plane.line_size, 1)
 
-    The matrix maps a place (x, y) to (a x + c y, b x + d y).
+
+def _turns(frame: VideoFrame) -> list[Transpose]:
+    """The quarter turns and mirrors of the frame's display matrix, which maps a place (x, y) to (a x + c y, b x + d y).
+
+    Other angles are rounded to quarter turns.
     """
     side_data: Any = frame.side_data
     matrix = next((m for m in side_data if m.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
-        return pixels
+        return []
     a, b, _, c, d, *_ = struct.unpack("<9i", bytes(matrix))
-    if abs(b) > abs(a):
-        pixels, a, d = pixels.transpose(1, 0, 2), c, b
-    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+    turned = abs(b) > abs(a)
+    x, y = (c, b) if turned else (a, d)
+    turns = {Transpose.TRANSPOSE: turned, Transpose.FLIP_LEFT_RIGHT: x < 0, Transpose.FLIP_TOP_BOTTOM: y < 0}
+    return [turn for turn, is_needed in turns.items() if is_needed]
 
 
 def _rate(times: np.ndarray, average: Fraction | None) -> float | None:
