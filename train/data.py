@@ -180,7 +180,10 @@ class LoadLine(grain.transforms.RandomMap):
                 raise InputError("The line is no JSON object.")
             loaded = self.load(with_root(sample, self.media_root), rng)
             if not any((example.labels >= 0).any() for example in loaded.unit):
-                raise InputError("Nothing of the sample is trained on: its answer is empty, or beyond max_seq_len.")
+                raise InputError(
+                    'Nothing of the sample is trained on: its answer is empty, has "loss": false, or is beyond '
+                    "max_seq_len."
+                )
             Row(self.packer.shape, self.packer.processor.config).add(loaded.unit)  # raises if no row can hold it
             return loaded
         except Exception as e:  # whatever a line of millions does, the run goes on; the share of bad ones is bounded

@@ -79,8 +79,11 @@ def split_preference(sample: Sample) -> tuple[dict[str, Any], dict[str, Any]]:
     if not answers or all(answers[-1].get(key) is None for key in _PAIR):
         raise InputError('The last answer of a DPO line needs the texts "chosen" and "rejected", but has neither.')
     chosen, rejected = (_map_answers(sample, functools.partial(_take, key=key)) for key in _PAIR)
-    if _answers(chosen) == _answers(rejected):
-        raise InputError('"chosen" and "rejected" are equal, so there is nothing to prefer. Leave the line out.')
+    if _trained(chosen) == _trained(rejected):
+        raise InputError(
+            '"chosen" and "rejected" are equal, or of a turn with "loss": false, so there is nothing to prefer. Leave '
+            "the line out."
+        )
     return chosen, rejected
 
 
@@ -91,6 +94,10 @@ def _take(item: Sample, key: str) -> dict[str, Any]:
     if not isinstance(text, str) or not text.strip():
         raise InputError(f'The answer of a DPO line has no text "{key}", but {text!r}. Mend it, or leave the line out.')
     return {**{k: v for k, v in item.items() if k not in _PAIR}, "text": text}
+
+
+def _trained(sample: Sample) -> list[Any]:
+    return [m for m in sample["messages"] if not isinstance(m, Mapping) or m.get("loss") is not False]
 
 
 def _answers(sample: Sample) -> list[Sample]:
@@ -130,6 +137,7 @@ def _is_text(item: Any) -> bool:
 
 def _chat(sample: Sample, n_frames: int) -> dict[str, Any]:
     messages = read_messages(_map_answers(sample, _fill_in))
+    _check_loss(messages)
     answers = [
         "".join(item["text"] for item in message["content"] if item["type"] == "text")
         for message in messages
@@ -141,6 +149,15 @@ def _chat(sample: Sample, n_frames: int) -> dict[str, Any]:
         if _TAG.search(answer):
             check_grounding(answer, _frames_shown(messages, n_frames))
     return {**sample, "messages": messages}
+
+
+def _check_loss(messages: Sequence[Sample]) -> None:
+    for i, message in enumerate(messages):
+        if message.get("loss") and message["role"] != "assistant":
+            raise InputError(
+                f'messages[{i}] is of the {message["role"]} and has "loss": true, but only turns of the assistant are '
+                "trained on. Leave the loss out."
+            )
 
 
 def _fill_in(item: Sample) -> dict[str, Any]:

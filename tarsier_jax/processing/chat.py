@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,44 +13,65 @@ from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.processing.image import read_json
 
 if TYPE_CHECKING:  # importing transformers takes seconds
-    from transformers import PreTrainedTokenizerBase
+    from transformers import AddedToken, PreTrainedTokenizerBase
 
-_RENDERING = threading.Lock()  # transformers keeps one compiled template a process, with the state of its rendering
+# transformers caches one compiled template per process, with the state of its rendering, and whether special tokens are
+# split is a state of the tokenizer.
+_ENCODING = threading.Lock()
 
 _SYSTEM = """\
 {%- if messages[0].role != 'system' -%}
     {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
 {%- endif -%}
 """
-# ChatML with Qwen2-VL's tokens around visuals. What follows the assistant header is trained on, its <|im_end|> too.
-# `strip_final_eos` leaves the last answer open, to be continued.
+# ChatML with Qwen2-VL's tokens around visuals. It trains on the text after the assistant header and on its <|im_end|>.
+# `strip_final_eos` leaves the last answer open, to be continued. Without `num_vision_tokens`, which only our processor
+# sets, a visual is one placeholder, as in Qwen2-VL's own template. vLLM passes lists of items only to templates whose
+# loop over `message.content` is not in a macro.
 BARE_CHATML = """\
-{%- macro visual(item) -%}
-    <|vision_start|>{{ '<|image_pad|>' * item.num_vision_tokens }}<|vision_end|>
-{%- endmacro -%}
-{%- macro render(content) -%}
-    {%- for item in content -%}
-        {%- if item.type == 'text' -%}{{ item.text }}{%- else -%}{{ visual(item) }}{%- endif -%}
-    {%- endfor -%}
-{%- endmacro -%}
 {%- for message in messages -%}
+    {%- set content -%}
+        {%- if message.content is string -%}
+            {{- message.content -}}
+        {%- else -%}
+            {%- for item in message.content -%}
+                {%- if 'text' in item -%}
+                    {{- item.text -}}
+                {%- else -%}
+                    <|vision_start|>
+                    {%- if item.num_vision_tokens is defined -%}
+                        {{- '<|image_pad|>' * item.num_vision_tokens -}}
+                    {%- elif item.type == 'video' or 'video' in item -%}
+                        <|video_pad|>
+                    {%- else -%}
+                        <|image_pad|>
+                    {%- endif -%}
+                    <|vision_end|>
+                {%- endif -%}
+            {%- endfor -%}
+        {%- endif -%}
+    {%- endset -%}
     {{- '<|im_start|>' + message.role + '\\n' -}}
     {%- if message.role == 'assistant' -%}
         {%- set open = loop.last and strip_final_eos -%}
         {%- generation -%}
-            {{- render(message.content) -}}
+            {{- content -}}
             {%- if not open -%}{{- '<|im_end|>' -}}{%- endif -%}
         {%- endgeneration -%}
         {%- if not open -%}{{- '\\n' -}}{%- endif -%}
     {%- else -%}
-        {{- render(message.content) + '<|im_end|>\\n' -}}
+        {{- content + '<|im_end|>\\n' -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 CHATML = _SYSTEM + BARE_CHATML  # used where a checkpoint brings no template
 
+# Our template in a directory whose chat_template.jinja is for other programs (see `processing.templates`).
+TEMPLATE_FILE = "tarsier_jax_chat_template.jinja"
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PRIVATE_USE = range(0xF0000, 0x10FFFE)  # characters without a meaning, too many for a text to contain them all
 
 
 def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
@@ -77,20 +98,24 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
         raise CheckpointError(f"The tokenizer in {directory} cannot be read ({e}). Download it again.") from None
 
 
-def load_chat_template(directory: str | Path, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The template of a directory, from the first of: chat_template.jinja, processor_config.json, chat_template.json,
-    tokenizer_config.json. Without any, `CHATML`.
+def load_chat_template(directory: str | Path) -> str:
+    """Returns the first of `directory_templates`; `CHATML` where a directory has none."""
+    return next(directory_templates(Path(directory)), CHATML)
+
+
+def directory_templates(directory: Path) -> Iterator[str]:
+    """Yields the templates in `TEMPLATE_FILE`, chat_template.jinja, processor_config.json, chat_template.json,
+    tokenizer_config.json.
+
+    Raises:
+        CheckpointError: a file has several templates and none of them is named `default`.
     """
-    directory = Path(directory)
-    if (directory / "chat_template.jinja").is_file():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    for name in ("processor_config.json", "chat_template.json"):
-        template = (read_json(directory / name) or {}).get("chat_template")
-        if template:
-            return _one_template(template, directory / name)
-    if tokenizer.chat_template:
-        return _one_template(tokenizer.chat_template, directory / "tokenizer_config.json")
-    return CHATML
+    for name in (TEMPLATE_FILE, "chat_template.jinja"):
+        if (directory / name).is_file():
+            yield (directory / name).read_text(encoding="utf-8")
+    for name in ("processor_config.json", "chat_template.json", "tokenizer_config.json"):
+        if template := (read_json(directory / name) or {}).get("chat_template"):
+            yield _one_template(template, directory / name)
 
 
 def marks_answers(template: str) -> bool:
@@ -108,6 +133,9 @@ def encode_messages(
     """Renders and tokenizes messages whose contents are lists of {"type": "text", "text": ...} and
     {"type": "image" or "video", "num_vision_tokens": n}.
 
+    Only the template writes special tokens: one that a text contains, such as <|im_end|>, is encoded as its characters.
+    An assistant message with "loss": False has no labels.
+
     Unless `training`, the prompt ends ready for the model to go on: after the assistant's header, or within the last
     message if that is the assistant's.
 
@@ -116,7 +144,7 @@ def encode_messages(
 
     Raises:
         InputError: the template refuses the messages, does not show a visual, or does not mark the assistant's
-            tokens though `training` needs them.
+            tokens though `training` or a "loss" needs them.
     """
     marked = marks_answers(template)
     if training and not marked:
@@ -125,22 +153,118 @@ def encode_messages(
             "on. Put one around the assistant's text and its end-of-turn token, or save "
             "tarsier_jax.processing.chat.CHATML as chat_template.jinja in the checkpoint's directory."
         )
-    options: Any
-    messages, options = _final_turn(template, [_renderable(m) for m in messages], training)
-    with_mask = marked and not options.get("continue_final_message")
+    messages, options = _final_turn(template, messages, training)
+    with_spans = marked and not options.get("continue_final_message")
+    escape = _Escape(tokenizer, [template, *(item["text"] for item in _items(messages) if item["type"] == "text")])
     try:
-        with _RENDERING:
-            encoded: Any = tokenizer.apply_chat_template(
-                messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=with_mask, **options
-            )
+        rendered, spans = render(
+            template, [_renderable(m, escape) for m in messages], with_spans, **tokenizer.special_tokens_map, **options
+        )
+        input_ids, offsets = _tokenize(tokenizer, rendered, escape)
     except (jinja2.TemplateError, TypeError, ValueError) as e:
         raise InputError(f"The chat template cannot render these messages: {e}. Check their roles and order.") from None
-    input_ids = np.array(encoded["input_ids"], np.int32)
-    mask = np.array(encoded["assistant_masks"], bool) if with_mask else np.zeros(len(input_ids), bool)
-    labels = np.where(mask, input_ids, np.int32(-100))
-    counts = [item["num_vision_tokens"] for m in messages for item in m["content"] if item["type"] != "text"]
+    labels = np.full(len(input_ids), -100, np.int32)
+    for start, end in _trained_spans(spans, messages):
+        inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        labels[inside] = input_ids[inside]
+    counts = [item["num_vision_tokens"] for item in _items(messages) if item["type"] != "text"]
     repeats = _repeats(input_ids, counts, placeholder_ids)
     return np.repeat(input_ids, repeats), np.repeat(labels, repeats)
+
+
+def render(
+    template: str, messages: Sequence[Mapping[str, Any]], with_spans: bool = False, **variables: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """Renders messages as transformers does. Returns the text and, `with_spans`, the (start, end) of each
+    {% generation %} block.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    options: Any = {**variables, "chat_template": template, "return_assistant_tokens_mask": with_spans}
+    with _ENCODING:
+        rendered: Any = render_jinja_template(conversations=[[dict(message) for message in messages]], **options)
+    (text,), spans = rendered
+    return text, spans[0] if with_spans else []
+
+
+class _Escape:
+    """Keeps the special tokens that a template writes apart from those that texts contain.
+
+    In a text, the first character of all that is or may become a special token is replaced by a character that occurs
+    in no text. Lengths stay, and every special token of the rendered text is the template's.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> None:
+        special = [(id_, token) for id_, token in tokenizer.added_tokens_decoder.items() if token.special]
+        special.sort(key=lambda entry: -len(entry[1].content))  # the tokenizer prefers the longest
+        self._ids = [id_ for id_, _ in special]
+        self._special = re.compile("|".join(f"({_pattern(token)})" for _, token in special) or "(?!)")
+        # The end of a text may be the start of a token that the next text completes.
+        starts = {rf"{re.escape(t.content[0])}(?={re.escape(t.content[1:2])}|\s*\Z)" for _, t in special}
+        self._starts = re.compile("|".join(sorted(starts)) or "(?!)")
+        used = set().union(*texts)
+        unused = (chr(i) for i in _PRIVATE_USE if chr(i) not in used)
+        self._marks = {first: next(unused) for first in {token.content[0] for _, token in special}}
+        self._unmark = {ord(mark): first for first, mark in self._marks.items()}
+
+    def mark(self, text: str) -> str:
+        """Replaces the first character of each special token in a text."""
+        return self._starts.sub(lambda match: self._marks[match[0]], text)
+
+    def split(self, rendered: str) -> Iterator[tuple[int, int | None, str]]:
+        """Yields (offset, id, text) of each special token and, with the id None, of each stretch between two."""
+        end = 0
+        for match in self._special.finditer(rendered):
+            if end < match.start():
+                yield end, None, rendered[end : match.start()].translate(self._unmark)
+            yield match.start(), self._ids[(match.lastindex or 1) - 1], match[0]
+            end = match.end()
+        if end < len(rendered):
+            yield end, None, rendered[end:].translate(self._unmark)
+
+
+def _pattern(token: "AddedToken") -> str:
+    """A regular expression for a special token and the white space that the tokenizer makes part of it."""
+    before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
+    return before + re.escape(token.content) + after
+
+
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", rendered: str, escape: _Escape) -> tuple[np.ndarray, np.ndarray]:
+    """Returns input_ids int32 (S,), and each token's (start, end) in the rendered text, int32 (S, 2)."""
+    backend: Any = tokenizer.backend_tokenizer  # the tokenizer itself would encode several texts in its own threads
+    input_ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    with _ENCODING:
+        backend.encode_special_tokens = True  # as ordinary text
+        backend.no_truncation()
+        backend.no_padding()
+        for offset, id_, text in escape.split(rendered):
+            if id_ is None:
+                # Between two special tokens, the tokenizer encodes the text in one piece, too.
+                encoding = backend.encode(text, add_special_tokens=False)
+                input_ids += encoding.ids
+                offsets += [(offset + start, offset + end) for start, end in encoding.offsets]
+            else:
+                input_ids.append(id_)
+                offsets.append((offset, offset + len(text)))
+    return np.array(input_ids, np.int32), np.array(offsets, np.int32).reshape(-1, 2)
+
+
+def _trained_spans(spans: list[tuple[int, int]], messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """The spans of the assistant's turns that have no "loss": False."""
+    trained = [message.get("loss") is not False for message in messages if message["role"] == "assistant"]
+    if all(trained) or not spans:
+        return spans
+    if len(spans) != len(trained):
+        raise InputError(
+            f'A turn has "loss": false, but the chat template has {len(spans)} {{% generation %}} blocks for '
+            f"{len(trained)} turns of the assistant. Put one block around each, or leave out the loss."
+        )
+    return [span for span, kept in zip(spans, trained, strict=True) if kept]
+
+
+def _items(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    return (item for message in messages for item in message["content"])
 
 
 def _one_template(template: Any, source: Path) -> str:
@@ -154,10 +278,10 @@ def _one_template(template: Any, source: Path) -> str:
     return template
 
 
-def _renderable(message: Mapping[str, Any]) -> dict[str, Any]:
+def _renderable(message: Mapping[str, Any], escape: _Escape) -> dict[str, Any]:
     """What templates look at: some test the type of an item, others for the key `image` or `video`."""
     content = [
-        {"type": "text", "text": item["text"]}
+        {"type": "text", "text": escape.mark(item["text"])}
         if item["type"] == "text"
         else {"type": item["type"], item["type"]: "", "num_vision_tokens": item["num_vision_tokens"]}
         for item in message["content"]
@@ -166,8 +290,8 @@ def _renderable(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _final_turn(
-    template: str, messages: list[dict[str, Any]], training: bool
-) -> tuple[list[dict[str, Any]], dict[str, bool]]:
+    template: str, messages: Sequence[Mapping[str, Any]], training: bool
+) -> tuple[Sequence[Mapping[str, Any]], dict[str, bool]]:
     """How the prompt ends. Templates that know no `strip_final_eos` get the like by other means."""
     if training:
         return messages, {"strip_final_eos": False, "add_generation_prompt": False}
@@ -192,8 +316,7 @@ def _repeats(input_ids: np.ndarray, counts: Sequence[int], placeholder_ids: Coll
     if len(at) != len(counts):
         raise InputError(
             f"The chat template wrote {len(at)} visual tokens for {len(counts)} images and videos of "
-            f"{sum(counts)} tokens in all. Use a template that shows them, and no text that contains <|image_pad|> or "
-            "<|video_pad|>."
+            f"{sum(counts)} tokens in all. Use a template that shows them."
         )
     repeats[at] = counts
     return repeats

@@ -202,7 +202,7 @@ def load_processor(directory: str | Path, config: ModelConfig) -> Processor:
     """
     directory = Path(directory)
     tokenizer = load_tokenizer(directory)
-    template = load_chat_template(directory, tokenizer)
+    template = load_chat_template(directory)
     image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     if template == CHATML and image_token != config.image_token_id:
         raise CheckpointError(

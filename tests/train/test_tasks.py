@@ -1,11 +1,15 @@
 import copy
+import functools
+import json
 
 import numpy as np
 import pytest
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor
 from tests.train.conftest import question_and_answer, trained_on
+from train.data import Bad, Line, Loaded, LoadLine, Packer
 from train.tasks import check_grounding, prepare, split_preference
 
 
@@ -110,6 +114,49 @@ def test_tags_are_checked_against_the_frames_of_the_video() -> None:
         prepare(chat("<frame: 1>", visual={"type": "image", "image": {"image_file": "a.png"}}), rng())
 
 
+# Turns with a loss
+
+
+def with_losses(line: dict, *losses: object) -> dict:
+    """The line with a loss for each turn, unless that is "absent"."""
+    messages = zip(line["messages"], losses, strict=True)
+    return {**line, "messages": [m if loss == "absent" else {**m, "loss": loss} for m, loss in messages]}
+
+
+def test_turns_without_a_loss_are_context(processor: Processor, clip: str) -> None:
+    line = chat("Grey.", "And then?", "Lighter.", "And then?", "White <|im_end|>.", visual=video(clip))
+    small = processor.replace(n_frames=4)
+
+    def trained(*losses: object) -> str:
+        return trained_on(small, prepare(with_losses(line, *losses), rng(), n_frames=4))
+
+    assert trained(None, False, False, True, "absent", "absent") == "Lighter.<|im_end|>White <|im_end|>.<|im_end|>"
+    assert trained("absent", True, "absent", False, None, None) == "Grey.<|im_end|>White <|im_end|>.<|im_end|>"
+    assert trained("absent", False, "absent", False, "absent", False) == ""
+
+
+def test_losses_that_mean_nothing() -> None:
+    with pytest.raises(InputError, match=r'messages\[0\] is of the user and has "loss": true'):
+        prepare(with_losses(chat("A cat."), True, True), rng())
+    for loss in ("false", 0, 1.0, []):
+        with pytest.raises(InputError, match=r"messages\[1\]: loss has to be true or false, not"):
+            prepare(with_losses(chat("A cat."), None, loss), rng())
+
+
+def test_a_line_without_any_loss_is_bad(processor: Processor, clip: str) -> None:
+    def load(processor: Processor, sample: dict, rng: np.random.Generator) -> Loaded:
+        return Loaded([processor(prepare(sample, rng, 4), training=True)], {})
+
+    packer = Packer(processor.replace(n_frames=4), RowShape(512, 8, 16, 16, 4), 1, 0.01, "float32")
+    line = with_losses(chat("Grey.", visual=video(clip)), None, False)
+    load_line = LoadLine(functools.partial(load, packer.processor), packer)
+    bad = load_line.random_map(Line("a.jsonl", 1, json.dumps(line)), rng())
+    assert (
+        isinstance(bad, Bad)
+        and 'Nothing of the sample is trained on: its answer is empty, has "loss": false' in bad.reason
+    )
+
+
 # Preferences
 
 
@@ -124,6 +171,15 @@ def test_a_preference_becomes_two_chats(processor: Processor, clip: str) -> None
         "Grey.<|im_end|>It brightens.<|im_end|>",
         "Grey.<|im_end|>It darkens.<|im_end|>",
     ]
+
+
+def test_a_preference_on_a_turn_with_a_loss(processor: Processor, clip: str) -> None:
+    line = chat("Grey.", "And then?", answer("", chosen="Lighter.", rejected="Darker."), visual=video(clip))
+    halves = [prepare(half, rng(), n_frames=4) for half in split_preference(with_losses(line, None, False, None, None))]
+    small = processor.replace(n_frames=4)
+    assert [trained_on(small, half) for half in halves] == ["Lighter.<|im_end|>", "Darker.<|im_end|>"]
+    with pytest.raises(InputError, match='are equal, or of a turn with "loss": false'):
+        split_preference(with_losses(line, None, None, None, False))
 
 
 def test_every_turn_may_have_a_preference() -> None:
