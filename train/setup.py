@@ -16,9 +16,9 @@ from infer.runtime import resolve_dtype
 from tarsier_jax.config import ModelConfig, load_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.models.attention import default_implementation
-from tarsier_jax.processing.chat import CHATML, marks_answers
 from tarsier_jax.processing.packing import stack_rows
 from tarsier_jax.processing.processor import Processor, load_processor
+from tarsier_jax.processing.templates import training_template
 from tarsier_jax.sharding import BATCH, make_mesh
 from tarsier_jax.weights import resolve
 from train.builtin import with_builtin
@@ -135,12 +135,11 @@ def run_config(model: ModelConfig, config: TrainConfig, platform: str) -> ModelC
 def training_processor(directory: Path, model: ModelConfig, config: TrainConfig) -> Processor:
     """The checkpoint's processor with the run's options.
 
-    A template that does not mark answers (Qwen2-VL's) is replaced by `CHATML`, which renders the same conversation.
+    A template that does not mark answers (Qwen2-VL's) is replaced by ChatML that does; see `training_template`.
     """
-    processor = dataclasses.replace(load_processor(directory, model), options=config.processor)
-    if marks_answers(processor.chat_template):
-        return processor
-    return dataclasses.replace(processor, chat_template=CHATML)
+    processor = load_processor(directory, model)
+    template = training_template(processor.chat_template)
+    return dataclasses.replace(processor, chat_template=template, options=config.processor)
 
 
 def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

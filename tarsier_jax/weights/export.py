@@ -14,6 +14,8 @@ from flax import nnx
 from tarsier_jax.config import ModelConfig, load_config
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.chat import load_chat_template
+from tarsier_jax.processing.templates import save_chat_template
 from tarsier_jax.weights.match import open_checkpoint
 from tarsier_jax.weights.names import LAYOUTS, abstract_state, parameters
 from tarsier_jax.weights.orbax import (
@@ -82,6 +84,7 @@ def convert_to_hf(
         copy_assets(source, partial)
         if layout != manifest.layout:
             _rewrite_configs(partial, config, layout)
+            save_chat_template(partial, load_chat_template(partial))
     return [entry.name for entry in entries]
 
 

@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from tarsier_jax.config import ModelConfig, load_config
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.templates import save_chat_template
 from tarsier_jax.sharding import parameter_path
 from tarsier_jax.weights.load import build, shardings_for
 from tarsier_jax.weights.match import Checkpoint, open_checkpoint
@@ -107,7 +108,7 @@ def write_converted(out: Path, model: Tarsier, source: Path, chat_template: str)
         save_checkpoint(partial / PARAMS, model)
         if jax.process_index() == 0:
             copy_assets(source, partial)
-            (partial / "chat_template.jinja").write_text(chat_template)
+            save_chat_template(partial, chat_template)
             (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2))
     _wait_for_all(f"{out} is whole")
 

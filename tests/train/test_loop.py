@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import tarsier_jax
 from configs.recap_7b import get_config
@@ -63,12 +64,16 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     question[0]["content"][0]["video"]["video_file"] = str(clips.parent / "0.gif")
     (answer,) = tarsier_jax.generate(model, processor, [{"messages": question}], max_new_tokens=8)
     assert answer
-    assert "model.safetensors" in " ".join(p.name for p in _hf(workdir / "model", tmp_path / "hf"))
-
-
-def _hf(model: Path, out: Path) -> list[Path]:
-    convert_to_hf(model, out)
-    return list(out.iterdir())
+    for layout in ("tarsier2", "qwen2_vl"):
+        out = tmp_path / layout
+        convert_to_hf(workdir / "model", out, layout)
+        assert (out / "model.safetensors").exists()
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        video = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What?"}]}]
+        rendered = tokenizer.apply_chat_template(video, tokenize=False, add_generation_prompt=True)
+        assert "user\n<|vision_start|><|video_pad|><|vision_end|>What?<|im_end|>\n" in rendered
+        plain = [{"role": "user", "content": "What?"}]
+        assert "user\nWhat?<|im_end|>\n" in tokenizer.apply_chat_template(plain, tokenize=False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

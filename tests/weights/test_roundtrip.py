@@ -19,6 +19,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from tarsier_jax.config import load_config
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.chat import BARE_CHATML, load_chat_template, render
 from tarsier_jax.weights import convert_hf, convert_to_hf, export_hf, hf_tensors, load_weights, save_checkpoint
 from tarsier_jax.weights import orbax as orbax_module
 from tarsier_jax.weights.names import LAYOUTS
@@ -110,6 +111,8 @@ def test_a_model_saved_by_orbax_exports_like_a_converted_one(write: Write, tmp_p
 def test_the_other_layout_loads_in_transformers(write: Write, tmp_path: Path, source_layout: str) -> None:
     source = write(source_layout)
     (source / "preprocessor_config.json").write_text('{"size": {"min_pixels": 3136, "max_pixels": 50176}}')
+    counting = BARE_CHATML.replace("item.num_vision_tokens is defined", "true")
+    (source / "chat_template.jinja").write_text(counting)
     convert_hf(source, tmp_path / "orbax")
     convert_to_hf(tmp_path / "orbax", tmp_path / "qwen", layout="qwen2_vl")
     theirs, info = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "qwen", output_loading_info=True)
@@ -121,6 +124,9 @@ def test_the_other_layout_loads_in_transformers(write: Write, tmp_path: Path, so
     np.testing.assert_allclose(logits, reference.reference_logits(theirs.eval(), example), atol=1e-4, rtol=0)
     size = json.loads((tmp_path / "qwen" / "preprocessor_config.json").read_text())["size"]
     assert size == {"shortest_edge": 3136, "longest_edge": 50176}
+    assert load_chat_template(tmp_path / "qwen") == counting  # the one that transformers reads needs no counts
+    image = [{"role": "user", "content": [{"type": "image"}]}]
+    assert "<|image_pad|>" in render((tmp_path / "qwen" / "chat_template.jinja").read_text(), image)[0]
     convert_to_hf(tmp_path / "orbax", tmp_path / "tarsier", layout="tarsier2")
     assert load_config(tmp_path / "tarsier") == load_config(source) == load_config(tmp_path / "qwen")
 
