@@ -28,7 +28,16 @@ from PIL.Image import Transpose
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.clip import Clip, Frame, undecodable
 
-_PROGRESSIVE = 1  # FFmpeg's AV_FIELD_PROGRESSIVE
+_TIMED = {"mov", "matroska"}  # formats that store the presentation time of each frame
+_CHECKED_FORMATS = {"avi", "asf", "mpegts"}  # formats whose times may be wrong
+_CHECKED = 64  # frames that are decoded to find out
+_MOST_IN_ORDER = 32  # frames that refer to later ones, one after the other: these are decoded when they are shown
+
+
+class _MissingFrame(ValueError):
+    """A frame of the index that is not decoded."""
+
+
 _ERRORS = (av.error.FFmpegError, ValueError, OSError)
 
 
@@ -66,8 +75,16 @@ def open_video(path: Path) -> Clip:
 
     def decode(indices: Sequence[int]) -> Iterator[Frame]:
         frames = _seek(container, stream, index, indices) if index.reliable else _scan(path, indices)
+        count = 0
         try:
-            yield from _pictures(frames)
+            for picture in _pictures(frames):
+                count += 1
+                yield picture
+        except _MissingFrame as e:
+            # Where clips were joined, the times of frames may be out of order.
+            if not index.reliable or len(_count_frames(path).pts) != len(index.pts):
+                raise undecodable(str(path), e) from None
+            yield from _pictures(_scan(path, indices[count:]))
         except _ERRORS as e:
             raise undecodable(str(path), e) from None
 
@@ -96,27 +113,17 @@ def _read_index(path: Path, container: InputContainer, stream: VideoStream) -> _
     if not stamps or len(stream.index_entries) > len(stamps) or stamps[-1].corrupt:
         raise ValueError("the file ends before its last frame")
     pts = [stamp.pts for stamp in stamps]
-    if not _has_times(container, codec) or None in pts or len(set(pts)) < len(pts) or not stamps[0].key:
+    if None in pts or len(set(pts)) < len(pts) or not stamps[0].key or _has_decoding_times(stamps):
         return _count_frames(path)
     shown, first = sorted(stamp.pts for stamp in stamps if stamp.shown), pts[0]
     if shown[0] < first:
         shown = [*_leading_frames(path, first), *(t for t in shown if t >= first)]
-    key_pts, key_seek = np.array(sorted((stamp.pts, stamp.seek) for stamp in stamps if stamp.key), np.int64).T
-    return _Index(np.array(shown, np.int64), key_pts, key_seek, True)
-
-
-def _has_times(container: InputContainer, codec: VideoCodecContext) -> bool:
-    """Whether the packets of a container carry presentation times, one per frame.
-
-    AVI stores none: FFmpeg derives them, wrongly where frames are reordered. In a transport stream, a packet may be a
-    field, half of a frame.
-    """
     formats = set(container.format.name.split(","))
-    return bool(
-        formats & {"mov", "matroska", "asf"}
-        or ("avi" in formats and not codec.has_b_frames)
-        or ("mpegts" in formats and codec.field_order == _PROGRESSIVE)
-    )
+    if not formats & _TIMED and not (formats & _CHECKED_FORMATS and _first_frames(path) == shown[:_CHECKED]):
+        return _count_frames(path)
+    keys = sorted((s.pts, s.pts if s.dts is None else min(s.pts, s.dts)) for s in stamps if s.key)
+    key_pts, key_seek = np.array(keys, np.int64).T
+    return _Index(np.array(shown, np.int64), key_pts, key_seek, True)
 
 
 class _Stamp(NamedTuple):
@@ -124,23 +131,32 @@ class _Stamp(NamedTuple):
 
     Attributes:
         pts: The presentation timestamp, or None.
-        seek: The timestamp by which a container finds the packet.
+        dts: The decoding timestamp, or None.
         key: Whether it is a key frame.
         shown: Whether it makes a frame that is shown.
         corrupt: Whether it is incomplete.
     """
 
     pts: Any
-    seek: Any
+    dts: Any
     key: bool
     shown: bool
     corrupt: bool
 
 
 def _stamp(packet: Packet, codec: str) -> _Stamp:
-    seek = min((t for t in (packet.pts, packet.dts) if t is not None), default=None)
     shown = not packet.is_discard and not _is_hidden(packet, codec)
-    return _Stamp(packet.pts, seek, packet.is_keyframe, shown, packet.is_corrupt)
+    return _Stamp(packet.pts, packet.dts, packet.is_keyframe, shown, packet.is_corrupt)
+
+
+def _has_decoding_times(stamps: Sequence[_Stamp]) -> bool:
+    """Whether the presentation times of a part are those of decoding, although frames are reordered.
+
+    Clips of unlike time bases that were joined without encoding have such parts.
+    """
+    runs = itertools.groupby(stamp.pts == stamp.dts for stamp in stamps)
+    longest = max((sum(1 for _ in run) for is_equal, run in runs if is_equal), default=0)
+    return longest > _MOST_IN_ORDER and any(a.pts > b.pts for a, b in itertools.pairwise(stamps))
 
 
 def _is_hidden(packet: Packet, codec: str) -> bool:
@@ -157,35 +173,48 @@ def _is_hidden(packet: Packet, codec: str) -> bool:
     return not superframe and not data[0] & 0b1010  # show_existing_frame, show_frame
 
 
+def _decode_file(path: Path) -> Iterator[VideoFrame]:
+    """All frames of a file, from its start."""
+    container, stream = _open(path)
+    return _decode(container.demux(stream))
+
+
 def _leading_frames(path: Path, first: int) -> list[int]:
     """The timestamps of frames shown before the first key frame, at `first`.
 
     A cut leaves some of them without the frames that they refer to; those are not decoded.
     """
-    container, stream = _open(path)
-    decoded = (frame.pts or 0 for frame in _decode(container.demux(stream)))
-    return list(itertools.takewhile(lambda pts: pts < first, decoded))
+    return list(itertools.takewhile(lambda pts: pts < first, (frame.pts or 0 for frame in _decode_file(path))))
+
+
+def _first_frames(path: Path) -> list[int | None]:
+    """The timestamps of the first frames, as they are decoded.
+
+    AVI stores no times: FFmpeg derives them, wrongly where frames are reordered. In ASF, they may be those of decoding;
+    in a transport stream, a packet may be a field, half of a frame.
+    """
+    return [frame.pts for frame in itertools.islice(_decode_file(path), _CHECKED)]
 
 
 def _count_frames(path: Path) -> _Index:
     """The index of a file whose packets do not tell its frames: all of it is decoded."""
     container, stream = _open(path)
-    pts = [-1 if frame.pts is None else frame.pts for frame in _decode(container.demux(stream))]
-    if any(a >= b for a, b in itertools.pairwise(pts)):  # the times mean nothing
+    pts = [frame.pts for frame in _decode(container.demux(stream))]
+    times = sorted(t for t in pts if t is not None)  # in AVI, they are in the order of decoding
+    if len(set(times)) < len(pts):
         interval = 1 / ((stream.average_rate or 25) * (stream.time_base or Fraction(1)))
-        pts = [round(i * interval) for i in range(len(pts))]
+        times = [round(i * interval) for i in range(len(pts))]
     none = np.zeros(0, np.int64)
-    return _Index(np.array(pts, np.int64), none, none, False)
+    return _Index(np.array(times, np.int64), none, none, False)
 
 
 def _scan(path: Path, indices: Sequence[int]) -> Iterator[VideoFrame]:
     """Decodes from the start and counts. `indices` increase strictly."""
-    container, stream = _open(path)
-    frames = enumerate(_decode(container.demux(stream)))
+    frames = enumerate(_decode_file(path))
     for index in indices:
         frame = next((frame for i, frame in frames if i == index), None)
         if frame is None:
-            raise ValueError("a frame is missing")
+            raise _MissingFrame("a frame is missing")
         yield frame
 
 
@@ -214,7 +243,7 @@ def _decode_group(
             wanted = wanted[1:]
             if not wanted:
                 return
-    raise ValueError("a frame is missing")
+    raise _MissingFrame("a frame is missing")
 
 
 def _attempts(key: int) -> Iterator[tuple[int, bool]]:

@@ -49,6 +49,7 @@ KINDS = {
     "mpeg2.mkv": MPEG2,
     "mpeg2_program.mkv": (*MPEG2, "-f", "mpeg"),
     "wmv2.wmv": ("-c:v", "wmv2", "-g", "15"),
+    "h264.wmv": (*H264, "-g", "30"),
     "vp8_alt_ref.webm": ("-c:v", "libvpx", "-auto-alt-ref", "1", "-lag-in-frames", "16", "-g", "30"),
     "vp9_alt_ref.webm": (
         "-c:v",
@@ -146,6 +147,18 @@ def test_clips_cut_without_encoding(
     ffmpeg("-ss", start, "-i", source(name, KINDS[name], frames=150), "-t", 2.4, "-c", "copy", path)
     length = open_clip(path).length
     assert_frames(path, list(range(length)), sample_uniform(length, 8))
+
+
+@pytest.mark.parametrize("rate", ["25", "24"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_clips_joined_without_encoding(source: Callable[..., Path], tmp_path: Path, suffix: str, rate: str) -> None:
+    """Where rates differ, timestamps of the second part are out of order."""
+    ffmpeg("-f", "lavfi", "-i", f"testsrc2=s=96x64:r={rate}:d=3", *H264, tmp_path / "second.mp4")
+    first, path = source("h264.mp4", KINDS["h264.mp4"]), tmp_path / f"joined{suffix}"
+    (tmp_path / "list.txt").write_text(f"file '{first}'\nfile 'second.mp4'\n")
+    ffmpeg("-f", "concat", "-safe", 0, "-i", tmp_path / "list.txt", "-c", "copy", path)
+    length = open_clip(path).length
+    assert_frames(path, *([i] for i in range(90, length, 5)), list(range(length)))
 
 
 @pytest.mark.parametrize(
