@@ -13,7 +13,8 @@ from tarsier_jax.processing.batch import Batch, Buckets, Example, make_batch
 from tarsier_jax.processing.chat import CHATML, encode_messages, load_chat_template, load_tokenizer
 from tarsier_jax.processing.image import ImageOptions, fit_budget, load_image_options, patch_frames, read_json
 from tarsier_jax.processing.positions import mrope_positions
-from tarsier_jax.processing.sample import Visual, open_visuals, read_messages
+from tarsier_jax.processing.formats import normalize_sample
+from tarsier_jax.processing.sample import Visual, is_number, open_visuals, read_messages
 from tarsier_jax.processing.sampling import SAMPLERS
 from tarsier_jax.processing.video import kind_of
 
@@ -90,6 +91,7 @@ class Processor:
         Raises:
             InputError: says what is wrong with the sample or its files, or that it is too long.
         """
+        sample = normalize_sample(sample)
         messages, options = read_messages(sample), self.options
         if training and rng is None:
             rng = np.random.default_rng()
@@ -140,10 +142,8 @@ class Processor:
 
     def _pixel_limits(self, sample: Mapping[str, Any], visuals: Sequence[Visual]) -> tuple[int, int]:
         """min_pixels and max_pixels of every frame of this sample: its own, or the options', within its budget."""
-        own = sample.get("image_processing_config") or {}
-        asked = [key for key in _UNSUPPORTED_STEPS if own.get(key)]
-        if asked:
-            raise InputError(f"image_processing_config: {', '.join(asked)} is not supported. Leave it out.")
+        own = sample.get("image_processing_config")
+        own = _check_pixel_limits({} if own is None else own)
         low, high = own.get("min_pixels", self.options.min_pixels), own.get("max_pixels", self.options.max_pixels)
         if not 0 <= low <= high:
             raise InputError(f"image_processing_config: min_pixels {low} is not between 0 and max_pixels {high}.")
@@ -178,6 +178,22 @@ class Processor:
             f"The sample has {len(input_ids)} tokens, {visual.sum()} of them visual, but max_seq_len is {limit}. Show "
             "fewer frames (n_frames), show them smaller (max_pixels), or raise max_seq_len."
         )
+
+
+def _check_pixel_limits(config: Any) -> dict[str, Any]:
+    """The limits that an image_processing_config sets. Raises InputError for one that cannot be followed."""
+    if not isinstance(config, Mapping):
+        raise InputError(
+            f'image_processing_config has to be like {{"max_pixels": 100000}}, not {config!r:.200}. Mend it.'
+        )
+    unsupported = [key for key in _UNSUPPORTED_STEPS if config.get(key)]
+    if unsupported:
+        raise InputError(f"image_processing_config: {', '.join(unsupported)} is not supported. Leave it out.")
+    limits = {key: config[key] for key in ("min_pixels", "max_pixels") if config.get(key) is not None}
+    for key, limit in limits.items():
+        if not is_number(limit):
+            raise InputError(f"image_processing_config: {key} has to be a number, not {limit!r:.200}.")
+    return limits
 
 
 def media_sample(path: str | Path, prompt: str | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
@@ -16,6 +17,7 @@ from PIL import Image
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.disturb import KINDS, disturb
+from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.sampling import allocate_frames, select_frames
 from tarsier_jax.processing.video import Clip, open_clip
 
@@ -23,6 +25,20 @@ ROLES = ("system", "user", "assistant")
 _SOURCES = ("video_file", "image_file", "frames")
 _NUMBERS = ("start_frame", "end_frame", "start_time", "end_time", "fps", "min_n_frames")
 _LISTS = ("frame_indices", "time_indices")
+_KEYS = {
+    "video": (*_SOURCES, *_NUMBERS, *_LISTS, "mask_boxes", "disturb"),
+    "image": (*_SOURCES, "frame_indices"),
+}
+_COUNT = "Give the number of frames by the option n_frames, for all samples, or name frames by frame_indices"
+_SIZE = "Give max_pixels, the limit of each frame"
+# Keys of Qwen's items that the annotation format cannot express, and a way to get the like.
+_REMEDIES = {
+    **dict.fromkeys(("nframes", "num_frames", "n_frames", "min_frames", "max_frames", "max_n_frames"), _COUNT),
+    **dict.fromkeys(("total_pixels", "resized_height", "resized_width"), _SIZE),
+    "bytes": "Write the picture to a file, and give its path",
+}
+_LARGEST = 2**53  # of a number; times and indices are far below
+_MOST_FRAMES = 100_000  # that min_n_frames may ask for
 _MASK_MARGIN = 30  # rows kept below the lowest mask box
 
 
@@ -55,10 +71,12 @@ class Visual:
 def read_messages(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages of a sample, checked and copied, each content as a list of items.
 
+    The formats that `normalize_sample` knows are read too. A message keeps its `loss`.
+
     Raises:
         InputError: says which message or item is malformed.
     """
-    messages = sample.get("messages") if isinstance(sample, Mapping) else None
+    messages = normalize_sample(sample).get("messages") if is_conversation(sample) else None
     if not isinstance(messages, list | tuple) or not messages:
         raise InputError('A sample is a dict {"messages": [...]} with one message at least; this one has none.')
     return [_read_message(message, i) for i, message in enumerate(messages)]
@@ -113,12 +131,14 @@ def mask_frames(frames: Iterator[Image.Image], mask_boxes: Sequence[Any]) -> Ite
         if i >= len(mask_boxes):
             raise InputError(f"mask_boxes has {len(mask_boxes)} lists of boxes, too few for the frames. Add the rest.")
         pixels, bottom = np.array(frame), height
+        if not isinstance(mask_boxes[i], list | tuple | np.ndarray):
+            raise InputError(f"mask_boxes needs a list of boxes for each frame, not {mask_boxes[i]!r:.100}.")
         for box in mask_boxes[i]:
             try:
                 corners = [(round(x * width), round(y * height)) for x, y in box]
                 (left, top), (right, _), (_, low) = corners[:3]
-            except (TypeError, ValueError):
-                raise InputError(f"{box!r} in mask_boxes is no box: give four corners [x, y].") from None
+            except (TypeError, ValueError, OverflowError):
+                raise InputError(f"{box!r:.100} in mask_boxes is no box: give four corners [x, y].") from None
             pixels[top:low, left:right] = 0
             bottom = min(bottom, max(y for _, y in corners) + _MASK_MARGIN)
         yield Image.fromarray(pixels[:bottom])
@@ -135,13 +155,11 @@ def _read_message(message: Any, index: int) -> dict[str, Any]:
         content = [content]
     if not isinstance(content, list | tuple):
         raise InputError(f"{where} needs a content: a text, an item, or a list of items, not {_short(content)}.")
-    items = [_read_item(x, f"{where}.content[{i}]") for i, x in enumerate(content)]
     loss = message.get("loss")
-    if loss is None:
-        return {"role": message["role"], "content": items}
-    if not isinstance(loss, bool):
+    if not (loss is None or isinstance(loss, bool)):
         raise InputError(f"{where}: loss has to be true or false, not {_short(loss)}.")
-    return {"role": message["role"], "content": items, "loss": loss}
+    items = [_read_item(x, f"{where}.content[{i}]") for i, x in enumerate(content)]
+    return {"role": message["role"], "content": items, **({} if loss is None else {"loss": loss})}
 
 
 def _read_item(item: Any, where: str) -> dict[str, Any]:
@@ -152,28 +170,58 @@ def _read_item(item: Any, where: str) -> dict[str, Any]:
     if kind == "text":
         if not isinstance(value, str):
             raise InputError(f'{where} is a text without its "text": {_short(item)}.')
+        _check_text(value, where)
         return {"type": kind, "text": value}
     if not isinstance(value, Mapping):
         raise InputError(f'{where} needs "{kind}": {{"{kind}_file": ...}}, but is {_short(item)}.')
     if sum(value.get(key) is not None for key in _SOURCES) != 1:
         raise InputError(f"{where} needs exactly one of {', '.join(_SOURCES)}, but has {', '.join(value) or 'none'}.")
+    if any(value.get(key) == "" for key in ("video_file", "image_file")):
+        raise InputError(f"{where} has an empty name in place of a file. Fill it in.")
+    _check_keys(value, kind, where)
     if kind == "video":
         _check_choice(value, where)
-    return {"type": kind, kind: dict(value)}
+    return {"type": kind, kind: {key: v for key, v in value.items() if v is not None}}
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        half = ascii(text[e.start])
+        raise InputError(f"{where} has {half} at {e.start}, half of a character, which is no text. Mend it.") from None
+
+
+def _check_keys(value: Mapping[str, Any], kind: str, where: str) -> None:
+    """Refuses keys that would be ignored."""
+    for key in value:
+        if value[key] is None or key in _KEYS[kind]:
+            continue
+        close = difflib.get_close_matches(str(key), _KEYS[kind], 1, cutoff=0.5)
+        remedy = _REMEDIES.get(key) or (f"Is {close[0]} meant" if close else "Leave it out")
+        raise InputError(
+            f"{where}: the {kind} has the key {_short(key)}, which is not supported. {remedy}"
+            f"{'?' if remedy.startswith('Is') else '.'} Supported are {', '.join(_KEYS[kind])}."
+        )
 
 
 def _check_choice(video: Mapping[str, Any], where: str) -> None:
     """Checks the types of the keys by which a video item chooses frames."""
     for key in _NUMBERS:
-        if video.get(key) is not None and not isinstance(video[key], Real):
+        if video.get(key) is not None and not is_number(video[key]):
             raise InputError(f"{where}: {key} has to be a number, not {_short(video[key])}.")
     for key in _LISTS:
         value = video.get(key)
-        good = isinstance(value, list | tuple | np.ndarray) and all(isinstance(i, Real) for i in value)
-        if value is not None and not good:
-            raise InputError(f"{where}: {key} has to be a list of numbers, not {_short(value)}.")
+        if value is None:
+            continue
+        if not isinstance(value, list | tuple | np.ndarray) or not len(value) or not all(map(is_number, value)):
+            raise InputError(f"{where}: {key} has to be a list of numbers, one at least, not {_short(value)}.")
     if video.get("fps") is not None and video["fps"] <= 0:
         raise InputError(f"{where}: fps has to be above 0, not {video['fps']}.")
+    if not 0 <= (video.get("min_n_frames") or 0) <= _MOST_FRAMES:
+        raise InputError(f"{where}: min_n_frames has to be from 0 to {_MOST_FRAMES}, not {video['min_n_frames']}.")
+    if video.get("mask_boxes") is not None and not isinstance(video["mask_boxes"], list | tuple | np.ndarray):
+        raise InputError(f"{where}: mask_boxes has to be a list of boxes a frame, not {_short(video['mask_boxes'])}.")
     if video.get("disturb") is not None:
         _check_disturb(video, where)
 
@@ -189,6 +237,11 @@ def _check_disturb(video: Mapping[str, Any], where: str) -> None:
         raise InputError(f"{where}: the seed of disturb has to be a whole number from 0 on, not {_short(seed)}.")
     if video.get("mask_boxes") is not None:
         raise InputError(f"{where}: disturb would move frames away from their mask_boxes. Leave out one of the two.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that is finite, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def _source(item: Mapping[str, Any]) -> Any:

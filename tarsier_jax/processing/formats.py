@@ -1,0 +1,298 @@
+"""Samples in the formats of other projects, rewritten into the annotation format.
+
+ms-swift, LLaMA-Factory and TRL put placeholders into texts and the files into lists beside the messages; ShareGPT and
+LLaVA have `conversations`; Qwen and transformers put a path where the annotation format has an object.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tarsier_jax.errors import InputError
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+_MEDIA = ("video", "image")
+_LISTS = ("video", "videos", "image", "images")
+_SOURCES = ("video_file", "image_file", "frames")
+_SOUNDS = ("audio", "audios")
+# Keys that would name a medium beside messages, if any program read them there.
+_LOOSE = ("video_file", "image_file", "video_path", "image_path", "video_url", "image_url", "frames")
+_ALIASES = {"video_start": "start_time", "video_end": "end_time"}
+_PIXELS = ("max_pixels", "min_pixels")
+_URLS = {"video_url": "video", "image_url": "image"}
+_REMEDY = 'Videos and images beside the messages are "videos" and "images"; sounds are not supported.'
+# Keys of an item of the annotation format that say nothing about its image or video.
+_ITEM_KEYS = ("type", "text", "reference", "chosen", "rejected", "num_vision_tokens")
+# A line break around a placeholder separates it from the text; the prompts that the models were trained on have none.
+_PLACEHOLDER = re.compile(r"\n?<(video|image)>\n?")
+
+
+def is_conversation(sample: Any) -> bool:
+    """Whether a sample has messages, in whatever format."""
+    if not isinstance(sample, Mapping):
+        return False
+    preference = isinstance(sample.get("prompt"), list) and sample.get("input") is None
+    return preference or any(sample.get(key) is not None for key in ("messages", "conversations"))
+
+
+def normalize_sample(sample: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The sample in the annotation format, which `read_messages` checks; the sample itself if it has no messages.
+
+    Images and videos that lists such as `videos` name take the places of `<video>` and `<image>` in the user's texts,
+    and of items without a file. Without any such place they come before the first message of the user. A text beside
+    items with files is plain text, whatever it contains, unless there are such lists.
+
+    Raises:
+        InputError: a medium has no place, a text asks for one that is not there, or a key is not read where it is.
+    """
+    if not is_conversation(sample):
+        return sample
+    sample = _with_messages(sample)
+    if not isinstance(sample["messages"], list | tuple) or not sample["messages"]:
+        return sample
+    sample = _with_preference(sample)
+    turns = [_read_turn(message, f"messages[{i}]") for i, message in enumerate(sample["messages"])]
+    messages = _fill(turns, {kind: _listed(sample, kind) for kind in _MEDIA}, _name(sample))
+    visuals = list(_visuals(messages))
+    unused = [key for key in (*_SOUNDS, *(() if visuals else _LOOSE)) if _has(sample, key)]
+    if unused:
+        raise InputError(f'{_name(sample)} has "{unused[0]}" beside its messages, which is not read. {_REMEDY}')
+    kept = {key: value for key, value in sample.items() if key not in _LISTS}
+    config = _pixel_limits(visuals, sample.get("image_processing_config"))
+    return {**kept, "messages": messages, **({"image_processing_config": config} if config else {})}
+
+
+def _has(value: Mapping[str, Any], key: str) -> bool:
+    v = value.get(key)
+    return v is not None and not (isinstance(v, str | list | tuple | Mapping) and not v)
+
+
+def _name(sample: Mapping[str, Any]) -> str:
+    key = next((key for key in ("id", "idx") if sample.get(key) is not None), None)
+    return "The sample" if key is None else f"The sample with {key} {sample[key]!r:.100}"
+
+
+def _with_messages(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The sample with its conversation as `messages`, a system prompt beside it among them."""
+    keys = [key for key in ("messages", "conversations") if sample.get(key) is not None] or ["prompt"]
+    if len(keys) > 1:
+        raise InputError(f"{_name(sample)} has both messages and conversations. Keep one of them.")
+    messages, system = sample[keys[0]], sample.get("system")
+    kept = {key: value for key, value in sample.items() if key not in ("messages", "conversations", keys[0])}
+    if isinstance(system, str) and system and isinstance(messages, list | tuple):
+        messages = [{"role": "system", "content": system}, *messages]
+        del kept["system"]
+    return {**kept, "messages": messages}
+
+
+def _with_preference(sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample with its two answers in the last message: `rejected_response`, or `chosen` and `rejected`."""
+    for key in ("rejected_messages", "rejected_images", "rejected_videos"):
+        if _has(sample, key):
+            raise InputError(f'{_name(sample)} has "{key}". Give the rejected answer alone, as "rejected_response".')
+    messages, text = list(sample["messages"]), ""
+    if sample.get("rejected_response") is not None:
+        text = _answer_text(messages.pop())
+        pair = {"chosen": text, "rejected": sample["rejected_response"]}
+    elif sample.get("chosen") is not None and sample.get("rejected") is not None:
+        pair = {key: _answer_text(sample[key]) for key in ("chosen", "rejected")}
+    else:
+        return sample
+    if not all(isinstance(answer, str) for answer in pair.values()) or not messages or _role(messages[-1]) != "user":
+        raise InputError(
+            f"{_name(sample)} has preferences that are not two answers to its last question. Give the messages up to "
+            'the question, and "chosen" and "rejected" as one text or one message each; or all messages, and '
+            '"rejected_response" as one text.'
+        )
+    answer = {"role": "assistant", "content": [{"type": "text", "text": text, **pair}]}
+    kept = {key: value for key, value in sample.items() if key not in ("chosen", "rejected", "rejected_response")}
+    return {**kept, "messages": [*messages, answer]}
+
+
+def _answer_text(answer: Any) -> Any:
+    """The text of an answer: itself, that of a message, or of a list of one message."""
+    if isinstance(answer, list | tuple) and len(answer) == 1:
+        answer = answer[0]
+    if isinstance(answer, Mapping):
+        answer = answer.get("text", answer.get("content", answer.get("value")))
+        return _answer_text(answer) if isinstance(answer, list | tuple) else answer
+    return answer
+
+
+def _role(message: Any) -> Any:
+    role = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
+    return _ROLES.get(role, role) if isinstance(role, str) else role
+
+
+def _read_turn(message: Any, where: str) -> Any:
+    """A message with the keys of the annotation format; what is no message stays for `read_messages`."""
+    if not isinstance(message, Mapping):
+        return message
+    for key in (*_LISTS, *_SOUNDS):
+        if _has(message, key):
+            raise InputError(f'{where} has "{key}" beside its content, which is not read. {_REMEDY}')
+    content = message.get("content", message.get("value"))
+    if isinstance(content, Mapping):
+        content = [content]
+    if isinstance(content, list | tuple):
+        content = [_read_item(item, f"{where}.content[{i}]") for i, item in enumerate(content)]
+    kept = {key: value for key, value in message.items() if key not in ("from", "value", "train", "weight")}
+    turn = {**kept, "role": _role(message), "content": content}
+    loss = next((message[key] for key in ("train", "weight") if message.get(key) is not None), None)
+    if loss is not None and turn.get("loss") is None:
+        turn["loss"] = bool(loss) if loss in (0, 1) else loss
+    return turn
+
+
+def _read_item(item: Any, where: str) -> Any:
+    """An item with its image or video as an object, which is empty if it names no file."""
+    if not isinstance(item, Mapping) or not isinstance(item.get("type"), str):
+        return item
+    kind = _URLS.get(item["type"], item["type"])
+    if kind not in _MEDIA:
+        lost = [key for key in (*_MEDIA, *_URLS) if _has(item, key)]
+        if kind == "text" and lost:
+            raise InputError(f'{where} has the type text, and "{lost[0]}" too. Make two items of it.')
+        return item
+    given = {key: value for key, value in item.items() if value is not None and key not in _ITEM_KEYS}
+    value = given.pop(item["type"], None)
+    if not isinstance(value, Mapping):
+        value = {} if value is None else _source(value, kind)
+    kept = {key: v for key, v in item.items() if key in _ITEM_KEYS}
+    return {**kept, "type": kind, kind: _rename([*value.items(), *given.items()], kind, where)}
+
+
+def _source(value: Any, kind: str) -> dict[str, Any]:
+    """The object of a bare source: a path or an address, pictures in memory, or a list of frames."""
+    if isinstance(value, str | Path):
+        return {f"{kind}_file": value}
+    return {"frames": value}
+
+
+def _rename(pairs: Iterable[tuple[str, Any]], kind: str, where: str) -> dict[str, Any]:
+    """The object of an image or video with the keys that the annotation format has for them."""
+    keys: dict[str, Any] = {}
+    for key, value in pairs:
+        name = f"{kind}_file" if key in ("path", "url") else _ALIASES.get(key, key)
+        if value is not None and keys.get(name) is not None:
+            raise InputError(f'{where} has "{name}" twice, the second time as "{key}". Keep one of them.')
+        if value is not None or name not in keys:
+            keys[name] = _path(value) if name in _SOURCES else value
+    return keys
+
+
+def _path(source: Any) -> Any:
+    """The source with file:// addresses as paths."""
+    if isinstance(source, list | tuple):
+        return [_path(frame) for frame in source]
+    return source.removeprefix("file://") if isinstance(source, str) else source
+
+
+def _listed(sample: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+    """The objects of the images or videos that a list, or a single one, beside the messages names."""
+    keys = [key for key in (kind, f"{kind}s") if _has(sample, key)]
+    if len(keys) > 1:
+        raise InputError(f'{_name(sample)} has both "{kind}" and "{kind}s". Keep one of them.')
+    given = sample[keys[0]] if keys else []
+    given = given if isinstance(given, list | tuple) else [given]
+    objects = [value if isinstance(value, Mapping) else _source(value, kind) for value in given]
+    return [_rename(value.items(), kind, f"{keys[0]}[{i}]") for i, value in enumerate(objects)]
+
+
+def _visuals(messages: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The items for images and videos."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for item in content if isinstance(content, list) else ():
+            if isinstance(item, dict) and item.get("type") in _MEDIA:
+                yield item
+
+
+def _fill(messages: list[Any], files: Mapping[str, list[dict[str, Any]]], name: str) -> list[Any]:
+    """The messages with the listed images and videos in their places, in order.
+
+    Raises:
+        InputError: there are more or fewer places than files.
+    """
+    lists = any(files.values())
+    messages = [m if _has_visual(m) and not lists else _with_places(m) for m in messages]
+    visuals = list(_visuals(messages))
+    for kind, given in files.items():
+        places = [item for item in visuals if item["type"] == kind and not item[kind]]
+        own = [item[kind] for item in visuals if item["type"] == kind and item[kind]]
+        if len(places) == len(given):
+            for item, value in zip(places, given, strict=True):
+                item[kind] = value
+        elif not places and not own:
+            messages = _put_first([{"type": kind, kind: value} for value in given], messages, name)
+        elif places or not _are_same(given, own, f"{kind}_file"):
+            raise InputError(
+                f'{name} needs {len(places)} files in "{kind}s", one for each <{kind}> in a text of the user and each '
+                f"{kind} item without a file, but has {len(given)}. Mend the texts or the list."
+            )
+    return messages
+
+
+def _has_visual(message: Any) -> bool:
+    return any(item[item["type"]] for item in _visuals([message]))
+
+
+def _with_places(message: Any) -> Any:
+    """A message of the user with an item without a file for each placeholder in its texts."""
+    content = message.get("content") if _role(message) == "user" else None
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(items, list) or not any(_PLACEHOLDER.search(_text(item)) for item in items):
+        return message
+    return {**message, "content": [part for item in items for part in _split(item)]}
+
+
+def _split(item: Any) -> list[Any]:
+    """The texts and the items without a file that a text with placeholders consists of."""
+    if not _PLACEHOLDER.search(_text(item)):
+        return [item]
+    parts = enumerate(_PLACEHOLDER.split(item["text"]))  # text, kind, text, ...
+    return [{"type": part, part: {}} if i % 2 else {**item, "text": part} for i, part in parts if part]
+
+
+def _text(item: Any) -> str:
+    text = item.get("text") if isinstance(item, Mapping) and item.get("type") == "text" else None
+    return text if isinstance(text, str) else ""
+
+
+def _are_same(given: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether a list names the files that the messages have anyway."""
+    files = [value.get(key) for value in given]
+    return None not in files and files == [value.get(key) for value in own]
+
+
+def _put_first(items: list[Any], messages: list[Any], name: str) -> list[Any]:
+    """The messages with items before the text of the user's first one, where ms-swift puts them."""
+    for i, message in enumerate(messages):
+        if _role(message) == "user":
+            content = message["content"]
+            content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            if isinstance(content, list):
+                return [*messages[:i], {**message, "content": [*items, *content]}, *messages[i + 1 :]]
+    raise InputError(f"{name} has images or videos, but no message of the user to show them in. Add one.")
+
+
+def _pixel_limits(visuals: Sequence[dict[str, Any]], config: Any) -> Any:
+    """The image_processing_config with the limits that the items gave until now.
+
+    Raises:
+        InputError: the limits differ, as one pair of them serves the whole sample.
+    """
+    objects = [item[item["type"]] for item in visuals]
+    for key in _PIXELS:
+        limits = [value.pop(key, None) for value in objects]
+        if all(limit is None for limit in limits):
+            continue
+        config = {} if config is None else config
+        if not isinstance(config, Mapping) or any(limit != config.get(key, limits[0]) for limit in limits):
+            raise InputError(
+                f"{key} is not the same for all images and videos of the sample, which share one. Give each the same, "
+                f'or give "image_processing_config": {{"{key}": ...}} beside the messages alone.'
+            )
+        config = {**config, key: limits[0]}
+    return config

@@ -1,0 +1,139 @@
+"""JSON and JSON lines as other programs leave them: encodings, byte order marks, numbers that JSON does not have."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tarsier_jax.errors import InputError
+
+_BOM = "\ufeff"
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text. Numbers that are not finite, such as NaN and 1e400, stay the texts they are.
+
+    Args:
+        where: names the text in the error, such as "list.jsonl line 3".
+
+    Raises:
+        InputError: the text is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text.strip().removeprefix(_BOM), parse_constant=str, parse_float=_finite)
+    except RecursionError:
+        raise InputError(f"{where} is no JSON that can be read: it is nested too deeply.") from None
+    except ValueError as e:
+        raise InputError(f"{where} is no JSON ({e}).") from None
+
+
+def to_json(value: Any, encoding: str = "utf-8") -> str:
+    """One line of valid JSON that `encoding` can represent.
+
+    Half surrogates, which stand for bytes of a file name that are not UTF-8, become escapes; numbers that are not
+    finite become null; values that JSON does not have, such as dates, become texts.
+
+    Raises:
+        RecursionError: the value is nested too deeply.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    except ValueError:
+        value = _with_nulls(value)
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value, default=str)
+    return text
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a list that are not blank, each a JSON text.
+
+    The list is JSON lines, an array, or one object over several lines; UTF-8 with or without a byte order mark, UTF-16
+    or UTF-32.
+
+    Raises:
+        InputError: the text is in another encoding.
+        OSError: the file cannot be read.
+    """
+    text = _decode(path, path.read_bytes())
+    lines = [line for line in text.split("\n") if line.strip()]
+    whole = _whole_value(text) if lines and not _is_whole_line(lines[0]) else None
+    if whole is not None:
+        lines = [to_json(value) for value in (whole if isinstance(whole, list) else [whole])]
+    yield from lines
+
+
+def check_line(path: str, number: int, line: bytes, first: bool) -> None:
+    """Checks a line of annotations in UTF-8; only the first that is not blank shows an array or another encoding.
+
+    Raises:
+        InputError: the encoding is another one, or the file is a JSON array.
+    """
+    encoding = json.detect_encoding(line[:4]) if first else "utf-8"
+    if not encoding.startswith("utf-8"):
+        raise InputError(f"{path} has the encoding {encoding}. {_convert(path, encoding)}")
+    if first and line.removeprefix(_BOM.encode()).lstrip().startswith(b"["):
+        raise InputError(
+            f"{path} is a JSON array; annotations are one JSON object a line. Write it anew with "
+            f"`jq -c '.[]' {path} > lines.jsonl`."
+        )
+    try:
+        line.decode()
+    except UnicodeDecodeError as e:
+        raise _not_utf8(path, number, e) from None
+
+
+def _finite(number: str) -> float | str:
+    return value if math.isfinite(value := float(number)) else number
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decode(path: Path, data: bytes) -> str:
+    encoding = json.detect_encoding(data[:4])
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as e:
+        if encoding.startswith("utf-8"):
+            raise _not_utf8(str(path), data[: e.start].count(b"\n") + 1, e) from None
+        raise InputError(f"{path} has the encoding {encoding}, but is cut off or damaged ({e.reason}).") from None
+
+
+def _not_utf8(path: str, number: int, error: UnicodeDecodeError) -> InputError:
+    byte = error.object[error.start]
+    return InputError(
+        f"{path} line {number} is not UTF-8 (byte 0x{byte:02x}): the file has another encoding. "
+        f"{_convert(path, 'latin1')} Name its encoding in place of latin1 if it has another."
+    )
+
+
+def _convert(path: str | Path, encoding: str) -> str:
+    encoding = encoding.replace("-le", "le").replace("-be", "be")  # as iconv spells it
+    return f"Convert it to UTF-8: `iconv -f {encoding} -t utf-8 {path} > utf8.jsonl`."
+
+
+def _is_whole_line(line: str) -> bool:
+    """Whether a line is a value by itself, other than a list."""
+    try:
+        return not isinstance(parse_json(line, ""), list)
+    except InputError:
+        return False
+
+
+def _whole_value(text: str) -> Any:
+    """The list or object that a text is as a whole, or None."""
+    try:
+        value = parse_json(text, "")
+    except InputError:
+        return None
+    return value if isinstance(value, list | dict) else None
