@@ -6,15 +6,15 @@ is reported and the others are described; the exit status is then 1.
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 
 import tarsier_jax
+from infer.inputs import find_media
 from infer.runtime import Options, add_model_flag, add_precision_flags, describe_file, prepare_process, resolve_dtype
 from tarsier_jax.cli import run
+from tarsier_jax.processing.jsonl import to_json
 from tarsier_jax.processing.processor import ProcessorOptions
-from tarsier_jax.processing.video import find_inputs
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     paths, failed = [], 0
     for source in args.input:
         try:
-            paths += find_inputs(source)
+            paths += find_media([source])
         except tarsier_jax.InputError as error:
             failed += report(error, args.traceback)
     if not paths:
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
         seconds = time.perf_counter() - start
         left = (time.perf_counter() - begin) / number * (len(paths) - number)
         _log(f"[{number}/{len(paths)}] {path}: {caption.new_tokens} tokens in {seconds:.1f} s, {left:.0f} s left")
-        line = json.dumps(dataclasses.asdict(caption), ensure_ascii=False)
+        line = to_json(dataclasses.asdict(caption), sys.stdout.encoding or "utf-8")
         print(line if args.json else f"{path}\n{caption.caption}\n", flush=True)
     if failed:
         _log(f"{failed} of the inputs could not be described; see the errors above")

@@ -1,18 +1,26 @@
 """What a run captions: media files, or lines of JSON or Parquet, each known by an index."""
 
+import collections
 import dataclasses
 import glob
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.formats import is_conversation, normalize_sample
+from tarsier_jax.processing.jsonl import parse_json, read_lines, to_json
 from tarsier_jax.processing.processor import media_sample
-from tarsier_jax.processing.video import find_inputs
+from tarsier_jax.processing.sample import MEDIA_KEYS
+from tarsier_jax.processing.video import ACCEPTED, find_inputs
 
-_LISTS = (".jsonl", ".parquet")
-_NESTED = ("messages", "extra_info", "image_processing_config")  # columns that may hold JSON
+_LISTS = (".jsonl", ".json", ".parquet")
+_NESTED = ("messages", "conversations", "extra_info", "image_processing_config")  # columns that may contain JSON
+# Keys that name further media, or say how to show one, which only an annotation can.
+_MEDIA = ("videos", "images", "video", "image", "audio", "audios")
+_ANNOTATION_KEYS = (*_MEDIA, *MEDIA_KEYS, "video_start", "video_end", "nframes", "max_pixels", "min_pixels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Item:
 
     @property
     def is_annotation(self) -> bool:
-        return "messages" in self.line
+        return is_conversation(self.line)
 
     def sample(self, prompt: str) -> dict[str, Any]:
         """The question, without the answer that an annotation may hold.
@@ -42,25 +50,32 @@ class Item:
             raise InputError(self.line["error"])
         if self.is_annotation:
             return open_answer(self.line)
+        for key in _ANNOTATION_KEYS:
+            if self.line.get(key) is not None:
+                raise InputError(f'"{key}" beside "input" is not read. Write the line as an annotation, with messages.')
         return media_sample(self.input, self.line.get("prompt") or prompt)
 
 
 def open_answer(line: Mapping[str, Any]) -> dict[str, Any]:
-    """An annotation whose answer is still to be given.
+    """An annotation, in the annotation format, whose answer is still to be given.
 
-    What the last turn says, if it is the assistant's, is kept as its reference, as the benchmarks have it. A turn with
-    a reference keeps its text: the answer begins with that.
+    The text of the last turn, if that is the assistant's, is kept as its reference, as the benchmarks have it. A turn
+    with a reference keeps its text: the answer begins with that.
+
+    Raises:
+        InputError: see `normalize_sample`.
     """
-    messages = line.get("messages")
-    if not isinstance(messages, list) or not messages or not isinstance(messages[-1], Mapping):
-        return dict(line)
+    line = dict(normalize_sample(line))
+    messages = line["messages"]
+    if not isinstance(messages, list | tuple) or not messages or not isinstance(messages[-1], Mapping):
+        return line
     last = messages[-1]
     content = last.get("content")
-    if last.get("role") != "assistant":
-        return dict(line)
-    items = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if last.get("role") != "assistant" or not isinstance(items, list) or not all(isinstance(x, Mapping) for x in items):
+        return line
     if items and "reference" not in items[-1]:
-        items[-1] = {**items[-1], "text": "", "reference": items[-1].get("text", "")}
+        items = [*items[:-1], {**items[-1], "text": "", "reference": items[-1].get("text", "")}]
     return {**line, "messages": [*messages[:-1], {**last, "content": items}]}
 
 
@@ -76,7 +91,7 @@ def with_prediction(line: Mapping[str, Any], caption: str) -> dict[str, Any]:
 
 
 def find_items(source: str) -> list[Item]:
-    """The clips that --input stands for: a file, a directory, a glob, or a list (.jsonl, .parquet).
+    """The clips that --input stands for: a file, a directory, a glob, or a list (.jsonl, .json, .parquet).
 
     A line of a list is an annotation, an object with "input" (and "prompt", "idx"), or just a path.
 
@@ -86,64 +101,76 @@ def find_items(source: str) -> list[Item]:
     path = Path(source)
     if is_list(source):
         return list(_read_list(path))
-    paths = find_inputs(source) if path.exists() or not glob.has_magic(source) else _globbed(source)
+    matches = [source] if path.exists() or not glob.has_magic(source) else sorted(glob.glob(source, recursive=True))
+    paths = find_media(matches)
+    if not paths:
+        raise InputError(f"Nothing matches {source}. Check the pattern, and put it in quotes.")
     return [Item(i, i, str(file), {}) for i, file in enumerate(paths)]
+
+
+def find_media(sources: Iterable[str]) -> list[Path]:
+    """The media files that paths stand for; says on stderr which endings the directories among them have besides.
+
+    Raises:
+        InputError: see `find_inputs`.
+    """
+    skipped = collections.Counter[str]()
+    try:
+        return [file for source in sources for file in find_inputs(source, skipped)]
+    finally:
+        if skipped:
+            endings = ", ".join(f"{ending} {count}" for ending, count in skipped.most_common())
+            message = f"skipped {skipped.total()} files whose endings are not read: {endings}. {ACCEPTED}"
+            print(message, file=sys.stderr, flush=True)
 
 
 def is_list(source: str) -> bool:
     return Path(source).suffix.lower() in _LISTS and not Path(source).is_dir()
 
 
-def _globbed(pattern: str) -> list[Path]:
-    found = [file for match in sorted(glob.glob(pattern, recursive=True)) for file in find_inputs(match)]
-    if not found:
-        raise InputError(f"Nothing matches {pattern}. Check the pattern, and put it in quotes.")
-    return found
-
-
 def _read_list(path: Path) -> Iterator[Item]:
     try:
-        lines = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _lines(path)
+        lines = _parquet_rows(path) if path.suffix.lower() == ".parquet" else read_lines(path)
         number = -1
         for number, line in enumerate(lines):
             yield _item(path, number, line)
     except OSError as e:
-        raise InputError(f"The list {path} cannot be read ({e.strerror}). Check --input.") from None
+        raise InputError(f"The list {path} cannot be read ({e.strerror or e}). Check --input.") from None
     if number < 0:
         raise InputError(f"The list {path} holds no lines. Check --input.")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(errors="replace") as file:
-        yield from (line for line in file if line.strip())
-
-
 def _item(path: Path, number: int, line: Any) -> Item:
     place = f"{path} line {number + 1}"
-    if isinstance(line, str):
-        try:
-            line = json.loads(line)
-        except ValueError:
-            line = {"error": f"{place} is no JSON. Each line is an object or a path in quotes."}
-            return Item(number, number, place, line)
+    try:
+        line = _unpacked(line, place) if isinstance(line, Mapping) else parse_json(line, place)
+    except InputError as e:
+        return Item(number, number, place, {"error": f"{e} Each line is an object or a path in quotes."})
     if isinstance(line, str):
         return Item(number, number, line, {"input": line})
-    if not isinstance(line, Mapping) or not ("messages" in line or isinstance(line.get("input"), str)):
+    source = line.get("input") if isinstance(line, Mapping) else None
+    if not isinstance(line, Mapping) or not (is_conversation(line) or isinstance(source, str)):
         line = {"error": f'{place} has neither "messages" nor "input". Give one of them.'}
         return Item(number, number, place, line)
-    return Item(number, line.get("idx", number), line.get("input") or place, line)
+    idx = json.loads(to_json(line.get("idx")))  # as a line of the output has it
+    return Item(number, number if idx is None else idx, source if isinstance(source, str) and source else place, line)
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
+        import pyarrow as pa  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError(f"Reading {path} needs pyarrow: pip install pyarrow.") from None
-    for batch in parquet.ParquetFile(path).iter_batches():
-        for row in batch.to_pylist():
-            # Columns of other lines are empty in this one.
-            yield {k: _unpacked(k, v) for k, v in row.items() if v is not None}
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                # Columns of other lines are empty in this one.
+                yield {k: v for k, v in row.items() if v is not None}
+    except (pa.ArrowException, UnicodeDecodeError) as e:
+        raise InputError(f"The list {path} is no Parquet file that can be read ({e}). Check --input.") from None
 
 
-def _unpacked(name: str, value: Any) -> Any:
-    return json.loads(value) if name in _NESTED and isinstance(value, str) else value
+def _unpacked(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A row of a Parquet file with the values of columns that contain JSON."""
+    return {k: parse_json(v, f"{place}, {k},") if k in _NESTED and isinstance(v, str) else v for k, v in row.items()}

@@ -8,7 +8,7 @@ import grain
 
 from infer.engine import Refusal, Request
 from infer.inputs import Item
-from tarsier_jax.errors import InputError
+from tarsier_jax.errors import reason_of
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
 
@@ -41,7 +41,7 @@ class _Prepare(grain.transforms.Map):
         try:
             example, error = self.processor(element.sample(self.prompt)), ""
         except Exception as e:  # whatever a file of millions does, the run goes on, and its line says why
-            example, error = None, f"{e}" if isinstance(e, InputError) else repr(e)
+            example, error = None, reason_of(e)
         return Prepared(element.number, example, error, time.perf_counter() - start)
 
 

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from tarsier_jax.errors import InputError
+from tarsier_jax.errors import InputError, reason_of
+from tarsier_jax.processing.jsonl import to_json
 
 _ROWS = 10_000  # of a Parquet file, that are held at once
 
@@ -50,12 +51,19 @@ class LineWriter:
         self._file: BinaryIO = path.open("wb" if overwrite else "ab", buffering=0)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        data = _encode(line) + b"\n"
         while data:  # a write may take a part only, when the disk is nearly full
             data = data[os.write(self._file.fileno(), data) :]
 
     def close(self) -> None:
         self._file.close()
+
+
+def _encode(line: Mapping[str, Any]) -> bytes:
+    try:
+        return to_json(line).encode()
+    except RecursionError as e:
+        return to_json({**{key: line.get(key) for key in ("idx", "input")}, "error": reason_of(e)}).encode()
 
 
 @dataclasses.dataclass
@@ -111,7 +119,8 @@ def lines_of(output: Path) -> Path:
 def write_parquet(lines: Path, output: Path) -> None:
     """Makes a Parquet file of all lines; whole or not at all.
 
-    Columns are int64 or float64 where all values are such numbers, else strings; what is nested is JSON.
+    Columns are int64 or float64 where all values are such numbers, else strings; what is nested is JSON. Half
+    surrogates in names, which Parquet does not have, are written as escapes.
     """
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
     import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
@@ -119,7 +128,7 @@ def write_parquet(lines: Path, output: Path) -> None:
     kinds: dict[str, set[type]] = {}
     for line in finished_lines(lines):
         for name, value in line.items():
-            kinds.setdefault(name, set()).add(type(value))
+            kinds.setdefault(name, set()).add(str if _is_large(value) else type(value))
     types = {(int,): pa.int64(), (float,): pa.float64(), (float, int): pa.float64()}
     schema = pa.schema(
         (name, types.get(tuple(sorted(found - {type(None)}, key=str)), pa.string())) for name, found in kinds.items()
@@ -138,6 +147,12 @@ def _batches(lines: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _cell(value: Any, kind: Any) -> Any:
-    if value is None or isinstance(value, str) or str(kind) != "string":
+    if value is None or str(kind) != "string":
         return value
-    return json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else to_json(value)
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _is_large(value: Any) -> bool:
+    """Whether a value is an integer that int64 cannot represent."""
+    return isinstance(value, int) and not -(2**63) <= value < 2**63

@@ -1,5 +1,6 @@
 """How every program ends: a short message and an exit status instead of a traceback."""
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -10,8 +11,10 @@ def run(main: Callable[[], int | None], traceback: bool = False) -> int:
     """Calls `main` and gives the exit status: its own, or 0; 1 after an error made for people, or about a file (not
     there, not ours, no room left on the disk); 130 after Ctrl-C.
 
-    With `traceback` errors are raised as they are.
+    With `traceback` errors are raised as they are. Characters that stdout cannot encode are printed as escapes.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main() or 0
     except (TarsierError, OSError) as error:

@@ -4,8 +4,8 @@ One row of every batch packs the samples r, r + B, r + 2 B, ... of the shuffled 
 a step in all. So the rows of a batch, but for their order, do not depend on how many processes or threads made them.
 """
 
+import codecs
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any, SupportsIndex
 import grain
 import numpy as np
 
-from tarsier_jax.errors import InputError
+from tarsier_jax.errors import InputError, reason_of
 from tarsier_jax.processing.batch import Batch
+from tarsier_jax.processing.formats import normalize_sample
+from tarsier_jax.processing.jsonl import check_line, parse_json
 from tarsier_jax.processing.packing import Row, RowShape, Unit
 from tarsier_jax.processing.processor import Processor
 
@@ -101,10 +103,10 @@ Load = Callable[[Mapping[str, Any], np.random.Generator], Loaded]
 
 
 class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportMissingTypeArgument]
-    """The lines of a JSON lines file, read where they stand; memory holds eight bytes a line.
+    """The lines of a JSON lines file in UTF-8, read where they stand; memory holds sixteen bytes a line.
 
     Raises:
-        InputError: there is no such file, or it holds no lines.
+        InputError: there is no such file, or it has no lines; it has another encoding, or is a JSON array.
     """
 
     def __init__(self, path: str):
@@ -113,7 +115,8 @@ class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[r
             with open(path, "rb") as file:
                 starts, numbers, at = [], [], 0
                 for number, line in enumerate(file, 1):
-                    if line.strip():
+                    if line.removeprefix(codecs.BOM_UTF8).strip():
+                        check_line(path, number, line, first=not starts)
                         starts.append(at)
                         numbers.append(number)
                     at += len(line)
@@ -130,7 +133,8 @@ class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[r
         i = int(index)
         with open(self.path, "rb") as file:
             file.seek(int(self._starts[i]))
-            return Line(self.path, int(self._numbers[i]), file.readline().decode(errors="replace"))
+            line = file.readline().removeprefix(codecs.BOM_UTF8)
+            return Line(self.path, int(self._numbers[i]), line.decode(errors="replace"))  # may have changed since
 
 
 def parse_files(files: str) -> list[tuple[str, float | None]]:
@@ -172,13 +176,7 @@ class LoadLine(grain.transforms.RandomMap):
 
     def random_map(self, element: Line, rng: np.random.Generator) -> Loaded | Bad:
         try:
-            try:
-                sample = json.loads(element.text)
-            except ValueError as e:
-                raise InputError(f"The line is no JSON ({e}).") from None
-            if not isinstance(sample, dict):
-                raise InputError("The line is no JSON object.")
-            loaded = self.load(with_root(sample, self.media_root), rng)
+            loaded = self.load(read_sample(element.text, self.media_root), rng)
             if not any((example.labels >= 0).any() for example in loaded.unit):
                 raise InputError(
                     'Nothing of the sample is trained on: its answer is empty, has "loss": false, or is beyond '
@@ -187,25 +185,37 @@ class LoadLine(grain.transforms.RandomMap):
             Row(self.packer.shape, self.packer.processor.config).add(loaded.unit)  # raises if no row can hold it
             return loaded
         except Exception as e:  # whatever a line of millions does, the run goes on; the share of bad ones is bounded
-            return Bad(element.file, element.number, f"{e}" if isinstance(e, InputError) else repr(e))
+            return Bad(element.file, element.number, reason_of(e))
+
+
+def read_sample(text: str, media_root: str) -> dict[str, Any]:
+    """The sample of a line, in the annotation format, with `media_root` before every relative path of a medium.
+
+    Raises:
+        InputError: the line is not JSON, or `normalize_sample` cannot read it.
+    """
+    sample = parse_json(text, "The line")
+    if not isinstance(sample, dict):
+        raise InputError("The line is no JSON object.")
+    return with_root(dict(normalize_sample(sample)), media_root)
 
 
 def with_root(value: Any, root: str) -> Any:
-    """The sample with `root` before every relative path of a medium."""
+    """A sample in the annotation format with `root` before every relative path of a medium."""
     if not root:
         return value
     if isinstance(value, list):
         return [with_root(v, root) for v in value]
     if not isinstance(value, dict):
         return value
-    joined = {}
-    for key, v in value.items():
-        media = key in ("video_file", "image_file")
-        if media and isinstance(v, list):
-            joined[key] = [str(Path(root, x)) for x in v]
-        else:
-            joined[key] = str(Path(root, v)) if media and isinstance(v, str) else with_root(v, root)
-    return joined
+    media = ("video_file", "image_file", "frames")
+    return {key: _join(v, root) if key in media else with_root(v, root) for key, v in value.items()}
+
+
+def _join(source: Any, root: str) -> Any:
+    if isinstance(source, list):
+        return [_join(frame, root) for frame in source]
+    return str(Path(root, source)) if isinstance(source, str) and source and "://" not in source else source
 
 
 class PackedRows(grain.IterDataset):

@@ -1,6 +1,5 @@
 """Held-out loss and sample captions of a run in progress."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from tarsier_jax.errors import TarsierError
 from tarsier_jax.generation.decode import generate_batch
 from tarsier_jax.generation.sampling import make_sampling
-from train.data import PackedRow, lines_of, with_root
+from train.data import PackedRow, lines_of, read_sample
 from train.setup import Run, global_batch
 from train.state import TrainState, build_model, make_eval_step
 
@@ -50,9 +49,9 @@ class Evaluation:
         for i in range(min(config.eval_captions, len(lines))):
             line: Any = lines[i]
             try:
-                sample = with_root(json.loads(line.text), config.data.media_root)
+                sample = read_sample(line.text, config.data.media_root)
                 example = run.processor(_question(run.job.prepare(sample, np.random.default_rng(config.seed))))
-            except (TarsierError, ValueError):
+            except TarsierError:
                 continue
             batch = jax.tree.map(jnp.asarray, run.processor.batch([example]))
             (answer,) = generate_batch(

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tarsier_jax.errors import InputError
-from train.data import Line, lines_of, with_root
+from train.data import Line, lines_of, read_sample
 from train.log import duration
 from train.losses import pair_log_probs
 from train.optimizer import Params
@@ -117,6 +117,6 @@ class _Missing(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportM
 
 def _key(line: Line, run: Run) -> str | None:
     try:
-        return sample_key(with_root(json.loads(line.text), run.config.data.media_root))
-    except ValueError:
+        return sample_key(read_sample(line.text, run.config.data.media_root))
+    except InputError:
         return None  # it counts as a bad sample when it is loaded

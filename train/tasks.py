@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.sample import read_messages
 from tarsier_jax.processing.sampling import allocate_frames
 from train.pretraining import TASKS as PRETRAINING
@@ -25,9 +26,9 @@ _RANGE = re.compile(r"<frame: ([0-9]+)(?:-([0-9]+))?>")
 def prepare(sample: Sample, rng: np.random.Generator, n_frames: int = 16) -> dict[str, Any]:
     """The chat sample to train on that a line of annotations stands for. The line is left as it is.
 
-    A line with `messages` is a chat already: its answers are checked, and an empty `text` takes its `reference`. Other
-    lines become one by their task: object_tracking, multi_images, video_permutation (frames to be put in order), or
-    moving_shapes (a seed).
+    A line with `messages`, or another format of them that `normalize_sample` reads, is a chat already: its answers are
+    checked, and an empty `text` takes its `reference`. Other lines become one by their task: object_tracking,
+    multi_images, video_permutation (frames to be put in order), or moving_shapes (a seed).
 
     Args:
         rng: what every random choice is drawn from.  n_frames: frames a sample shows, as the processor's option.
@@ -36,8 +37,8 @@ def prepare(sample: Sample, rng: np.random.Generator, n_frames: int = 16) -> dic
         InputError: the line is malformed, has no answer, its frame tags do not fit the frames, or a file cannot be
             read.
     """
-    if sample.get("messages") is not None:
-        return _chat(sample, n_frames)
+    if is_conversation(sample):
+        return _chat(normalize_sample(sample), n_frames)
     task = "video_permutation" if sample.get("dataset") == "video_permutation" else str(sample.get("task"))
     if task not in TASKS:
         raise InputError(f"A line needs messages, or a task that is one of {', '.join(TASKS)}, not {task}.")
@@ -75,6 +76,7 @@ def split_preference(sample: Sample) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         InputError: one of the texts is missing or empty, or the two do not differ.
     """
+    sample = normalize_sample(sample)
     answers = _answers(sample)
     if not answers or all(answers[-1].get(key) is None for key in _PAIR):
         raise InputError('The last answer of a DPO line needs the texts "chosen" and "rejected", but has neither.')

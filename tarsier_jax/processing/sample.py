@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ _KEYS = {
     "video": (*_SOURCES, *_NUMBERS, *_LISTS, "mask_boxes", "disturb"),
     "image": (*_SOURCES, "frame_indices"),
 }
+MEDIA_KEYS = _KEYS["video"]
 _COUNT = "Give the number of frames by the option n_frames, for all samples, or name frames by frame_indices"
 _SIZE = "Give max_pixels, the limit of each frame"
 # Keys of Qwen's items that the annotation format cannot express, and a way to get the like.
@@ -37,6 +37,7 @@ _REMEDIES = {
     **dict.fromkeys(("total_pixels", "resized_height", "resized_width"), _SIZE),
     "bytes": "Write the picture to a file, and give its path",
 }
+_NUMBER_TYPES = (int, float, np.integer, np.floating)
 _LARGEST = 2**53  # of a number; times and indices are far below
 _MOST_FRAMES = 100_000  # that min_n_frames may ask for
 _MASK_MARGIN = 30  # rows kept below the lowest mask box
@@ -241,7 +242,7 @@ def _check_disturb(video: Mapping[str, Any], where: str) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a number that is finite, and no truth value."""
-    return isinstance(value, Real) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+    return isinstance(value, _NUMBER_TYPES) and not isinstance(value, bool) and bool(-_LARGEST <= value <= _LARGEST)
 
 
 def _source(item: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 Every reader gives frames one by one, so that a clip of many large frames is never in memory as a whole.
 """
 
+import collections
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +27,11 @@ from tarsier_jax.processing.video_files import open_video
 __all__ = ["Clip", "find_inputs", "kind_of", "load_image", "natural_key", "open_clip"]
 
 
-def find_inputs(path: str | Path) -> list[Path]:
+def find_inputs(path: str | Path, skipped: collections.Counter[str] | None = None) -> list[Path]:
     """The media files that a path stands for: the file itself, or all in a directory and below, in natural order.
+
+    Args:
+        skipped: gets the number of the directory's other files by their ending, hidden ones left out.
 
     Raises:
         InputError: there is no such path, no media file in the directory, or the file's ending is not accepted.
@@ -35,7 +39,11 @@ def find_inputs(path: str | Path) -> list[Path]:
     path = Path(path)
     if path.is_dir():
         accepted = VIDEO_SUFFIXES + GIF_SUFFIXES + IMAGE_SUFFIXES
-        files = [p for p in path.rglob("*") if p.suffix.lower() in accepted and not p.name.startswith(".")]
+        entries = [p for p in path.rglob("*") if not p.name.startswith(".")]
+        files = [p for p in entries if p.suffix.lower() in accepted]
+        if skipped is not None:
+            others = (p.suffix.lower() for p in entries if p.suffix.lower() not in accepted and p.is_file())
+            skipped.update(suffix or "no ending" for suffix in others)
         if not files:
             raise InputError(f"{path} holds no video, animation or image. {ACCEPTED}")
         return sorted(files, key=natural_key)
