@@ -5,14 +5,13 @@ these strings.
 """
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.sample import open_visuals, read_messages
+from tarsier_jax.processing.sample import is_number, open_visuals, read_messages
 
 _MAX_OBJECTS = 4
 _ORDER_FRAMES = (8, 24)
@@ -121,7 +120,7 @@ def _track(tracked: Any, n: int) -> list[Any]:
     if not isinstance(boxes, list) or len(boxes) != n:
         raise InputError(f"An object to track needs all_frame_bounding_boxes, one for each of the {n} frame_indices.")
     for box in boxes:
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, Real) for x in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
             raise InputError(f"{box!r} in all_frame_bounding_boxes is no box [left, top, right, bottom].")
     return boxes
 

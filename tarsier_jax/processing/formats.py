@@ -196,8 +196,8 @@ def _listed(sample: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
         raise InputError(f'{_name(sample)} has both "{kind}" and "{kind}s". Keep one of them.')
     given = sample[keys[0]] if keys else []
     given = given if isinstance(given, list | tuple) else [given]
-    objects = [value if isinstance(value, Mapping) else _source(value, kind) for value in given]
-    return [_rename(value.items(), kind, f"{keys[0]}[{i}]") for i, value in enumerate(objects)]
+    items = [{**value, "type": kind} if isinstance(value, Mapping) else {"type": kind, kind: value} for value in given]
+    return [_read_item(item, f"{keys[0]}[{i}]")[kind] for i, item in enumerate(items)]
 
 
 def _visuals(messages: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -228,8 +228,8 @@ def _fill(messages: list[Any], files: Mapping[str, list[dict[str, Any]]], name: 
             messages = _put_first([{"type": kind, kind: value} for value in given], messages, name)
         elif places or not _are_same(given, own, f"{kind}_file"):
             raise InputError(
-                f'{name} needs {len(places)} files in "{kind}s", one for each <{kind}> in a text of the user and each '
-                f"{kind} item without a file, but has {len(given)}. Mend the texts or the list."
+                f'{name}: the number of files in "{kind}s" is {len(given)}, but {len(places)} places need one: each '
+                f"<{kind}> in a text of the user, and each {kind} item without a file. Mend the texts or the list."
             )
     return messages
 

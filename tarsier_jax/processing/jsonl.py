@@ -12,7 +12,7 @@ _BOM = "\ufeff"
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. Numbers that are not finite, such as NaN and 1e400, stay the texts they are.
+    """The value of a JSON text; NaN and infinities, which JSON does not have, are read as Python reads them.
 
     Args:
         where: names the text in the error, such as "list.jsonl line 3".
@@ -21,7 +21,7 @@ def parse_json(text: str, where: str) -> Any:
         InputError: the text is not JSON, or is nested too deeply.
     """
     try:
-        return json.loads(text.strip().removeprefix(_BOM), parse_constant=str, parse_float=_finite)
+        return json.loads(text.strip().removeprefix(_BOM))
     except RecursionError:
         raise InputError(f"{where} is no JSON that can be read: it is nested too deeply.") from None
     except ValueError as e:
@@ -85,10 +85,6 @@ def check_line(path: str, number: int, line: bytes, first: bool) -> None:
         line.decode()
     except UnicodeDecodeError as e:
         raise _not_utf8(path, number, e) from None
-
-
-def _finite(number: str) -> float | str:
-    return value if math.isfinite(value := float(number)) else number
 
 
 def _with_nulls(value: Any) -> Any:

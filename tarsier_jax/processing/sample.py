@@ -35,6 +35,8 @@ _SIZE = "Give max_pixels, the limit of each frame"
 _REMEDIES = {
     **dict.fromkeys(("nframes", "num_frames", "n_frames", "min_frames", "max_frames", "max_n_frames"), _COUNT),
     **dict.fromkeys(("total_pixels", "resized_height", "resized_width"), _SIZE),
+    "start": "Give start_time, in seconds, or start_frame",
+    "end": "Give end_time, in seconds, or end_frame",
     "bytes": "Write the picture to a file, and give its path",
 }
 _NUMBER_TYPES = (int, float, np.integer, np.floating)
@@ -176,7 +178,8 @@ def _read_item(item: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise InputError(f'{where} needs "{kind}": {{"{kind}_file": ...}}, but is {_short(item)}.')
     if sum(value.get(key) is not None for key in _SOURCES) != 1:
-        raise InputError(f"{where} needs exactly one of {', '.join(_SOURCES)}, but has {', '.join(value) or 'none'}.")
+        keys = ", ".join(str(key) for key in value if value[key] is not None) or "none"
+        raise InputError(f"{where} needs exactly one of {', '.join(_SOURCES)}, but has {keys}.")
     if any(value.get(key) == "" for key in ("video_file", "image_file")):
         raise InputError(f"{where} has an empty name in place of a file. Fill it in.")
     _check_keys(value, kind, where)
@@ -198,11 +201,11 @@ def _check_keys(value: Mapping[str, Any], kind: str, where: str) -> None:
     for key in value:
         if value[key] is None or key in _KEYS[kind]:
             continue
-        close = difflib.get_close_matches(str(key), _KEYS[kind], 1, cutoff=0.5)
-        remedy = _REMEDIES.get(key) or (f"Is {close[0]} meant" if close else "Leave it out")
+        close = difflib.get_close_matches(str(key), _KEYS[kind], 1)
+        remedy = _REMEDIES.get(key) or (f"Write {close[0]}, if that is meant" if close else "Leave it out")
         raise InputError(
-            f"{where}: the {kind} has the key {_short(key)}, which is not supported. {remedy}"
-            f"{'?' if remedy.startswith('Is') else '.'} Supported are {', '.join(_KEYS[kind])}."
+            f"{where}: the {kind} has the key {_short(key)}, which is not supported. {remedy}. Supported are "
+            f"{', '.join(_KEYS[kind])}."
         )
 
 

@@ -121,7 +121,7 @@ def test_frames_in_memory() -> None:
         ({"messages": [{"role": "user"}]}, r"messages\[0\] needs a content"),
         (user({"type": "audio"}), r'messages\[0\].content\[0\] needs "type"'),
         (user("Hi", {"type": "text"}), r'content\[1\] is a text without its "text"'),
-        (user({"type": "video"}), 'needs 1 files in "videos".* but has 0'),
+        (user({"type": "video"}), 'files in "videos" is 0, but 1 places'),
         (user({"type": "video", "video": {"file": "a.mp4"}}), "exactly one of video_file, image_file, frames"),
         (user({"type": "image", "image": {"image_file": "a.png", "video_file": "a.mp4"}}), "exactly one of"),
         (user({"type": "video", "video": {"video_file": "a.mp4", "fps": 0}}), "fps has to be above 0"),
