@@ -158,11 +158,13 @@ def _read_message(message: Any, index: int) -> dict[str, Any]:
         content = [content]
     if not isinstance(content, list | tuple):
         raise InputError(f"{where} needs a content: a text, an item, or a list of items, not {_short(content)}.")
-    loss = message.get("loss")
-    if not (loss is None or isinstance(loss, bool)):
-        raise InputError(f"{where}: loss has to be true or false, not {_short(loss)}.")
     items = [_read_item(x, f"{where}.content[{i}]") for i, x in enumerate(content)]
-    return {"role": message["role"], "content": items, **({} if loss is None else {"loss": loss})}
+    loss = message.get("loss")
+    if loss is None:
+        return {"role": message["role"], "content": items}
+    if not isinstance(loss, bool):
+        raise InputError(f"{where}: loss has to be true or false, not {_short(loss)}.")
+    return {"role": message["role"], "content": items, "loss": loss}
 
 
 def _read_item(item: Any, where: str) -> dict[str, Any]:
