@@ -60,7 +60,7 @@ def read_lines(path: Path) -> Iterator[str]:
         OSError: the file cannot be read.
     """
     text = _decode(path, path.read_bytes())
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = [line for line in text.split("\n") if line.removeprefix(_BOM).strip()]
     whole = _whole_value(text) if lines and not _is_whole_line(lines[0]) else None
     if whole is not None:
         lines = [to_json(value) for value in (whole if isinstance(whole, list) else [whole])]

@@ -193,6 +193,8 @@ def _check_pixel_limits(config: Any) -> dict[str, Any]:
     for key, limit in limits.items():
         if not is_number(limit):
             raise InputError(f"image_processing_config: {key} has to be a number, not {limit!r:.200}.")
+    if limits.get("max_pixels", 1) < 1:
+        raise InputError(f"image_processing_config: max_pixels has to be at least 1, not {limits['max_pixels']}.")
     return limits
 
 

@@ -75,6 +75,23 @@ def test_a_sample_may_have_limits_of_its_own(processor: Processor) -> None:
         processor(sample)
 
 
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ([1], r"has to be like .*, not \[1\]"),
+        ({"max_pixels": "100000"}, "max_pixels has to be a number, not '100000'"),
+        ({"max_pixels": float("nan")}, "max_pixels has to be a number, not nan"),
+        ({"min_pixels": True}, "min_pixels has to be a number, not True"),
+        ({"max_pixels": 0}, "max_pixels has to be at least 1, not 0"),
+        ({"min_pixels": -5}, "min_pixels -5 is not between 0 and"),
+        ({"max_pixels": 10**400}, "max_pixels has to be a number, not 1000"),
+    ],
+)
+def test_malformed_limits(processor: Processor, limits: object, message: str) -> None:
+    with pytest.raises(InputError, match=f"image_processing_config.*{message}"):
+        processor({**user(video_item(formula_frame(56, 56, 0))), "image_processing_config": limits})
+
+
 def test_several_visuals(processor: Processor) -> None:
     image = {"type": "image", "image": {"frames": formula_frame(56, 84, 3)}}
     videos = video_item(formula_frame(56, 56, 0), formula_frame(56, 56, 1)), video_item(formula_frame(84, 56, 2))

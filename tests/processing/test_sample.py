@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,8 +86,11 @@ def test_mask_boxes_have_to_fit() -> None:
     frames = [Image.new("RGB", (80, 100))] * 2
     with pytest.raises(InputError, match="1 lists of boxes, too few"):
         list(mask_frames(iter(frames), [[]]))
-    with pytest.raises(InputError, match="four corners"):
-        list(mask_frames(iter(frames), [[[0.5, 0.1]], []]))
+    for box in ([0.5, 0.1], [[0, 0], [float("inf"), 0], [1, 1], [0, 1]]):
+        with pytest.raises(InputError, match="four corners"):
+            list(mask_frames(iter(frames), [[box], []]))
+    with pytest.raises(InputError, match="a list of boxes for each frame, not 3"):
+        list(mask_frames(iter(frames), [3, []]))
 
 
 def test_mask_boxes_of_a_video_item(mp4: Path) -> None:
@@ -111,6 +115,10 @@ def test_frames_in_memory() -> None:
     assert shown(picture) == [3]
 
 
+def video_of(**keys: object) -> dict:
+    return user({"type": "video", "video": {"video_file": "a.mp4", **keys}})
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
@@ -127,6 +135,22 @@ def test_frames_in_memory() -> None:
         (user({"type": "video", "video": {"video_file": "a.mp4", "fps": 0}}), "fps has to be above 0"),
         (user({"type": "video", "video": {"video_file": "a.mp4", "start_time": "1"}}), "start_time has to be a number"),
         (user({"type": "video", "video": {"video_file": "a.mp4", "frame_indices": 3}}), "has to be a list of numbers"),
+        (video_of(start_time=math.nan), "start_time has to be a number, not nan"),
+        (video_of(end_time=math.inf), "end_time has to be a number, not inf"),
+        (video_of(fps=True), "fps has to be a number, not True"),
+        (video_of(fps=math.nan), "fps has to be a number, not nan"),
+        (video_of(start_frame=10**400), "start_frame has to be a number, not 1000"),
+        (video_of(min_n_frames=-1), "min_n_frames has to be from 0 to"),
+        (video_of(min_n_frames=10**9), "min_n_frames has to be from 0 to"),  # each would take a turn of a loop
+        (video_of(frame_indices=[]), r"a list of numbers, one at least, not \[\]"),
+        (video_of(time_indices=[1, math.nan]), "has to be a list of numbers"),
+        (video_of(time_indices=[[1]]), "has to be a list of numbers"),
+        (video_of(mask_boxes=3), "mask_boxes has to be a list"),
+        (user("nice \ud83d"), r"content\[0\] has '\\ud83d' at 5, half of a character"),
+        ({"messages": [{"role": "user", "content": 7}]}, r"messages\[0\] needs a content: .* not 7"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, r"content\[0\] needs \"type\".* but is 'a'"),
+        ({"messages": [7]}, r"messages\[0\] needs a role"),
+        ([], "this one has none"),
     ],
 )
 def test_malformed_samples(sample: dict, message: str) -> None:

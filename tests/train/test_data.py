@@ -27,6 +27,7 @@ from train.data import (
     check_share,
     lines_of,
     parse_files,
+    read_sample,
     with_root,
 )
 from train.setup import Job
@@ -80,6 +81,29 @@ def test_annotations_that_hold_nothing(tmp_path: Path, name: str, message: str) 
     (tmp_path / "blank.jsonl").write_text("\n \n")
     with pytest.raises(InputError, match=rf"{name} .*{message}.*config\.data"):
         AnnotationFile(str(tmp_path / name))
+
+
+def test_annotations_of_other_programs(tmp_path: Path) -> None:
+    """A byte order mark, also in the middle, where files were put together, and the line ends of Windows."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff\r\n\ufeff{"a": "ü"}\r\n\r\n\ufeff{"b": 2}\r\n'.encode())
+    file = AnnotationFile(str(path))
+    assert [file[i] for i in range(2)] == [Line(str(path), 2, '{"a": "ü"}\r\n'), Line(str(path), 4, '{"b": 2}\r\n')]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ('{"a": 1}\n{"a": "ü"}\n'.encode("latin-1"), r"a\.jsonl line 2 is not UTF-8 \(byte 0xfc\).* iconv -f latin1"),
+        ('{"a": 1}\n'.encode("utf-16"), "a.jsonl has the encoding utf-16.*`iconv -f utf-16 -t utf-8"),
+        ('{"a": 1}\n'.encode("utf-16-le"), "has the encoding utf-16-le.*`iconv -f utf-16le"),
+        (b'\xef\xbb\xbf\n [\n{"a": 1}]', r"a\.jsonl is a JSON array; .*`jq -c"),
+    ],
+)
+def test_annotations_that_are_no_json_lines_are_one_error(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        AnnotationFile(str(tmp_path / "a.jsonl"))
 
 
 def test_files_with_and_without_weights(tmp_path: Path) -> None:
@@ -323,6 +347,36 @@ def test_relative_paths_of_media_start_from_the_root() -> None:
     line = sample("a/b.mp4", ["/x/1.png", "2.png"])
     assert with_root(line, "/media") == sample("/media/a/b.mp4", ["/x/1.png", "/media/2.png"])
     assert line == with_root(line, "") == sample("a/b.mp4", ["/x/1.png", "2.png"])
+
+
+@pytest.mark.parametrize(
+    ("beside", "visual"),
+    [
+        ({"videos": ["a.mp4"]}, {"video_file": "/media/a.mp4"}),
+        ({"video": "/x/a.mp4"}, {"video_file": "/x/a.mp4"}),
+        ({"videos": ["https://x.org/a.mp4"]}, {"video_file": "https://x.org/a.mp4"}),  # refused when it is opened
+        ({"videos": [["1.png", "/x/2.png"]]}, {"frames": ["/media/1.png", "/x/2.png"]}),
+    ],
+)
+def test_the_root_of_media_in_other_formats(beside: dict, visual: dict) -> None:
+    messages = [{"role": "user", "content": "<video>Describe."}, {"role": "assistant", "content": "A cat."}]
+    sample = read_sample(json.dumps({"messages": messages, **beside}), "/media")
+    question = [{"type": "video", "video": visual}, {"type": "text", "text": "Describe."}]
+    assert sample == {"messages": [{"role": "user", "content": question}, messages[1]]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "is no JSON object"),
+        ("{", "The line is no JSON "),
+        ('{"a": ' * 100_000, "is nested too deeply"),
+        ('{"messages": [{"role": "user", "content": "<video>"}]}', 'files in "videos" is 0, but 1 places'),
+    ],
+)
+def test_lines_that_are_no_samples(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_sample(text, "")
 
 
 def caption(video: str, text: str) -> dict:

@@ -56,6 +56,25 @@ def test_the_reference_is_the_answer_where_the_text_is_empty() -> None:
     assert last(answer(" Answer: (") + answer("", reference="B")) == [" Answer: (", "B"]
 
 
+def test_chats_of_other_formats() -> None:
+    expected = chat("A cat.")
+    question, reply = "<video>Describe the video in detail.", {"from": "gpt", "value": "A cat."}
+    swift = {"messages": [{"role": "user", "content": question}, *chat("A cat.")["messages"][1:]], "videos": ["a.mp4"]}
+    llava = {"conversations": [{"from": "human", "value": question}, reply], "video": "a.mp4"}
+    for line in (swift, llava):
+        assert prepare(line, rng()) == prepare(expected, rng())
+    with pytest.raises(InputError, match='files in "videos" is 0'):
+        prepare({**swift, "videos": []}, rng())
+
+
+def test_preferences_of_other_formats() -> None:
+    question = {"from": "human", "value": "<video>Describe the video in detail."}
+    answers = {"chosen": {"from": "gpt", "value": "A cat."}, "rejected": {"from": "gpt", "value": "A dog."}}
+    pair = split_preference({"conversations": [question], "videos": ["a.mp4"], **answers})
+    own = split_preference(chat(answer("", chosen="A cat.", rejected="A dog.")))
+    assert [prepare(half, rng()) for half in pair] == [prepare(half, rng()) for half in own]
+
+
 def test_a_chat_needs_an_answer() -> None:
     for line in (chat(), chat(""), chat(answer(" ")), chat(answer("", reference=None))):
         with pytest.raises(InputError, match="nothing to train on"):
