@@ -94,7 +94,7 @@ def test_annotations_of_other_programs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ('{"a": 1}\n{"a": "ü"}\n'.encode("latin-1"), r"a\.jsonl line 2 is not UTF-8 \(byte 0xfc\).* iconv -f latin1"),
+        ('{"a": 1}\n{"a": "ü"}\n'.encode("latin-1"), r"a\.jsonl line 2 is not UTF-8 \(byte 0xfc\).*`iconv -f latin1"),
         ('{"a": 1}\n'.encode("utf-16"), "a.jsonl has the encoding utf-16.*`iconv -f utf-16 -t utf-8"),
         ('{"a": 1}\n'.encode("utf-16-le"), "has the encoding utf-16-le.*`iconv -f utf-16le"),
         (b'\xef\xbb\xbf\n [\n{"a": 1}]', r"a\.jsonl is a JSON array; .*`jq -c"),
