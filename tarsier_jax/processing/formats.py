@@ -69,8 +69,8 @@ def _has(value: Mapping[str, Any], key: str) -> bool:
 
 
 def _name(sample: Mapping[str, Any]) -> str:
-    key = next((key for key in ("id", "idx") if sample.get(key) is not None), None)
-    return "The sample" if key is None else f"The sample with {key} {sample[key]!r:.100}"
+    known = _first(sample, "id", "idx")
+    return "The sample" if known is None else f"The sample {known!r:.100}"
 
 
 def _with_messages(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +93,8 @@ def _with_preference(sample: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f'{_name(sample)} has "{key}". Give the rejected answer alone, as "rejected_response".')
     messages, text = list(sample["messages"]), ""
     if sample.get("rejected_response") is not None:
-        text = _answer_text(messages.pop())
+        last = messages.pop()
+        text = _answer_text(last) if _role(last) == "assistant" else None
         pair = {"chosen": text, "rejected": sample["rejected_response"]}
     elif sample.get("chosen") is not None and sample.get("rejected") is not None:
         pair = {key: _answer_text(sample[key]) for key in ("chosen", "rejected")}
@@ -115,13 +116,18 @@ def _answer_text(answer: Any) -> Any:
     if isinstance(answer, list | tuple) and len(answer) == 1:
         answer = answer[0]
     if isinstance(answer, Mapping):
-        answer = answer.get("text", answer.get("content", answer.get("value")))
+        answer = _first(answer, "text", "content", "value")
         return _answer_text(answer) if isinstance(answer, list | tuple) else answer
     return answer
 
 
+def _first(value: Mapping[str, Any], *keys: str) -> Any:
+    """The value of the first key that has one; Arrow gives all messages of a file the same keys."""
+    return next((value[key] for key in keys if value.get(key) is not None), None)
+
+
 def _role(message: Any) -> Any:
-    role = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
+    role = _first(message, "role", "from") if isinstance(message, Mapping) else None
     return _ROLES.get(role, role) if isinstance(role, str) else role
 
 
@@ -132,14 +138,14 @@ def _read_turn(message: Any, where: str) -> Any:
     for key in (*_LISTS, *_SOUNDS):
         if _has(message, key):
             raise InputError(f'{where} has "{key}" beside its content, which is not read. {_REMEDY}')
-    content = message.get("content", message.get("value"))
+    content = _first(message, "content", "value")
     if isinstance(content, Mapping):
         content = [content]
     if isinstance(content, list | tuple):
         content = [_read_item(item, f"{where}.content[{i}]") for i, item in enumerate(content)]
     kept = {key: value for key, value in message.items() if key not in ("from", "value", "train", "weight")}
     turn = {**kept, "role": _role(message), "content": content}
-    loss = next((message[key] for key in ("train", "weight") if message.get(key) is not None), None)
+    loss = _first(message, "train", "weight")
     if loss is not None and turn.get("loss") is None:
         turn["loss"] = bool(loss) if loss in (0, 1) else loss
     return turn

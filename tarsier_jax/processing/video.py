@@ -31,7 +31,7 @@ def find_inputs(path: str | Path, skipped: collections.Counter[str] | None = Non
     """The media files that a path stands for: the file itself, or all in a directory and below, in natural order.
 
     Args:
-        skipped: gets the number of the directory's other files by their ending, hidden ones left out.
+        skipped: gets the number of the directory's other files by their ending, except hidden ones.
 
     Raises:
         InputError: there is no such path, no media file in the directory, or the file's ending is not accepted.
@@ -41,9 +41,10 @@ def find_inputs(path: str | Path, skipped: collections.Counter[str] | None = Non
         accepted = VIDEO_SUFFIXES + GIF_SUFFIXES + IMAGE_SUFFIXES
         entries = [p for p in path.rglob("*") if not p.name.startswith(".")]
         files = [p for p in entries if p.suffix.lower() in accepted]
-        if skipped is not None:
-            others = (p.suffix.lower() for p in entries if p.suffix.lower() not in accepted and p.is_file())
-            skipped.update(suffix or "no ending" for suffix in others)
+        for other in entries:
+            hidden = any(part.startswith(".") for part in other.relative_to(path).parts)
+            if skipped is not None and other.suffix.lower() not in accepted and not hidden and other.is_file():
+                skipped[other.suffix.lower() or "no ending"] += 1
         if not files:
             raise InputError(f"{path} holds no video, animation or image. {ACCEPTED}")
         return sorted(files, key=natural_key)

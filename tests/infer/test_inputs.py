@@ -147,7 +147,9 @@ def test_values_that_json_does_not_have(tmp_path: Path) -> None:
 def test_a_scan_says_what_it_skips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("notes.txt", "list.TXT", "old.mpg", "README", ".hidden.txt"):
         (tmp_path / name).write_text("x")
-    (tmp_path / "below").mkdir()
+    for name in ("below", ".git"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".git" / "index").write_text("x")
     gif = write_gif(tmp_path / "below" / "clip.gif")
     assert find_media([str(tmp_path)]) == [gif]
     err = capsys.readouterr().err

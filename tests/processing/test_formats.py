@@ -64,6 +64,11 @@ def llava(question: str, **beside: Any) -> dict:
         # LLaVA, ShareGPT
         (llava("<image>\nWhich?", image="a.png"), [image(), text("Which?")]),
         (llava("Which?\n<video>", video=["a.mp4"]), [text("Which?"), video()]),
+        (
+            {"conversations": [{**turn, "role": None, "weight": None} for turn in llava("<image>")["conversations"]]}
+            | {"image": "a.png"},
+            [image()],
+        ),
         # Qwen, transformers
         (chat([{"type": "video", "video": "file:///d/a.mp4", "fps": 1.0}]), [video("/d/a.mp4", fps=1.0)]),
         (
@@ -163,8 +168,8 @@ def test_preferences(sample: dict, first: str) -> None:
         (chat("<video>Describe."), 'files in "videos" is 0, but 1 places'),
         (chat([text("<image>Describe.")]), 'files in "images" is 0, but 1 places'),
         (chat([{"type": "video"}, text("Describe.")]), 'files in "videos" is 0, but 1 places'),
-        (llava("<image>\nWhich?"), "The sample with id '7'"),
-        (chat("<video><video>", videos=["a.mp4"], idx=3), 'idx 3: the number of files in "videos" is 1, but 2'),
+        (llava("<image>\nWhich?"), "The sample '7': the number of"),
+        (chat("<video><video>", videos=["a.mp4"], idx=3), 'The sample 3: the number of files in "videos" is 1, but 2'),
         (chat("<video>", videos=["a.mp4", "b.mp4"]), 'files in "videos" is 2, but 1 places'),
         (chat("<image>Describe.", videos=["a.mp4"]), 'files in "images" is 0, but 1 places'),
         (chat([video(), text("Describe.")], videos=["b.mp4"]), 'files in "videos" is 1, but 0 places'),
