@@ -104,6 +104,10 @@ def name_content(path: str | Path) -> str | None:
             head = file.read(512)
     except (OSError, ValueError):
         return None
+    if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"):
+        return "a HEIC picture: convert it to JPEG"
+    if head.startswith(b"%PDF-"):
+        return "a PDF document: convert its page to PNG"
     head = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a git-lfs pointer: run `git lfs pull`"
@@ -118,14 +122,16 @@ def name_content(path: str | Path) -> str | None:
     return None
 
 
-def undecodable(name: str, error: Exception) -> InputError:
+def undecodable(
+    name: str, error: Exception, remedy: str = "mend a video with `ffmpeg -i broken.mp4 mended.mp4`"
+) -> InputError:
     """The error for a file whose decoding failed with `error`."""
     if content := name_content(name):
         return InputError(f"{name} cannot be decoded: it is {content}.")
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return InputError(
-        f"{name} cannot be decoded: it is cut off, damaged, or holds no pictures ({reason}). Copy it again, or mend a "
-        "video with `ffmpeg -i broken.mp4 mended.mp4`."
+        f"{name} cannot be decoded: it is cut off, damaged, or holds no pictures ({reason}). Copy it again, or "
+        f"{remedy}."
     )
 
 

@@ -1,21 +1,61 @@
-"""Reading picture files and animations, as an image viewer shows them."""
+"""Reading picture files and animations, as an image viewer shows them.
 
-from collections.abc import Iterable, Iterator
+Pictures are turned upright, transparency is flattened over white, and values of any bit depth are scaled to 8 bits.
+"""
+
+import contextlib
+import io
+import math
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.clip import Clip, Frame, check_file, kind_of, undecodable
 
-_IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
+MAX_PIXELS = 500_000_000  # a picture of this size takes 2 GB of memory
+_FULL_PIXELS = 100_000_000  # JPEGs with more pixels are decoded at a reduced size
+
+# Pillow warns above its limit and raises an error above twice its limit, which a panorama exceeds.
+if Image.MAX_IMAGE_PIXELS is not None:
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS // 2)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# The errors that Pillow raises for broken files.
+_IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error)
+_ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # Pillow's names of the formats whose frames have times
+_DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of more than 8 bits, which Pillow clips
+_ALPHA_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(source: str | Path | Image.Image | np.ndarray) -> Frame:
-    """One image as RGB: a file, a PIL image, or an array uint8 (H, W, 3). Of a GIF, the first frame."""
+    """Returns one image as RGB, as an image viewer shows it.
+
+    Args:
+        source: A file, a PIL image, or a uint8 array (H, W, 3). A PIL image is treated like a file of its mode and
+            metadata: it is turned if its Exif data says so. Of a file with several frames or pages the first one is
+            used, with a warning.
+
+    Raises:
+        InputError: The source is missing, undecodable, too large, a video, or an array of another type or shape.
+    """
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        with _input_errors(str(getattr(source, "filename", "") or "A PIL image in memory")):
+            return as_shown(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3 or source.size == 0:
             raise InputError(
@@ -29,28 +69,187 @@ def load_image(source: str | Path | Image.Image | np.ndarray) -> Frame:
         raise InputError(
             f"{source} is a video where an image belongs. Use a video item, or video_file with frame_indices."
         )
+    with _opened(Path(source)) as (image, _):
+        if _is_animated(image):
+            message = f"{source} is an animation; only its first frame is used. Use a video item for all frames."
+            warnings.warn(message, stacklevel=2)
+        elif image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            message = f"{source} has several pages; only the first one is used. Save the others as files."
+            warnings.warn(message, stacklevel=2)
+        return as_shown(image)
+
+
+def open_picture(path: Path) -> Clip:
+    """Opens a picture file: a GIF, an animated PNG or an animated WebP with all its frames, others as one frame.
+
+    Raises:
+        InputError: The file cannot be decoded, or its end is missing.
+    """
+    with _opened(path) as (image, file):
+        if image.format != "GIF" and not _is_animated(image):
+            return Clip(str(path), 1, None, lambda indices: (load_image(path) for _ in indices))
+        first = int(getattr(image, "default_image", False))  # a PNG for programs that do not know animations
+        durations = _durations(image, file)[first:]
+    # Browsers show frames of up to 10 ms, and frames without a duration, for 100 ms.
+    ends = np.cumsum([ms if ms > 10 else 100 for ms in durations])
+    times = np.concatenate([[0.0], ends[:-1]]) / 1000
+    rate = float(1000 * len(ends) / ends[-1])
+    return Clip(str(path), len(ends), rate, lambda indices: _decode_animation(path, indices, first), times)
+
+
+def is_animation(path: str | Path) -> bool:
+    """Whether a picture file has several frames with times. False for a file that cannot be read."""
     try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except _IMAGE_ERRORS as e:
-        raise undecodable(str(source), e) from None
+        with _opened(Path(path)) as (image, _):
+            return _is_animated(image)
+    except InputError:
+        return False
 
 
-def open_gif(path: Path) -> Clip:
+def as_shown(image: Image.Image) -> Frame:
+    """Returns a picture as RGB, as an image viewer shows it. The frame has no metadata; `image` does not change."""
+    image.load()
+    frame = _to_srgb(image, _flattened(image))
     try:
-        with Image.open(path) as gif:
-            length = getattr(gif, "n_frames", 1)
-            seconds = gif.info.get("duration", 0) / 1000  # of the first frame
-    except _IMAGE_ERRORS as e:
-        raise undecodable(str(path), e) from None
-    return Clip(str(path), length, 1 / seconds if seconds > 0 else None, lambda indices: _decode_gif(path, indices))
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises errors of many kinds for broken Exif data, but the pixels are sound
+        turn = None
+    frame = frame if turn is None else frame.transpose(turn)
+    frame.info.clear()  # or a second reading of the frame would turn it again
+    return frame
 
 
-def _decode_gif(path: Path, indices: Iterable[int]) -> Iterator[Frame]:
+def _flattened(image: Image.Image) -> Frame:
+    """RGB, 8 bits, over white. An opaque picture of 8 bits is as `convert("RGB")` returns it."""
+    if image.mode in _DEEP_MODES:
+        image = _scaled(image)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if image.mode not in _ALPHA_MODES or not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return rgba.convert("RGB")
+    ground = Image.new("RGB", rgba.size, "white")
+    ground.paste(rgba, mask=alpha)
+    return ground
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Grey levels of more than 8 bits as 8 bits: mode "L", or "LA" if one level is transparent."""
+    values = np.asarray(image)
+    tags: Any = getattr(image, "tag_v2", {})  # of a TIFF file
+    if image.mode == "I" and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1 if tags else 2,))[0] == 1:
+        values = values.view(np.uint32)  # Pillow reads unsigned integers as signed ones
+    levels = _levels(values, tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        levels = 255 - levels  # zero is white
+    grey = Image.fromarray(levels)
+    transparent = image.info.get("transparency")
+    if not isinstance(transparent, int):
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))))
+
+
+def _levels(values: np.ndarray, bits: int) -> np.ndarray:
+    """Values (H, W) scaled to uint8.
+
+    Integers of up to 16 bits are scaled by their bit depth, which keeps the high byte, as Pillow does for colors. Files
+    do not state the range of wider integers and of floats. Integers from 0 to 255 are levels, integers from 0 to 65535
+    are of 16 bits, and floats from 0 to 1 are fractions of white. Other values are scaled from their minimum (black) to
+    their maximum (white). Values that are not finite are black.
+    """
+    if values.dtype.itemsize == 2:
+        return (values >> (bits - 8)).astype(np.uint8)
+    finite = np.isfinite(values)
+    if not finite.any():
+        return np.zeros(values.shape, np.uint8)
+    low, high = float(values[finite].min()), float(values[finite].max())
+    if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
+        return (values >> (0 if high <= 255 else 8)).astype(np.uint8)
+    if values.dtype.kind == "f" and low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    fractions = (np.where(finite, values, low).astype(np.float64) - low) / ((high - low) or 1.0)
+    return (fractions * 255).round().astype(np.uint8)
+
+
+def _to_srgb(image: Image.Image, frame: Frame) -> Frame:
+    """The frame of `image` with its color profile applied; as it is without a profile or with one that is unusable."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return frame
     try:
-        with Image.open(path) as gif:
-            for i in indices:
-                gif.seek(i)
-                yield gif.convert("RGB")
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return frame
+        colors = image if image.mode == "CMYK" else frame
+        target = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(colors, source, target, outputMode="RGB") or frame
+    except (ImageCms.PyCMSError, ImportError, *_IMAGE_ERRORS):  # damaged, or for other colors, such as grey
+        return frame
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[ImageFile.ImageFile, BinaryIO]]:
+    """A picture file, opened, and its file object. Errors within are raised as InputError."""
+    with _input_errors(str(path)), path.open("rb") as file, Image.open(file) as image:
+        scale = math.ceil(math.sqrt(image.width * image.height / _FULL_PIXELS))
+        if scale > 1:
+            image.draft(None, (image.width // scale, image.height // scale))  # only JPEG can
+        _scale_transparency(image)
+        yield image, file
+
+
+@contextlib.contextmanager
+def _input_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Image.DecompressionBombError as e:
+        raise InputError(
+            f"{name} is too large: pictures of up to {MAX_PIXELS // 10**6} megapixels are read ({e}). Scale it down, "
+            "for example with `magick large.png -resize 25% small.png`."
+        ) from None
     except _IMAGE_ERRORS as e:
-        raise undecodable(str(path), e) from None
+        raise undecodable(name, e, "convert it to PNG or JPEG if a viewer shows it") from None
+
+
+def _scale_transparency(image: ImageFile.ImageFile) -> None:
+    """Scales the transparent color of a PNG to 8 bits, as Pillow scales the pixels."""
+    color: Any = image.info.get("transparency")
+    if color is None or not image.tile:
+        return
+    raw_mode = image.tile[0].args
+    if raw_mode in ("L;2", "L;4"):
+        image.info["transparency"] = color * (85 if raw_mode == "L;2" else 17)
+    elif raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in color)
+
+
+def _is_animated(image: Image.Image) -> bool:
+    return image.format in _ANIMATIONS and getattr(image, "is_animated", False)
+
+
+def _durations(image: Image.Image, file: BinaryIO) -> list[float]:
+    """The duration of each frame in ms, 0 for none. Decodes every frame, so that a broken one is found."""
+    durations = []
+    with contextlib.suppress(EOFError):
+        while True:
+            image.seek(len(durations))
+            image.load()
+            durations.append(image.info.get("duration", 0))
+    if image.format == "GIF":
+        file.seek(-1, io.SEEK_CUR)
+        complete = file.read(1) == b";"  # the end mark; without it frames may be missing
+    else:
+        complete = len(durations) == getattr(image, "n_frames", 1)
+    if not complete:
+        raise EOFError(f"the file ends after {len(durations)} frames")
+    return durations
+
+
+def _decode_animation(path: Path, indices: Sequence[int], first: int) -> Iterator[Frame]:
+    with _opened(path) as (image, _):
+        for i in indices:
+            image.seek(first + i)
+            yield as_shown(image)

@@ -13,6 +13,7 @@ from tarsier_jax.processing.batch import Batch, Buckets, Example, make_batch
 from tarsier_jax.processing.chat import CHATML, encode_messages, load_chat_template, load_tokenizer
 from tarsier_jax.processing.formats import normalize_sample
 from tarsier_jax.processing.image import ImageOptions, fit_budget, load_image_options, patch_frames, read_json
+from tarsier_jax.processing.image_files import is_animation
 from tarsier_jax.processing.positions import mrope_positions
 from tarsier_jax.processing.sample import Visual, is_number, open_visuals, read_messages
 from tarsier_jax.processing.sampling import SAMPLERS
@@ -199,12 +200,12 @@ def _check_pixel_limits(config: Any) -> dict[str, Any]:
 
 
 def media_sample(path: str | Path, prompt: str | None = None) -> dict[str, Any]:
-    """The sample that asks about one media file; without a prompt, for a detailed description.
+    """The sample that asks about one media file; without a prompt, for a detailed description. An animation is a video.
 
     Raises:
         InputError: the name has no accepted ending.
     """
-    kind = "image" if kind_of(path) == "image" else "video"
+    kind = "image" if kind_of(path) == "image" and not is_animation(path) else "video"
     content = [
         {"type": kind, kind: {f"{kind}_file": str(path)}},
         {"type": "text", "text": prompt or f"Describe the {kind} in detail."},

@@ -21,7 +21,7 @@ from tarsier_jax.processing.clip import (
     check_file,
     kind_of,
 )
-from tarsier_jax.processing.image_files import load_image, open_gif
+from tarsier_jax.processing.image_files import load_image, open_picture
 from tarsier_jax.processing.video_files import open_video
 
 __all__ = ["Clip", "find_inputs", "kind_of", "load_image", "natural_key", "open_clip"]
@@ -67,8 +67,7 @@ def open_clip(source: str | Path | Sequence[Any] | np.ndarray) -> Clip:
     if path.is_dir():
         return _open_frames(_frame_files(path), str(path))
     check_file(source)
-    openers = {"video": open_video, "gif": open_gif, "image": lambda p: _open_frames([p], str(p))}
-    return openers[kind_of(path)](path)
+    return open_video(path) if kind_of(path) == "video" else open_picture(path)
 
 
 def natural_key(path: Path) -> list[Any]:
