@@ -1,6 +1,7 @@
 """How programs end: errors made for people, and errors of files, are one line and exit status 1."""
 
 import errno
+import warnings
 
 import pytest
 
@@ -35,3 +36,12 @@ def test_status() -> None:
 def test_mistakes_of_ours_are_not_hidden() -> None:
     with pytest.raises(KeyError):
         run(lambda: raising(KeyError("x")))
+
+
+def test_warnings_about_inputs_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which `run` replaces
+    run(lambda: None)
+    assert warnings.formatwarning(UserWarning("a.webp is an animation."), UserWarning, "x.py", 3) == (
+        "warning: a.webp is an animation.\n"
+    )
+    assert warnings.formatwarning("old", DeprecationWarning, "x.py", 3) == "x.py:3: DeprecationWarning: old\n"

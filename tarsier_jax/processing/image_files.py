@@ -25,6 +25,7 @@ _FULL_PIXELS = 100_000_000  # JPEGs with more pixels are decoded at a reduced si
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS // 2)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # broken Exif data is ignored
 
 # The errors that Pillow raises for broken files.
 _IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error)
@@ -193,6 +194,7 @@ def _to_srgb(image: Image.Image, frame: Frame) -> Frame:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[ImageFile.ImageFile, BinaryIO]]:
     """A picture file, opened, and its file object. Errors within are raised as InputError."""
+    # Pillow maps some files that it opens by name into memory, and turns a TIFF of alpha and orientation wrongly then.
     with _input_errors(str(path)), path.open("rb") as file, Image.open(file) as image:
         scale = math.ceil(math.sqrt(image.width * image.height / _FULL_PIXELS))
         if scale > 1:

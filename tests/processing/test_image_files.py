@@ -59,6 +59,14 @@ def test_photos_are_upright(photo: Image.Image, tmp_path: Path, orientation: int
         np.testing.assert_array_equal(pixels(next(open_clip(source).read([0]))), upright)
 
 
+def test_orientation_and_alpha_of_a_tiff(photo: Image.Image, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    photo.convert("RGBA").save(tmp_path / "photo.tif", exif=exif)
+    upright = pixels(photo.transpose(Image.Transpose.ROTATE_270))
+    np.testing.assert_array_equal(pixels(load_image(tmp_path / "photo.tif")), upright)
+
+
 def test_a_pil_image_is_turned_once_and_stays_as_it_is(photo: Image.Image, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     exif = Image.Exif()
@@ -310,7 +318,7 @@ def test_still_pictures_do_not_warn(photo: Image.Image, tmp_path: Path) -> None:
 def test_cut_animations_are_named(animation: Callable[..., Path], name: str) -> None:
     path = animation(name, [50] * 6)
     data = path.read_bytes()
-    for length in range(len(data) // 3, len(data) - (16 if name == "a.png" else 1), 3):  # a checksum and IEND
+    for length in range(len(data) // 3, len(data) - (20 if name == "a.png" else 1), 3):  # checksums and IEND
         path.write_bytes(data[:length])
         with pytest.raises(InputError, match=f"{name} cannot be decoded"):
             list(open_clip(path).read([0]))
