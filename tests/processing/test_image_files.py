@@ -343,12 +343,26 @@ def test_too_large_pictures_are_named_with_the_limit(tmp_path: Path) -> None:
         load_image(path)
 
 
+READ_CUT_PICTURES = """
+import sys
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.video import load_image
+for path in sys.argv[1:]:
+    try:
+        load_image(path)
+    except InputError as error:
+        print(error)
+"""
+
+
 def test_large_pictures_do_not_warn(tmp_path: Path) -> None:
-    path = tmp_path / "large.png"
-    path.write_bytes(png(20_000, 1, 0, bytes(2500), height=13_000))
-    code = f"from tarsier_jax.processing.video import open_clip; open_clip({str(path)!r})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    paths = [tmp_path / "100.png", tmp_path / "260.png"]  # megapixels, but cut off
+    for path, height in zip(paths, (5_000, 13_000), strict=True):
+        path.write_bytes(png(20_000, 1, 0, bytes(2500), height=height)[:-20])
+    command = [sys.executable, "-c", READ_CUT_PICTURES, *map(str, paths)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stderr == ""
+    assert run.stdout.count("cannot be decoded: it is cut off") == 2
 
 
 def test_the_content_decides_and_not_the_ending(photo: Image.Image, tmp_path: Path) -> None:
