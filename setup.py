@@ -25,7 +25,7 @@ setup(
         "transformers>=5,<6",
         "jinja2>=3.1",
         "huggingface_hub",
-        "pillow",
+        "pillow>=10.1",
         "av>=18",  # FFmpeg
         "grain>=0.2.15",  # decodes ahead
         "tqdm",

@@ -221,7 +221,7 @@ def _scale_transparency(image: ImageFile.ImageFile) -> None:
     color: Any = image.info.get("transparency")
     if color is None or not image.tile:
         return
-    raw_mode = image.tile[0].args
+    raw_mode = image.tile[0][3]
     if raw_mode in ("L;2", "L;4"):
         image.info["transparency"] = color * (85 if raw_mode == "L;2" else 17)
     elif raw_mode == "RGB;16B":
