@@ -10,13 +10,14 @@ from pathlib import Path
 
 from convert.progress import Progress
 from tarsier_jax.cli import run
+from tarsier_jax.files import local_path, path_text
 from tarsier_jax.weights import convert_hf, resolve
 
 
-def convert(source: str, out: str) -> None:
+def convert(source: str, out: Path) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant so
     progress = Progress()
-    checkpoint = convert_hf(resolve(source), Path(out), progress)
+    checkpoint = convert_hf(resolve(source), out, progress)
     print(progress.summary(sum(len(tensors) for _, tensors in checkpoint.sources), out))
 
 
@@ -24,8 +25,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m convert.hf_to_orbax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="HF_DIR", help="Hugging Face directory or hub id")
-    parser.add_argument("out", metavar="OUT", help="directory to write; it must not exist yet")
+    parser.add_argument("source", type=path_text, metavar="HF_DIR", help="Hugging Face directory or hub id")
+    parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write; it must not exist yet")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     args = parser.parse_args()
     return run(lambda: convert(args.source, args.out), args.traceback)

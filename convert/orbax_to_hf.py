@@ -10,12 +10,13 @@ from pathlib import Path
 
 from convert.progress import Progress
 from tarsier_jax.cli import run
+from tarsier_jax.files import local_path
 from tarsier_jax.weights import convert_to_hf
 
 
-def convert(source: str, out: str, layout: str | None, dtype: str | None) -> None:
+def convert(source: Path, out: Path, layout: str | None, dtype: str | None) -> None:
     progress = Progress()
-    names = convert_to_hf(Path(source), Path(out), layout, dtype, progress)
+    names = convert_to_hf(source, out, layout, dtype, progress)
     print(progress.summary(len(names), out))
 
 
@@ -23,8 +24,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m convert.orbax_to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="DIR", help="directory written by convert.hf_to_orbax")
-    parser.add_argument("out", metavar="OUT", help="directory to write; it must not exist yet")
+    parser.add_argument("source", type=local_path, metavar="DIR", help="directory written by convert.hf_to_orbax")
+    parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write; it must not exist yet")
     parser.add_argument("--layout", choices=("tarsier2", "qwen2_vl"), help="default: the source's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")

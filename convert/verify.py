@@ -20,6 +20,7 @@ import numpy as np
 import tarsier_jax
 from convert.sides import HuggingFace, Ours, Side
 from tarsier_jax.cli import run
+from tarsier_jax.files import path_text
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.weights import EMBEDDED, resolve
 
@@ -90,8 +91,8 @@ def main() -> int:
         prog="python -m convert.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     described = f"Hugging Face directory or hub id, or a converted directory (default {EMBEDDED}, the small model here)"
-    parser.add_argument("directory", nargs="?", default=EMBEDDED, help=described)
-    parser.add_argument("other", nargs="?", help="a second one; without it, the live Hugging Face model")
+    parser.add_argument("directory", type=path_text, nargs="?", default=EMBEDDED, help=described)
+    parser.add_argument("other", type=path_text, nargs="?", help="a second one (default: the live Hugging Face model)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32, with --int8 bfloat16")
     parser.add_argument("--int8", action="store_true", help="hold the weights of DIR's decoder layers in int8")
     parser.add_argument("--max_new_tokens", type=int, default=32)

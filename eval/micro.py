@@ -28,6 +28,7 @@ from infer.engine import Engine, answer_samples, fit_shape
 from infer.runtime import add_model_flag, prepare_process, resolve_dtype
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import local_path
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import Processor
 
@@ -121,7 +122,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=500)
     parser.add_argument("--seed", type=int, default=HELD_OUT)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--json", help="file to write the scores into")
+    parser.add_argument("--json", type=local_path, help="file to write the scores into")
     return parser.parse_args(argv)
 
 
@@ -132,7 +133,7 @@ def main(args: argparse.Namespace) -> int:
     model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
     scores = score(model, processor, args.clips, args.seed)
     if args.json:
-        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
+        args.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

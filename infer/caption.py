@@ -10,9 +10,11 @@ own, OUT.00000-of-00004.jsonl and so on. Or start one with --ray ADDRESS. See do
 """
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -21,11 +23,13 @@ from infer.cluster import lines_from_ray
 from infer.engine import Report
 from infer.inputs import Item, find_items, is_list
 from infer.job import Job
+from infer.journal import Journal
 from infer.loading import LoadReport
 from infer.outputs import finished_lines, lines_of, write_lines, write_parquet
 from infer.runtime import Compilations, add_model_flag, add_precision_flags, prepare_process
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import local_path, locked, path_text
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,8 +37,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m infer.caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flag(parser)
-    parser.add_argument("--input", required=True, help="directory, glob, media file, or list (.jsonl, .parquet)")
-    parser.add_argument("--output", required=True, type=Path, help="file to write (.jsonl, .parquet)")
+    parser.add_argument(
+        "--input", type=path_text, required=True, help="directory, glob, media file, or list (.jsonl, .parquet)"
+    )
+    parser.add_argument("--output", required=True, type=local_path, help="file to write (.jsonl, .parquet)")
     parser.add_argument("--prompt", default="Describe the video in detail.", help="where the list has none")
     parser.add_argument("--n_frames", type=int, default=16, help="frames sampled from each video (default 16)")
     parser.add_argument("--max_new_tokens", type=int, default=512)
@@ -64,6 +70,16 @@ def main(args: argparse.Namespace) -> int:
         _check_ray_flags(args)
     output, items = share_of(args, *(_find_processes() if args.distributed else (1, 0)))
     lines = lines_of(output)
+    with locked(lines):
+        failed = caption_missing(items, job, output, args)
+        if output != lines:
+            write_parquet(lines, output)
+    return 1 if failed else 0
+
+
+def caption_missing(items: Sequence[Item], job: Job, output: Path, args: argparse.Namespace) -> int:
+    """Captions the items that have no line yet; returns how many have no caption in the end."""
+    lines = lines_of(output)
     # Files are known by their names, as others may have come; lines of a list by their index too.
     fields = ("idx", "input") if is_list(args.input) else ("input",)
     former = [] if args.overwrite else list(finished_lines(lines))
@@ -74,16 +90,14 @@ def main(args: argparse.Namespace) -> int:
     if todo:
         caption = caption_on_ray if args.ray else caption_here
         failed += caption(todo, job, lines, args)
-    if output != lines:
-        write_parquet(lines, output)
-    return 1 if failed else 0
+    return failed
 
 
 def caption_here(todo: Sequence[Item], job: Job, lines: Path, args: argparse.Namespace) -> int:
     """Writes a line for each item, with an engine over this process's devices; gives how many have no caption."""
     engine, loading = job.start(), LoadReport()
-    with Compilations() as compilations:
-        tally = write_lines(job.lines(engine, todo, loading), len(todo), lines, args.overwrite)
+    with _signals_end(), Compilations() as compilations, Journal(lines, args.overwrite) as journal:
+        tally = write_lines(job.lines(engine, todo, loading, journal), len(todo), lines, args.overwrite)
     _log(f"{tally}\n{summary(engine.report, loading, compilations.count)}")
     return tally.errors
 
@@ -93,6 +107,23 @@ def caption_on_ray(todo: Sequence[Item], job: Job, lines: Path, args: argparse.N
     tally = write_lines(lines_from_ray(todo, job, args.ray, args.ray_actors), len(todo), lines, args.overwrite)
     _log(f"{tally}, the actors' start among them")
     return tally.errors
+
+
+@contextlib.contextmanager
+def _signals_end() -> Iterator[None]:
+    """Has SIGTERM and SIGHUP end the block by an exception, as Ctrl-C does, so that the journal sees no crash."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]  # nohup ignores one
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def summary(report: Report, loading: LoadReport, compilations: int) -> str:

@@ -12,6 +12,7 @@ from infer.contact_sheet import contact_sheet
 from infer.runtime import Options, describe_file, prepare_process
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import local_path
 from tarsier_jax.processing.sampling import sample_uniform
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP
@@ -24,7 +25,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m infer.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", default="demo.png", help="picture to write (default demo.png)")
+    parser.add_argument("--output", type=local_path, default="demo.png", help="picture to write (default demo.png)")
     return parser.parse_args(argv)
 
 

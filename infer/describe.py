@@ -13,6 +13,7 @@ import tarsier_jax
 from infer.inputs import find_media
 from infer.runtime import Options, add_model_flag, add_precision_flags, describe_file, prepare_process, resolve_dtype
 from tarsier_jax.cli import run
+from tarsier_jax.files import path_text
 from tarsier_jax.processing.jsonl import to_json
 from tarsier_jax.processing.processor import ProcessorOptions
 
@@ -22,7 +23,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m infer.describe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flag(parser)
-    parser.add_argument("--input", required=True, nargs="+", help="videos, GIFs, images, or directories of them")
+    parser.add_argument(
+        "--input", type=path_text, required=True, nargs="+", help="videos, GIFs, images, or directories of them"
+    )
     parser.add_argument("--prompt", default="Describe the video in detail.")
     parser.add_argument("--n_frames", type=int, default=16, help="frames sampled from each video (default 16)")
     parser.add_argument("--max_new_tokens", type=int, default=512)

@@ -10,6 +10,7 @@ import jax
 import tarsier_jax
 from infer.engine import Answer, Engine, Refusal, Request, SharedEngine, fit_shape
 from infer.inputs import Item, with_prediction
+from infer.journal import Journal
 from infer.loading import LoadReport, load_requests
 from infer.runtime import resolve_dtype
 from tarsier_jax.errors import InputError
@@ -73,7 +74,11 @@ class Job:
         )
 
     def lines(
-        self, engine: Engine | SharedEngine, items: Sequence[Item], loading: LoadReport
+        self,
+        engine: Engine | SharedEngine,
+        items: Sequence[Item],
+        loading: LoadReport,
+        journal: Journal | None = None,
     ) -> Iterator[dict[str, Any]]:
         """A line for each item, in the order in which they end: its caption, or why there is none."""
 
@@ -82,7 +87,8 @@ class Job:
             return Request(number, example, self.max_new_tokens, **sampling)
 
         numbered = {item.number: item for item in items}
-        for result in engine.run(load_requests(items, engine.processor, self.prompt, make, self.workers, loading)):
+        requests = load_requests(items, engine.processor, self.prompt, make, self.workers, loading, journal)
+        for result in engine.run(requests):
             yield _line(numbered[result.key], result, engine, self.prompt)
 
 

@@ -1,5 +1,6 @@
 """Clips decoded and patchified ahead, in threads with a bounded buffer (grain)."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,7 @@ import grain
 
 from infer.engine import Refusal, Request
 from infer.inputs import Item
+from infer.journal import Journal
 from tarsier_jax.errors import reason_of
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
@@ -35,11 +37,13 @@ class LoadReport:
 class _Prepare(grain.transforms.Map):
     processor: Processor
     prompt: str
+    journal: Journal | None
 
     def map(self, element: Item) -> Prepared:
         start = time.perf_counter()
         try:
-            example, error = self.processor(element.sample(self.prompt)), ""
+            with self.journal.note(element.input) if self.journal else contextlib.nullcontext():
+                example, error = self.processor(element.sample(self.prompt)), ""
         except Exception as e:  # whatever a file of millions does, the run goes on, and its line says why
             example, error = None, reason_of(e)
         return Prepared(element.number, example, error, time.perf_counter() - start)
@@ -52,13 +56,21 @@ def load_requests(
     make: Callable[[int, Example], Request],
     workers: int,
     report: LoadReport,
+    journal: Journal | None = None,
 ) -> Iterator[Request | Refusal]:
     """Requests for the items in turn, as `make` makes them of an item's number and prompt; refusals for bad ones.
 
-    workers: threads, each with two clips ready or under way at most; 0 loads when asked for the next.
+    Args:
+        workers: threads, each with two clips ready or under way at most; 0 loads when asked for the next.
+        journal: is told the clips in progress. Its suspects are loaded once before all others, each alone, so that it
+            is known which of them crashes.
     """
+    prepare = _Prepare(processor, prompt, journal)
+    for item in items if journal else ():
+        if item.input in journal.suspects:
+            prepare.map(item)
     ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-    for prepared in grain.MapDataset.source(list(items)).map(_Prepare(processor, prompt)).to_iter_dataset(ahead):
+    for prepared in grain.MapDataset.source(list(items)).map(prepare).to_iter_dataset(ahead):
         if prepared.example is None:
             yield Refusal(prepared.number, prepared.error)
             continue

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 
 from tarsier_jax.api import use_mesh_of
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import cache_directory, path_text
 from tarsier_jax.generation.decode import generate_batch
 from tarsier_jax.generation.sampling import Sampling, make_sampling
 from tarsier_jax.models.tarsier import Tarsier
@@ -19,12 +19,13 @@ from tarsier_jax.weights import EMBEDDED
 
 
 def prepare_process() -> None:
-    """Keeps compiled programs in the home directory, so that only a machine's first run compiles.
+    """Keeps compiled programs in the user's cache directory, so that only a machine's first run compiles.
 
     Also spares the user transformers' advice to install PyTorch, which describing does not use.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "tarsier_jax" / "xla"))
+    if directory := cache_directory("xla"):
+        jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
@@ -32,6 +33,7 @@ def add_model_flag(parser: argparse.ArgumentParser) -> None:
     """--model, the same in every program."""
     parser.add_argument(
         "--model",
+        type=path_text,
         default=EMBEDDED,
         help="checkpoint directory (Hugging Face or converted) or hub id (default %(default)s, the small model in the "
         "package, which knows moving shapes only)",

@@ -1,26 +1,54 @@
 """How every program ends: a short message and an exit status instead of a traceback."""
 
+import contextlib
+import errno
 import io
+import os
+import select
 import sys
 import warnings
 from collections.abc import Callable
+from typing import TextIO
 
-from tarsier_jax.errors import TarsierError
+from tarsier_jax.errors import InputError, TarsierError
+
+_PIPE_CLOSED = 141  # the exit status of a program that SIGPIPE ends
+
+_REMEDIES = {
+    errno.ENOSPC: "Make room on the disk, or choose another place to write to.",
+    errno.EDQUOT: "Your quota is used up: remove files, or choose another place to write to.",
+    errno.EACCES: "Check its permissions, or choose another path.",
+    errno.EPERM: "Check its permissions, or choose another path.",
+    errno.EROFS: "Choose a path on a disk that can be written.",
+    errno.ENOENT: "Check the path.",
+    errno.EISDIR: "Give the path of a file.",
+    errno.ENOTDIR: "A part of the path is a file: choose another path.",
+    errno.EEXIST: "Remove it, or choose another path.",
+    errno.ENAMETOOLONG: "Choose a shorter path.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer workers.",
+    errno.ENFILE: "The machine has too many open files: end other programs, or use fewer workers.",
+    errno.ENOMEM: "Free memory, or use a machine with more.",
+    errno.EIO: "The disk or the network file system fails: check it, then run again.",
+    errno.ESTALE: "The network file system was mounted again: start the program again.",
+}
 
 
 def run(main: Callable[[], int | None], traceback: bool = False) -> int:
-    """Calls `main` and gives the exit status: its own, or 0; 1 after an error made for people, or about a file (not
-    there, not ours, no room left on the disk); 130 after Ctrl-C.
+    """Calls `main` and returns the exit status: its own, or 0; 1 after a `TarsierError` or `OSError`, whose message is
+    printed; 130 after Ctrl-C; 141, without a message, when the reader of stdout or stderr is gone (`| head -1`).
 
     With `traceback` errors are raised as they are. Characters that stdout cannot encode are printed as escapes. Warnings
     about inputs are one line each.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = _format_warning
     try:
-        return main() or 0
+        _prepare_streams()
+        status = main() or 0
+        sys.stdout.flush()
+        return status
     except (TarsierError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _drop_closed_pipes():
+            return _PIPE_CLOSED
         if traceback:
             raise
         print(f"error: {_of_a_file(error) if isinstance(error, OSError) else error}", file=sys.stderr)
@@ -28,6 +56,38 @@ def run(main: Callable[[], int | None], traceback: bool = False) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _prepare_streams() -> None:
+    """Has stdout print what its encoding lacks, such as parts of a file's name, as escapes.
+
+    Raises:
+        InputError: stdout is closed (`>&-`). Python would drop all that is printed, and give its number to a file.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+    if sys.stdout is None:
+        raise InputError("The standard output is closed. Redirect it to a file or to /dev/null.")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_closed_pipes() -> bool:
+    """Points stdout and stderr to /dev/null if their reader is gone; returns whether there was one."""
+    closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed_pipe(stream)]
+    for stream in closed:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())  # or the interpreter fails once more when it flushes at its end
+        os.close(null)
+    return bool(closed)
+
+
+def _is_closed_pipe(stream: TextIO) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # no descriptor
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
 
 
 def _format_warning(
@@ -39,6 +99,10 @@ def _format_warning(
 
 
 def _of_a_file(error: OSError) -> str:
-    if error.filename is None:
-        return f"{error.strerror or error}. Make room on the disk, or choose another place to write to."
-    return f"{error.filename}: {error.strerror}. Mend that, or choose another path."
+    if error.errno is None:  # raised by a library, with a text of its own
+        return str(error)
+    if error.errno == errno.ENOENT and error.filename is None:
+        return f"{error.strerror}. The current directory may have been removed: change to one that exists."
+    name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    remedy = _REMEDIES.get(error.errno, "Choose another path." if name else "Run the program again.")
+    return f"{name}{error.strerror}. {remedy}"

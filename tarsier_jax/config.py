@@ -98,7 +98,7 @@ def load_config(directory: str | Path) -> ModelConfig:
     """
     path = Path(directory) / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist. Give the directory of a Hugging Face checkpoint.") from None
     except (OSError, ValueError) as e:

@@ -86,7 +86,7 @@ def write_clips(directory: Path) -> Path:
         messages = [ask({"video_file": f"{i}.gif"}), {"role": "assistant", "content": [answer]}]
         lines.append(json.dumps({"messages": messages, "task": "video/caption", "idx": i}))
     annotations = directory / "annotations.jsonl"
-    annotations.write_text("\n".join(lines) + "\n")
+    annotations.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return annotations
 
 

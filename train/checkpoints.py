@@ -37,7 +37,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every phase of every save
-        self.directory = (workdir / "checkpoints").absolute()
+        self.directory = (workdir / "checkpoints").resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         with _clear_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)

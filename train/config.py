@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import check_local
 from tarsier_jax.processing.processor import ProcessorOptions
 from train.data import DataConfig
 from train.optimizer import OptimizerConfig
@@ -150,7 +151,25 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
         raise InputError(f"{problem} Recipes are in configs/; every key is explained in train/config.py.") from None
     if rest:
         raise InputError(f"{rest[0]!r} is no flag. Flags are --config, --config.KEY=VALUE, {names}.")
-    return parse_config(values.config)
+    return with_local_paths(parse_config(values.config))
+
+
+def with_local_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration with a leading ~ of its paths expanded, except those of annotations.
+
+    Raises:
+        InputError: a path is a URL.
+    """
+
+    def checked(name: str, path: str) -> str:
+        return check_local(f"config.{name}", path) if path else path
+
+    data = dataclasses.replace(config.data, media_root=checked("data.media_root", config.data.media_root))
+    for name in ("train", "eval"):
+        for path in getattr(data, name).split(","):
+            checked(f"data.{name}", path.strip())
+    dpo = dataclasses.replace(config.dpo, reference=checked("dpo.reference", config.dpo.reference))
+    return dataclasses.replace(config, model=checked("model", config.model), data=data, dpo=dpo)
 
 
 def _given_keys() -> list[str]:

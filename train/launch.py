@@ -1,5 +1,6 @@
 """What happens between the command line and the loop."""
 
+import contextlib
 import ctypes
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from eval.micro import score
 from eval.shapes.clips import HELD_OUT
 from infer.runtime import prepare_process
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import check_local, locked
 from train.config import TrainConfig, define_flags, read_flags
 from train.loop import train
 from train.setup import Job
@@ -35,8 +37,10 @@ def launch(make_job: Callable[[TrainConfig], Job]) -> int:
     prepare_process()
     if values.distributed or values.coordinator:
         _join(values.coordinator, values.num_processes, values.process_id)
-    workdir = Path(values.workdir).absolute()
-    summary = train(config, workdir, make_job)
+    workdir = Path(check_local("--workdir", values.workdir)).resolve()
+    # The lock is process 0's, as all processes of a run write the workdir together.
+    with locked(workdir, inside=True) if jax.process_index() == 0 else contextlib.nullcontext():
+        summary = train(config, workdir, make_job)
     if config.score_clips and not summary.stopped and jax.process_index() == 0:
         score(*tarsier_jax.load(workdir / "model"), clips=config.score_clips, seed=HELD_OUT)
     return TERMINATED if summary.stopped else 0

@@ -27,6 +27,7 @@ from infer.engine import Engine, Refusal, Request, fit_shape
 from infer.runtime import add_model_flag, prepare_process, resolve_dtype
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import local_path, locked
 from tarsier_jax.processing.disturb import KINDS
 
 FIRST_SEED = 5 * 10**8  # between the seeds that SFT learns from and those that are held out
@@ -56,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m train.pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flag(parser)
-    parser.add_argument("--output", required=True, type=Path, help="directory for clips and pairs.jsonl")
+    parser.add_argument("--output", required=True, type=local_path, help="directory for clips and pairs.jsonl")
     parser.add_argument("--clips", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the first clip")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -68,11 +69,18 @@ def main(args: argparse.Namespace) -> int:
     if args.clips < 1 or args.seed < 0 or args.temperature <= 0:
         raise InputError("--clips has to be at least 1, --seed at least 0, and --temperature more than 0.")
     prepare_process()
-    args.output.mkdir(parents=True, exist_ok=True)
+    with locked(args.output, inside=True):
+        kept = write(args)
+    print(f"{kept} pairs of {args.clips} clips: {args.output / 'pairs.jsonl'}")
+    return 0
+
+
+def write(args: argparse.Namespace) -> int:
+    """Writes the clips and pairs; returns how many there are."""
     model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
     engine = Engine(model, processor, fit_shape(processor, _SLOTS, _MAX_NEW_TOKENS))
     partial, kept = args.output / ".pairs.jsonl.partial", 0
-    with partial.open("w") as file, tqdm(total=args.clips, unit="clip") as bar:
+    with partial.open("w", encoding="utf-8") as file, tqdm(total=args.clips, unit="clip") as bar:
         for number, clip, clean, disturbed in described(engine, args.seed, args.clips, args.temperature):
             if preferred(event_sentences(clip.scene), clean, disturbed):
                 path = write_clip(args.output / f"{number}.mp4", clip.video["frames"])
@@ -81,8 +89,7 @@ def main(args: argparse.Namespace) -> int:
             bar.set_postfix_str(f"{kept} pairs", refresh=False)
             bar.update()
     partial.rename(args.output / "pairs.jsonl")
-    print(f"{kept} pairs of {args.clips} clips: {args.output / 'pairs.jsonl'}")
-    return 0
+    return kept
 
 
 def described(engine: Engine, first: int, count: int, temperature: float) -> Iterator[tuple[int, Clip, str, str]]:

@@ -31,7 +31,7 @@ Stage = tuple[int, Sequence[Mapping[str, Any]]]
 def write_seeds(path: Path, stages: Sequence[Stage], first: int = 0) -> Path:
     """Lines for the stages of a curriculum: see `moving_shapes`."""
     seeds = itertools.count(first)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for count, lines in stages:
             for seed, line in zip(itertools.islice(seeds, count), itertools.cycle(lines)):
                 file.write(json.dumps({"task": "moving_shapes", "seed": seed, "idx": seed, **line}) + "\n")

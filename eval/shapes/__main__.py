@@ -7,7 +7,6 @@ question with four options about each, as TVBench does. Their paths are relative
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -17,13 +16,14 @@ from eval.shapes.questions import a_question
 from eval.shapes.render import write_clip
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import local_path, locked
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m eval.shapes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", required=True, type=Path, help="directory to write into")
+    parser.add_argument("--output", required=True, type=local_path, help="directory to write into")
     parser.add_argument("--clips", type=int, default=100)
     parser.add_argument("--seed", type=int, default=HELD_OUT, help="of the first clip (default: not trained on)")
     parser.add_argument("--gif", action="store_true", help="GIF files instead of mp4")
@@ -33,7 +33,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     if args.clips < 1 or args.seed < 0:
         raise InputError(f"--clips {args.clips} has to be at least 1, and --seed {args.seed} at least 0.")
-    args.output.mkdir(parents=True, exist_ok=True)
+    with locked(args.output, inside=True):
+        write(args)
+    print(f"{args.clips} clips, descriptions.jsonl and questions.jsonl are in {args.output}")
+    return 0
+
+
+def write(args: argparse.Namespace) -> None:
     descriptions, asked = [], []
     for i, clip in enumerate(draw_clips(args.seed, args.clips)):
         path = write_clip(args.output / f"{i}{'.gif' if args.gif else '.mp4'}", clip.video["frames"])
@@ -41,9 +47,7 @@ def main(args: argparse.Namespace) -> int:
         descriptions.append(annotation(clip.scene, video, i))
         asked.append(question_annotation(a_question(clip.scene, rng), video, i, i))
     for name, lines in (("descriptions", descriptions), ("questions", asked)):
-        (args.output / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(f"{args.clips} clips, descriptions.jsonl and questions.jsonl are in {args.output}")
-    return 0
+        (args.output / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

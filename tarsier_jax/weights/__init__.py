@@ -5,9 +5,11 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from tarsier_jax.config import ModelConfig
-from tarsier_jax.errors import CheckpointError
+from tarsier_jax.errors import CheckpointError, InputError
+from tarsier_jax.files import check_local
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.weights.export import convert_to_hf, export_hf, hf_tensors
+from tarsier_jax.weights.kinds import check_kind
 from tarsier_jax.weights.load import load_hf
 from tarsier_jax.weights.orbax import convert_hf, is_converted, load_checkpoint, save_checkpoint
 from tarsier_jax.weights.quantize import check_qwix, use_quantized
@@ -36,25 +38,34 @@ def resolve(path: str | Path) -> Path:
     downloaded, weights and texts only.
 
     Raises:
-        CheckpointError: it is neither, or the download fails.
+        CheckpointError: it is none of these, or a kind of checkpoint that cannot be loaded (see `check_kind`), or the
+            download fails.
     """
-    directory = Path(path)
+    try:
+        directory = Path(check_local("the checkpoint", str(path)))
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
     if directory.is_dir():
+        check_kind(directory)
         return directory
     if str(path) == EMBEDDED:
         return _EMBEDDED_FILES / EMBEDDED
+    if directory.is_file():
+        raise CheckpointError(f"{path} is a file. Give the checkpoint directory that it is in.")
     if directory.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"There is no directory {path}. Give a checkpoint directory, or a hub id like org/name.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_DOWNLOADED))
+        directory = Path(snapshot_download(str(path), allow_patterns=_DOWNLOADED))
     except Exception as e:  # the hub's client raises its own, the network's and the disk's errors
         reason = str(e).strip().split("\n")[0]
         raise CheckpointError(
             f"There is no directory {path}, and it could not be downloaded as a hub id ({reason}). Check the name and "
             "the network, and for gated models log in with `hf auth login`."
         ) from None
+    check_kind(directory)
+    return directory
 
 
 def load_weights(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:

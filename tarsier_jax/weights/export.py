@@ -139,7 +139,7 @@ def write_shards(out: Path, entries: list[Entry], progress: Progress | None = No
         weight_map |= {entry.name: name for entry in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _write_safetensors(path: Path, entries: list[Entry]) -> Iterator[int]:
@@ -165,16 +165,16 @@ def _write_safetensors(path: Path, entries: list[Entry]) -> Iterator[int]:
 def _rewrite_configs(directory: Path, config: ModelConfig, layout: str) -> None:
     """config.json, and the pixel limits in preprocessor_config.json, as the other layout's loaders read them."""
     path = directory / "config.json"
-    raw = json.loads(path.read_text())
+    raw = json.loads(path.read_text(encoding="utf-8"))
     kept = {key: raw[key] for key in ("torch_dtype", "dtype", "bos_token_id", "eos_token_id") if key in raw}
-    path.write_text(json.dumps({**kept, **config_for(config, layout)}, indent=2))
+    path.write_text(json.dumps({**kept, **config_for(config, layout)}, indent=2), encoding="utf-8")
     path = directory / "preprocessor_config.json"
     if layout != "tarsier2" and path.exists():
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
         size = raw.get("size") or {}
         if "min_pixels" in size:
             raw["size"] = {"shortest_edge": size["min_pixels"], "longest_edge": size["max_pixels"]}
-            path.write_text(json.dumps(raw, indent=2))
+            path.write_text(json.dumps(raw, indent=2), encoding="utf-8")
 
 
 def config_for(config: ModelConfig, layout: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from tarsier_jax.config import ModelConfig, load_config
 from tarsier_jax.errors import CheckpointError
+from tarsier_jax.files import hidden, locked
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.templates import save_chat_template
 from tarsier_jax.sharding import parameter_path
@@ -62,7 +63,7 @@ def is_converted(directory: Path) -> bool:
 def read_manifest(directory: Path) -> Manifest:
     """Raises CheckpointError when the directory was not written by this project, or by a newer version of it."""
     try:
-        raw = json.loads((directory / MANIFEST).read_text())
+        raw = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         manifest = Manifest(raw["layout"], raw["tied_head"], raw["format"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{directory / MANIFEST} cannot be read ({e!r}). Convert the checkpoint again.") from None
@@ -84,7 +85,7 @@ def convert_hf(source: Path, out: Path, progress: Progress | None = None) -> Che
         _save_streaming(partial / PARAMS, checkpoint, progress)
         copy_assets(source, partial)
         manifest = Manifest(checkpoint.layout, checkpoint.tied_head)
-        (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2))
+        (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2), encoding="utf-8")
     return checkpoint
 
 
@@ -109,7 +110,7 @@ def write_converted(out: Path, model: Tarsier, source: Path, chat_template: str)
         if jax.process_index() == 0:
             copy_assets(source, partial)
             save_chat_template(partial, chat_template)
-            (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2))
+            (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2), encoding="utf-8")
     _wait_for_all(f"{out} is whole")
 
 
@@ -119,7 +120,7 @@ def _wait_for_all(moment: str) -> None:
 
 
 def _partial(out: Path) -> Path:
-    return out.parent / f".{out.name}.partial"
+    return hidden(out, "partial")
 
 
 @contextlib.contextmanager
@@ -128,10 +129,28 @@ def new_directory(out: Path, nbytes: int) -> Iterator[Path]:
 
     Raises:
         CheckpointError: `out` exists, or the disk has not the room, before or while writing.
+        InputError: another run is writing `out`.
     """
+    out = out.resolve()
+    with locked(out):
+        partial = _make_partial(out, nbytes)
+        try:
+            yield partial
+            os.sync()  # whole on the disk before it has its name
+            if out.exists():
+                out.rmdir()  # empty
+            partial.rename(out)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+                message = f"The disk filled up while {out} was written. Make room, then run again."
+                raise CheckpointError(message) from None
+            raise
+
+
+def _make_partial(out: Path, nbytes: int) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already. Remove it, or choose another name.")
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(out)
     shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
     free = shutil.disk_usage(out.parent).free
@@ -141,17 +160,7 @@ def new_directory(out: Path, nbytes: int) -> Iterator[Path]:
             "another disk."
         )
     partial.mkdir()
-    try:
-        yield partial
-        os.sync()  # whole on the disk before it has its name
-        if out.exists():
-            out.rmdir()  # empty
-        partial.rename(out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise CheckpointError(f"The disk filled up while {out} was written. Make room, then run again.") from None
-        raise
+    return partial
 
 
 def copy_assets(source: Path, out: Path) -> None:
@@ -260,7 +269,7 @@ def _save(path: Path, leaves: dict[tuple[Any, ...], Any], **options: Any) -> Non
     # One file a chunk instead of OCDBT's database: converting and exporting address arrays by name.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, **options)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(nnx.traversals.unflatten_mapping(leaves)))
+        checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(nnx.traversals.unflatten_mapping(leaves)))
 
 
 def load_checkpoint(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:
@@ -281,7 +290,7 @@ def load_checkpoint(directory: Path, config: ModelConfig, mesh: Mesh | None = No
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
         restore = ocp.args.PyTreeRestore(item, restore_args=arguments)
         try:
-            restored = checkpointer.restore((directory / PARAMS).absolute(), args=restore)
+            restored = checkpointer.restore((directory / PARAMS).resolve(), args=restore)
         except Exception as e:  # Orbax raises bare exceptions
             reason = str(e).split("\n")[0]
             raise CheckpointError(f"{directory} cannot be restored ({reason}). Convert the checkpoint again.") from None
@@ -327,5 +336,5 @@ def _is_whole(store: ts.TensorStore) -> bool:
 
 def open_array(directory: Path, path: tuple[Any, ...]) -> ts.TensorStore:
     """One parameter of a converted directory, unread."""
-    file = directory / PARAMS / ".".join(map(str, path))
+    file = (directory / PARAMS / ".".join(map(str, path))).resolve()  # tensorstore refuses "." and ".." in paths
     return ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(file)}}, open=True, read=True).result()

@@ -3,17 +3,21 @@
 import dataclasses
 import json
 import math
+import re
 import struct
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from tarsier_jax.errors import CheckpointError
+from tarsier_jax.files import warn
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
+_OTHERS = ("adapter_", "consolidated")  # safetensors that belong to other things
 _MAX_HEADER = 100 * 2**20  # the format's own limit
 
 
@@ -38,32 +42,76 @@ class Tensor:
 def open_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a directory of safetensors, or of `.bin` shards, by name. No values are read yet.
 
+    The files are those that transformers reads: `model.safetensors`, else the shards of its index; without either, all
+    safetensors. After these the same for `.bin`.
+
     Raises:
-        CheckpointError: there are no weights, a shard is missing or damaged, a name stands in two shards, or a dtype
-            is not supported. All problems are told at once.
+        CheckpointError: there are no weights, a shard is missing or damaged, a name stands in two shards, shards of two
+            checkpoints are mixed, or a dtype is not supported. All problems are told at once.
     """
-    for index, single, opener in (
-        ("model.safetensors.index.json", "*.safetensors", open_safetensors),
-        ("pytorch_model.bin.index.json", "pytorch_model*.bin", _open_torch),
+    for single, pattern, opener in (
+        ("model.safetensors", "*.safetensors", open_safetensors),
+        ("pytorch_model.bin", "pytorch_model*.bin", _open_torch),
     ):
-        wanted = _read_index(directory / index)
-        files = sorted({directory / name for name in wanted.values()}) or sorted(directory.glob(single))
+        files, wanted = _find_files(directory, single, pattern)
         if files:
             return _collect(files, opener, wanted)
     raise CheckpointError(f"{directory} holds no *.safetensors and no pytorch_model*.bin. Download the weights too.")
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
+def _find_files(directory: Path, single: str, pattern: str) -> tuple[list[Path], dict[str, Path]]:
+    """The files to read, and which of them holds each tensor according to the index, if the index counts."""
+    index = directory / f"{single}.index.json"
+    if (directory / single).is_file():
+        if index.exists():
+            warn(f"{directory / single} is read and {index} is not, as in transformers. Remove the one that is stale.")
+        return [directory / single], {}
+    present = [path for path in sorted(directory.glob(pattern)) if not path.name.startswith(_OTHERS)]
+    if not index.exists():
+        _check_numbers(present)
+        return present, {}
+    wanted = _read_index(index)
+    files = sorted(set(wanted.values()))
+    if unnamed := [path.name for path in present if _SHARD.search(path.name) and path not in files]:
+        warn(f"{index} does not name {', '.join(unnamed[:3])}; such files are not read. Remove what is stale.")
+    return files, wanted
+
+
+def _check_numbers(files: list[Path]) -> None:
+    """Raises CheckpointError unless the shards, "model-00001-of-00002" and so on, are all those of one checkpoint."""
+    matches = [match for file in files if (match := _SHARD.search(file.name))]
+    if not matches:
+        return
+    directory, totals = files[0].parent, {match[2] for match in matches}
+    if len(totals) > 1:
+        raise CheckpointError(
+            f"{directory} holds shards of different checkpoints (-of-{', -of-'.join(sorted(totals))}) and no index that "
+            "says which are meant. Remove those of one."
+        )
+    if absent := sorted(set(range(1, int(totals.pop()) + 1)) - {int(match[1]) for match in matches}):
+        name = matches[0].string.replace(matches[0][1], f"{absent[0]:0{len(matches[0][1])}d}", 1)
+        raise CheckpointError(f"The shard {directory / name} is missing. Download it too.")
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    """The file of each tensor. Raises CheckpointError for an index that is damaged, or names files elsewhere."""
     try:
-        return json.loads(path.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        found = {name: path.parent / PurePosixPath(file) for name, file in files.items()}
+        if not found:
+            raise ValueError("it names no file")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path} is damaged ({e!r}). Download the file again.") from None
+    outside = [file for file in found.values() if ".." in file.parts or not file.is_relative_to(path.parent)]
+    if outside:
+        raise CheckpointError(
+            f"{path} names {outside[0]}, which is not in its directory. Download the checkpoint again."
+        )
+    return found
 
 
 def _collect(
-    files: list[Path], opener: Callable[[Path], dict[str, Tensor]], wanted: dict[str, str]
+    files: list[Path], opener: Callable[[Path], dict[str, Tensor]], wanted: dict[str, Path]
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     problems = []
@@ -77,7 +125,7 @@ def _collect(
             if name in tensors:
                 problems.append(f"{name} stands in both {tensors[name].file} and {file}; remove one of the files.")
             tensors[name] = tensor
-        lacking = [name for name, where in wanted.items() if where == file.name and name not in found]
+        lacking = [name for name, where in wanted.items() if where == file and name not in found]
         if lacking:
             problems.append(f"The index says that {file} holds {lacking[0]}; it does not. Download it again.")
     if problems:

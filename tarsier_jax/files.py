@@ -1,0 +1,153 @@
+"""Paths that programs are given, locks on what they write, and the directory of their caches."""
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tarsier_jax.errors import InputError
+
+_SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}  # from some network file systems
+
+
+def check_local(name: str, text: str) -> str:
+    """The path `text`, with a leading ~ expanded.
+
+    Args:
+        name: of the flag or key that has the path, for errors.
+
+    Raises:
+        InputError: `text` is empty or a URL. Nothing here reads or writes object stores: `Path` makes of
+            gs://bucket/a a local directory `gs:`.
+    """
+    if not text.strip():
+        raise InputError(f"{name} is empty. Give a path.")
+    if scheme := _SCHEME.match(text):
+        raise InputError(f"{name} {text} is a URL; only local paths are supported. {_remedy(scheme[1].lower())}")
+    return os.path.expanduser(text)
+
+
+def _remedy(scheme: str) -> str:
+    if scheme == "file":
+        return "Give the path without file://."
+    if scheme in ("hf", "http", "https"):
+        return "Download it first and give the local path; a checkpoint on the Hugging Face hub is given as org/name."
+    return (
+        f"Copy it to or from a local disk with the tool of {scheme}://, or mount the store and give the mounted path."
+    )
+
+
+def path_text(text: str) -> str:
+    """`check_local` as the `type` of a command-line flag; argparse adds the flag's name to the error."""
+    try:
+        return check_local("the path", text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_path(text: str) -> Path:
+    """As `path_text`, for flags whose value is a `Path`."""
+    return Path(path_text(text))
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Prints a warning on stderr, once per process."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def hidden(path: Path, ending: str) -> Path:
+    """The hidden file `.NAME.ending` beside the file that `path` is, or links to."""
+    path = path.resolve()
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def is_special(path: Path) -> bool:
+    """Whether `path` is a device or a pipe, such as /dev/null."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+@contextlib.contextmanager
+def locked(path: Path, inside: bool = False) -> Iterator[None]:
+    """Refuses a second run that writes `path`, a file or a directory, until the block ends.
+
+    The operating system releases the lock when the process ends, however it ends. The lock is on a hidden file beside
+    `path`, which is removed at the end. Where the file system has no locks, a warning says so.
+
+    inside: the hidden file is in the directory `path`, which is made if it does not exist.
+
+    Raises:
+        InputError: another run writes `path`.
+        OSError: `path` cannot be written.
+    """
+    if is_special(path):
+        yield
+        return
+    file = path / ".lock" if inside else hidden(path, "lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(file, path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            if _is_at(descriptor, file):
+                file.unlink()
+            os.close(descriptor)
+
+
+def _lock(file: Path, path: Path) -> int | None:
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if not path.exists():
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            warn(f"{path} cannot be locked ({error.strerror}). Start no second run that writes it.")
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(
+                f"Another run is writing {path}. Wait until it ends, or choose another path for this one."
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+            warn(f"{path} cannot be locked ({error.strerror}). Start no second run that writes it.")
+        if _is_at(descriptor, file):
+            return descriptor
+        os.close(descriptor)  # a run that has just ended removed the file between the two calls
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def cache_directory(name: str) -> Path | None:
+    """The directory for a cache, in $XDG_CACHE_HOME or ~/.cache; None, with a warning, where none can be written."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(root):
+        root = os.path.expanduser("~/.cache")
+    directory = Path(root, "tarsier_jax", name)
+    try:
+        if not directory.is_absolute():
+            raise FileNotFoundError(errno.ENOENT, "there is no home directory")
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{directory} is not writable")
+        return directory
+    except OSError as error:
+        warn(f"no cache is kept ({error.strerror}), so every run compiles. Set XDG_CACHE_HOME to a writable directory.")
+        return None

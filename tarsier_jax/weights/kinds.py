@@ -1,0 +1,81 @@
+"""Directories that are no checkpoint to load, recognised by their files, each with the way to make one of it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tarsier_jax.errors import CheckpointError
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "tarsier_jax.json")
+_SHOWN = 3  # subdirectories that an error names
+
+
+def check_kind(directory: Path) -> None:
+    """Raises CheckpointError for an adapter, a quantised model, or training state of another program."""
+    if any((directory / name).exists() for name in _ADAPTER):
+        raise CheckpointError(_adapter(directory))
+    config = _read(directory / "config.json")
+    text = _mapping(config.get("text_config"))
+    if quantization := config.get("quantization_config") or text.get("quantization_config"):
+        method = _mapping(quantization).get("quant_method", "an unknown method")
+        raise CheckpointError(
+            f"{directory} is quantised ({method}, says quantization_config in its config.json). Give the checkpoint in "
+            "bfloat16 or float32 that it was made from."
+        )
+    if not _holds(directory, _WEIGHTS) and (found := _other_kind(directory)):
+        raise CheckpointError(f"{directory} holds {found}")
+    if not config and (inner := _checkpoints_in(directory)):
+        raise CheckpointError(
+            f"{directory} holds no config.json, but its subdirectories do. Give {' or '.join(inner)}."
+        )
+
+
+def _adapter(directory: Path) -> str:
+    config = _read(directory / "adapter_config.json")
+    base = config.get("base_model_name_or_path") or "its base model"
+    beside = " beside a whole model" if _holds(directory, ("model*.safetensors", "pytorch_model*.bin")) else ""
+    remedy = (
+        "Merge it into the base model first (PEFT: `merge_and_unload`; LLaMA-Factory: `llamafactory-cli export`; "
+        "ms-swift: `swift export --merge_lora true`), and give the merged directory."
+    )
+    if beside:
+        remedy += " If the whole model is meant, move adapter_config.json and adapter_model.* elsewhere."
+    return f"{directory} holds a {config.get('peft_type', 'LoRA')} adapter of {base}{beside}. {remedy}"
+
+
+def _other_kind(directory: Path) -> str:
+    """The words for weights in a form that is not read; empty if there are none."""
+    if _holds(directory, ("*.gguf",)):
+        return "a GGUF file, which is not supported. Give the Hugging Face checkpoint that it was made from."
+    if _holds(directory, ("zero_to_fp32.py", "global_step*", "*_optim_states.pt")):
+        return (
+            f"DeepSpeed state. Make a checkpoint of it: `python zero_to_fp32.py {directory} OUT --safe_serialization`."
+        )
+    if _holds(directory, ("*.distcp", "pytorch_model_fsdp*")):
+        return "FSDP shards. Make a checkpoint of them: `accelerate merge-weights`."
+    if _holds(directory, ("model_index.json",)):
+        return "a diffusers pipeline, which is no video-description model. Give a Tarsier2 or Qwen2-VL checkpoint."
+    return ""
+
+
+def _checkpoints_in(directory: Path) -> Sequence[str]:
+    names = ("config.json", "adapter_config.json")
+    return [str(p) for p in sorted(directory.iterdir()) if any((p / name).is_file() for name in names)][:_SHOWN]
+
+
+def _holds(directory: Path, patterns: Sequence[str]) -> bool:
+    return any(path.name not in _ADAPTER for pattern in patterns for path in directory.glob(pattern))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty for one that is missing or damaged, which `load_config` reports."""
+    try:
+        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
