@@ -62,12 +62,12 @@ def load_requests(
 
     Args:
         workers: threads, each with two clips ready or under way at most; 0 loads when asked for the next.
-        journal: is told the clips in progress. Its suspects are loaded once before all others, each alone, so that it
+        journal: records the clips in progress. Its suspects are loaded once before all others, each alone, so that it
             is known which of them crashes.
     """
     prepare = _Prepare(processor, prompt, journal)
-    for item in items if journal else ():
-        if item.input in journal.suspects:
+    for item in items:
+        if journal and item.input in journal.suspects:
             prepare.map(item)
     ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
     for prepared in grain.MapDataset.source(list(items)).map(prepare).to_iter_dataset(ahead):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,13 @@ def write_clip(path: str | Path, frames: np.ndarray, rate: float = 16.0) -> Path
     height, width = frames.shape[1:3]
     if options is _MP4 and (height % 2 or width % 2):
         raise InputError(f"{path}: an mp4 needs an even height and width, not {height} and {width}.")
-    writer = imageio_ffmpeg.write_frames(str(path), (width, height), macro_block_size=1, **{"fps": rate, **options})
-    writer.send(None)
+    options = {"fps": rate, "macro_block_size": 1, "ffmpeg_log_level": "error", **options}
+    writer = imageio_ffmpeg.write_frames(str(path), (width, height), **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", r"os\.fork\(\) was called", RuntimeWarning
+        )  # JAX's, of no use here
+        writer.send(None)
     for frame in frames:
         writer.send(np.ascontiguousarray(frame))
     writer.close()

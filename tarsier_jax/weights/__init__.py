@@ -1,5 +1,6 @@
 """Weights: Hugging Face directories and Orbax checkpoints in, and out again bit for bit."""
 
+import os
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -60,6 +61,8 @@ def resolve(path: str | Path) -> Path:
         directory = Path(snapshot_download(str(path), allow_patterns=_DOWNLOADED))
     except Exception as e:  # the hub's client raises its own, the network's and the disk's errors
         reason = str(e).strip().split("\n")[0]
+        if os.path.expanduser("~") == "~" and "HF_HOME" not in os.environ:
+            reason = "there is no home directory to keep it in: set HF_HOME to a directory"
         raise CheckpointError(
             f"There is no directory {path}, and it could not be downloaded as a hub id ({reason}). Check the name and "
             "the network, and for gated models log in with `hf auth login`."

@@ -27,9 +27,16 @@ def check_kind(directory: Path) -> None:
     if not _holds(directory, _WEIGHTS) and (found := _other_kind(directory)):
         raise CheckpointError(f"{directory} holds {found}")
     if not config and (inner := _checkpoints_in(directory)):
-        raise CheckpointError(
-            f"{directory} holds no config.json, but its subdirectories do. Give {' or '.join(inner)}."
-        )
+        raise CheckpointError(f"{directory} holds no config.json. Give {' or '.join(map(str, inner))}, which do.")
+
+
+def _checkpoints_in(directory: Path) -> list[Path]:
+    """A few subdirectories with a config.json, such as those of a training run. Raises CheckpointError for adapters."""
+    inner = [path for path in sorted(directory.iterdir()) if path.is_dir()]
+    for path in inner:
+        if (path / "adapter_config.json").is_file():
+            raise CheckpointError(_adapter(path))
+    return [path for path in inner if (path / "config.json").is_file()][:_SHOWN]
 
 
 def _adapter(directory: Path) -> str:
@@ -58,11 +65,6 @@ def _other_kind(directory: Path) -> str:
     if _holds(directory, ("model_index.json",)):
         return "a diffusers pipeline, which is no video-description model. Give a Tarsier2 or Qwen2-VL checkpoint."
     return ""
-
-
-def _checkpoints_in(directory: Path) -> Sequence[str]:
-    names = ("config.json", "adapter_config.json")
-    return [str(p) for p in sorted(directory.iterdir()) if any((p / name).is_file() for name in names)][:_SHOWN]
 
 
 def _holds(directory: Path, patterns: Sequence[str]) -> bool:

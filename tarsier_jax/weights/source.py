@@ -85,8 +85,8 @@ def _check_numbers(files: list[Path]) -> None:
     directory, totals = files[0].parent, {match[2] for match in matches}
     if len(totals) > 1:
         raise CheckpointError(
-            f"{directory} holds shards of different checkpoints (-of-{', -of-'.join(sorted(totals))}) and no index that "
-            "says which are meant. Remove those of one."
+            f"{directory} holds shards of different checkpoints (-of-{', -of-'.join(sorted(totals))}) and no "
+            "index. Remove those of one."
         )
     if absent := sorted(set(range(1, int(totals.pop()) + 1)) - {int(match[1]) for match in matches}):
         name = matches[0].string.replace(matches[0][1], f"{absent[0]:0{len(matches[0][1])}d}", 1)
