@@ -69,9 +69,7 @@ def write_clip(path: str | Path, frames: np.ndarray, rate: float = 16.0) -> Path
     options = {"fps": rate, "macro_block_size": 1, "ffmpeg_log_level": "error", **options}
     writer = imageio_ffmpeg.write_frames(str(path), (width, height), **options)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", r"os\.fork\(\) was called", RuntimeWarning
-        )  # JAX's, of no use here
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # JAX's, of no use here
         writer.send(None)
     for frame in frames:
         writer.send(np.ascontiguousarray(frame))

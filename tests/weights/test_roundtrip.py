@@ -17,7 +17,7 @@ from flax import nnx
 from transformers import Qwen2VLForConditionalGeneration
 
 from tarsier_jax.config import load_config
-from tarsier_jax.errors import CheckpointError
+from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.chat import BARE_CHATML, load_chat_template, render
 from tarsier_jax.weights import convert_hf, convert_to_hf, export_hf, hf_tensors, load_weights, save_checkpoint
@@ -43,6 +43,20 @@ def test_every_bit_comes_back(write: Write, tmp_path: Path, layout: str, dtype: 
     assert (tmp_path / "back" / "config.json").read_text() == (source / "config.json").read_text()
     assert (tmp_path / "back" / "generation_config.json").exists()
     assert not (tmp_path / "back" / "modeling_evil.py").exists()  # code never comes along
+
+
+@pytest.mark.parametrize("path", ["../out", "./out/", "a/../out", "link/out", "n#1 50%?x=a&b", "früh.d", "empty"])
+def test_paths(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    source, here = write(), tmp_path / "here"
+    for directory in ("a", "b", "empty"):
+        (here / directory).mkdir(parents=True)
+    (here / "link").symlink_to(here / "b")
+    monkeypatch.chdir(here)
+    convert_hf(Path("../checkpoint/."), Path(path))
+    reference.load_ours(Path(path))
+    convert_to_hf(Path(path), Path("link/../back"))  # as the system resolves it: ".." of what the link points to
+    assert bits(here / "back") == bits(source)
+    assert not [file for file in tmp_path.rglob(".*") if file.name.endswith((".lock", ".partial"))]
 
 
 def test_layers_of_one_parameter_may_not_mix_dtypes(write: Write, tmp_path: Path) -> None:
@@ -178,6 +192,8 @@ def test_a_killed_conversion_is_never_taken_for_whole(write: Write, tmp_path: Pa
         assert process.stdout is not None
         assert process.stdout.readline() == "wrote\n"
         time.sleep(0.2)
+        with pytest.raises(InputError, match=r"Another run is writing .*orbax"):
+            convert_hf(source, tmp_path / "orbax")
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "orbax").exists()
     assert (tmp_path / ".orbax.partial").exists()

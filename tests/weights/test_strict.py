@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from safetensors.torch import load_file, save_file
 
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.weights import resolve
@@ -84,6 +85,83 @@ def test_index_that_promises_too_much(write: Write) -> None:
         reference.load_ours(directory)
 
 
+def test_a_stale_index_beside_one_file(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    """As transformers 5: `save_pretrained` over a download of several shards leaves the old index, and perhaps them."""
+    directory = write(shards=2)
+    tensors = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, directory / "model.safetensors")
+    model = reference.load_ours(directory)
+    np.testing.assert_array_equal(model.decoder.norm.weight[...], tensors[NORM].numpy() + 1)
+    for file in directory.glob("model-*"):
+        file.unlink()
+    reference.load_ours(directory)
+    warning = f"{directory}/model.safetensors is read and {directory}/model.safetensors.index.json is not"
+    assert capsys.readouterr().err.count(warning) == 1
+
+
+def test_files_of_other_things_are_not_read(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write()
+    for name in ("consolidated.safetensors", "model.fp16.safetensors", "model-00001-of-00002.safetensors"):
+        (directory / name).write_bytes(b"no safetensors")
+    torch.save({"x": torch.ones(1)}, directory / "pytorch_model.bin")
+    reference.load_ours(directory)
+    assert capsys.readouterr().err == ""
+
+
+def test_shards_that_the_index_does_not_name(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write(shards=2)
+    (directory / "model-00001-of-00004.safetensors").write_bytes(b"no safetensors")
+    reference.load_ours(directory)
+    assert "index.json does not name model-00001-of-00004.safetensors; such files are not" in capsys.readouterr().err
+
+
+def test_shards_of_two_checkpoints_without_an_index(write: Write) -> None:
+    directory = write(shards=2)
+    (directory / "model.safetensors.index.json").unlink()
+    (directory / "model-00001-of-00004.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"shards of different checkpoints \(-of-00002, -of-00004\) and no index"):
+        reference.load_ours(directory)
+
+
+def test_a_missing_shard_without_an_index(write: Write) -> None:
+    directory = write(shards=3)
+    (directory / "model.safetensors.index.json").unlink()
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"The shard .*model-00002-of-00003.safetensors is missing"):
+        reference.load_ours(directory)
+
+
+def test_an_index_of_files_in_subdirectories(write: Write) -> None:
+    directory = write(shards=2)
+    (directory / "shards").mkdir()
+    for file in sorted(directory.glob("*.safetensors")):
+        file.rename(directory / "shards" / file.name)
+    index = directory / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+
+    def write_index(prefix: str, **more: str) -> None:
+        names = {name: f"{prefix}{file}" for name, file in weight_map.items()}
+        index.write_text(json.dumps({"weight_map": {**names, **more}}))
+
+    write_index("shards/")
+    reference.load_ours(directory)
+    write_index("shards/", missing="shards/model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds missing; it does not"):
+        reference.load_ours(directory)
+    for prefix in ("../checkpoint/shards/", "/somewhere/"):
+        write_index(prefix)
+        with pytest.raises(CheckpointError, match="which is not in its directory"):
+            reference.load_ours(directory)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": {}}', '{"weight_map": {"x": 1}}', '{"weight_map": []}'])
+def test_a_damaged_index(write: Write, content: str) -> None:
+    directory = write(shards=2)
+    (directory / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"index.json is damaged"):
+        reference.load_ours(directory)
+
+
 def _cut(data: bytes) -> bytes:
     return data[:-100]
 
@@ -121,8 +199,6 @@ def test_unsupported_dtype(write: Write) -> None:
 
 
 def test_torch_shards(write: Write) -> None:
-    from safetensors.torch import load_file
-
     directory = write(dtype=torch.bfloat16)
     expected = reference.load_ours(directory)
     torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
@@ -177,3 +253,17 @@ def test_a_hub_id_that_cannot_be_downloaded() -> None:
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:
     assert resolve(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("gs://bucket/model", "is a URL"), ("hf://org/name", "given as org/name")]
+)
+def test_a_url_is_no_checkpoint(path: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        resolve(path)
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"is a file\. Give the checkpoint directory"):
+        resolve(tmp_path / "model.safetensors")
