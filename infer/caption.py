@@ -96,7 +96,7 @@ def caption_missing(items: Sequence[Item], job: Job, output: Path, args: argpars
 def caption_here(todo: Sequence[Item], job: Job, lines: Path, args: argparse.Namespace) -> int:
     """Writes a line for each item, with an engine over this process's devices; gives how many have no caption."""
     engine, loading = job.start(), LoadReport()
-    with _signals_end(), Compilations() as compilations, Journal(lines, args.overwrite) as journal:
+    with signals_end(), Compilations() as compilations, Journal(lines, args.overwrite) as journal:
         tally = write_lines(job.lines(engine, todo, loading, journal), len(todo), lines, args.overwrite)
     _log(f"{tally}\n{summary(engine.report, loading, compilations.count)}")
     return tally.errors
@@ -110,7 +110,7 @@ def caption_on_ray(todo: Sequence[Item], job: Job, lines: Path, args: argparse.N
 
 
 @contextlib.contextmanager
-def _signals_end() -> Iterator[None]:
+def signals_end() -> Iterator[None]:
     """Has SIGTERM and SIGHUP end the block by an exception, as Ctrl-C does, so that the journal sees no crash."""
 
     def end(number: int, _: object) -> None:

@@ -1,0 +1,60 @@
+"""`infer.caption` with an engine that says the names of clips, and a decoder that a clip's name tells to crash.
+
+    python -m tests.infer.crashing TIMES LIST OUTPUT
+
+Runs it so many times, each in a process of its own, and prints the exit statuses as JSON. A name with "crash" ends the
+process as a fault of a native library does, and "slow" takes a while.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+from infer import caption
+from infer.engine import Answer, Refusal, Report
+from infer.job import Job
+from tarsier_jax.cli import run
+
+
+class Namer:
+    """In an engine's place."""
+
+    report = Report()
+
+    def processor(self, sample: Any) -> Any:
+        name = sample["messages"][0]["content"][0]["video"]["video_file"]
+        if "slow" in name:
+            time.sleep(0.3)
+        if "crash" in name:
+            time.sleep(0.1)  # meanwhile another thread begins the next clip
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return SimpleNamespace(frames=1, name=name)
+
+    def run(self, requests: Any) -> Any:
+        for request in requests:
+            yield request if isinstance(request, Refusal) else Answer(request, [], "eos", 0.0)
+
+    def text(self, answer: Any) -> str:
+        return answer.request.example.name
+
+
+def caption_once(source: str, output: str) -> None:
+    Job.start = lambda self: Namer()  # pyright: ignore[reportAttributeAccessIssue]
+    args = caption.parse(["--input", source, "--output", output, "--workers", "2"])
+    sys.exit(run(lambda: caption.main(args)))
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # no thread is started before it
+    statuses = []
+    for _ in range(int(sys.argv[1])):
+        child = os.fork()
+        if not child:
+            caption_once(*sys.argv[2:])
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(json.dumps(statuses))
