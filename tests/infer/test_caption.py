@@ -18,7 +18,8 @@ from eval.shapes.clips import draw_clips
 from eval.shapes.render import write_clip
 from infer import caption, describe
 from infer.inputs import find_items
-from tarsier_jax.errors import InputError
+from tarsier_jax.errors import CheckpointError, InputError
+from tarsier_jax.files import locked
 
 FLAGS = ("--max_new_tokens", "8", "--slots", "4", "--n_frames", "4", "--workers", "0")
 
@@ -186,6 +187,25 @@ def test_bad_inputs(clips: Path, tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_text("a caption\n")
     with pytest.raises(InputError, match=r"out.jsonl line 1 is no JSON.*--overwrite"):
         run(clips, tmp_path / "out.jsonl")
+
+
+def test_a_second_run_into_one_output_is_refused(clips: Path, tmp_path: Path) -> None:
+    """Before the model is loaded; also for the lines behind a Parquet file. Shards have outputs of their own."""
+    with locked(tmp_path / "out.parquet.jsonl"), pytest.raises(InputError, match=r"Another run is writing .*jsonl"):
+        run(clips, tmp_path / "out.parquet", "--model", "/no/model")
+    with locked(tmp_path / "out.00000-of-00002.jsonl"), pytest.raises(CheckpointError, match="no directory"):
+        run(clips, tmp_path / "out.jsonl", "--model", "/no/model", "--num_shards", 2, "--shard_index", 1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--input", "--output", "--model"])
+def test_urls(tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = {"--input": "clips", "--output": "out.jsonl", "--model": "org/name", flag: "gs://bucket/x"}
+    with pytest.raises(SystemExit):
+        caption.parse([word for pair in flags.items() for word in pair])
+    assert f"argument {flag}: the path gs://bucket/x is a URL; only local paths" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_killed_at_random_moments(clips: Path, tmp_path: Path) -> None:

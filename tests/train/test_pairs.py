@@ -13,6 +13,7 @@ from eval.shapes.clips import HELD_OUT, draw_clips
 from eval.shapes.describe import describe
 from infer.engine import Answer, Engine, Request, fit_shape
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import locked
 from tarsier_jax.processing.disturb import KINDS
 from train import pairs
 from train.builtin import STAGES
@@ -86,3 +87,9 @@ def test_seeds_are_neither_trained_on_nor_held_out() -> None:
 def test_bad_flags(tmp_path: Path, flags: list[str]) -> None:
     with pytest.raises(InputError, match="--clips has to be at least 1"):
         pairs.main(pairs.parse(["--model", "x", "--output", str(tmp_path), *flags]))
+
+
+def test_a_second_run_into_one_directory_is_refused(tmp_path: Path) -> None:
+    """Before the model is loaded."""
+    with locked(tmp_path, inside=True), pytest.raises(InputError, match=f"Another run is writing {tmp_path}"):
+        pairs.main(pairs.parse(["--model", "/no/model", "--output", str(tmp_path), "--clips", "1"]))

@@ -11,6 +11,7 @@ from eval.shapes.judge import score
 from eval.shapes.questions import letter_in
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import locked
 from tarsier_jax.processing.sample import read_messages
 from tarsier_jax.processing.video import open_clip
 
@@ -44,6 +45,12 @@ def test_seeds_are_clips(tmp_path: Path) -> None:
 def test_bad_flags(tmp_path: Path, flags: list[str]) -> None:
     with pytest.raises(InputError, match="has to be at least 1"):
         main(parse(["--output", str(tmp_path), *flags]))
+
+
+def test_a_second_run_into_one_directory_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path, inside=True), pytest.raises(InputError, match=f"Another run is writing {tmp_path}"):
+        main(parse(["--output", str(tmp_path), "--clips", "1"]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

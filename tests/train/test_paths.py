@@ -1,0 +1,71 @@
+"""Paths of a training run: URLs are refused by name, and a workdir has one run at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tarsier_jax.errors import InputError
+from tarsier_jax.files import locked
+from train import launch
+from train.sft import sft_job
+
+CONFIG = Path(__file__).parents[2] / "configs" / "recap_7b.py"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Launches SFT with flags, up to the training itself, of which it gives the configuration and the workdir."""
+
+    def run(*flags: str) -> tuple[Any, Path]:
+        trained: list[Any] = []
+
+        def train(config: Any, workdir: Path, _: object) -> Any:
+            trained.append((config, workdir))
+            with pytest.raises(InputError, match="Another run"), locked(workdir, inside=True):
+                pass
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("sys.argv", ["sft", f"--config={CONFIG}:debug", *flags])
+        monkeypatch.setattr(launch, "train", train)
+        monkeypatch.setattr(launch, "_keep_memory", lambda: None)
+        with pytest.raises(KeyboardInterrupt):
+            launch.launch(sft_job)
+        return trained[0]
+
+    return run
+
+
+def test_the_workdir(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for flag, expected in (("a/../w", tmp_path / "w"), ("~/w", tmp_path / "home" / "w")):
+        assert run(f"--workdir={flag}")[1] == expected and not list(expected.iterdir())
+    with locked(tmp_path / "w", inside=True), pytest.raises(InputError, match=r"Another run is writing .*/w\. Wait"):
+        run("--workdir=w")
+    with pytest.raises(InputError, match=r"--workdir gs://bucket/run is a URL"):
+        run("--workdir=gs://bucket/run")
+    assert not Path("gs:").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("model=hf://org/name", "config.model hf://org/name"),
+        ("data.train=a.jsonl=1,gs://bucket/b.jsonl=2", "config.data.train gs://bucket/b.jsonl=2"),
+        ("data.eval=s3://bucket/b.jsonl", "config.data.eval s3://bucket/b.jsonl"),
+        ("data.media_root=gs://bucket", "config.data.media_root gs://bucket"),
+        ("dpo.reference=gs://bucket/r", "config.dpo.reference gs://bucket/r"),
+    ],
+)
+def test_urls_in_the_configuration(run: Any, tmp_path: Path, flag: str, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is a URL"):
+        run(f"--workdir={tmp_path}", f"--config.{flag}")
+
+
+def test_home_in_the_configuration(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    flags = ("--config.model=~/m", "--config.data.media_root=~/clips", "--config.dpo.reference=~/r")
+    config, _ = run(f"--workdir={tmp_path}", *flags)
+    assert (config.model, config.data.media_root) == ("/home/ann/m", "/home/ann/clips")
+    assert config.dpo.reference == "/home/ann/r"
