@@ -6,16 +6,19 @@ A line is a conversation whose last answer has "chosen" and "rejected" texts. St
 on from the workdir's last checkpoint. See docs/training.md.
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import locked
 from tarsier_jax.processing.processor import Processor
 from train.config import TrainConfig
 from train.data import Loaded
@@ -55,7 +58,9 @@ def dpo_job(config: TrainConfig) -> Job:
         return dataclasses.replace(load(processor, sample, rng), extra={"reference": stored.of(sample)})
 
     def before(run: Run) -> None:
-        write_reference(dataclasses.replace(run, job=Job("reference", loss, chosen, load)), pairs)
+        # Process 0 has the lock for all, as in train.launch; runs with other workdirs may share the file.
+        with locked(stored.path) if jax.process_index() == 0 else contextlib.nullcontext():
+            write_reference(dataclasses.replace(run, job=Job("reference", loss, chosen, load)), pairs)
 
     return Job("dpo", loss, chosen, load_with_reference, {"reference": (pairs, 2)}, before=before)
 
