@@ -6,7 +6,9 @@ a step in all. So the rows of a batch, but for their order, do not depend on how
 
 import codecs
 import dataclasses
+import hashlib
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -154,6 +156,24 @@ def parse_files(files: str) -> list[tuple[str, float | None]]:
     return parsed
 
 
+def describe_files(files: str) -> list[str]:
+    """Size, hash and weight of every annotation file: what tells one from another, wherever it is stored.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    descriptions = []
+    for path, weight in parse_files(files):
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+                size = file.tell()
+        except OSError as e:
+            raise InputError(f"The annotations {path} cannot be read ({e.strerror}). Check config.data.") from None
+        descriptions.append(f"{size} bytes, blake2b {digest}" + (f", weight {weight:g}" if weight else ""))
+    return descriptions
+
+
 def lines_of(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grain.MapDataset:
     """The mixture: endless if `repeat`, and then shuffled unless told not to; else every line once and in order."""
     parsed = parse_files(files)
@@ -219,14 +239,14 @@ def _join(source: Any, root: str) -> Any:
 
 
 class PackedRows(grain.IterDataset):
-    """Rows, one from each of several streams of samples in turn."""
+    """Rows of one stream of samples. `threads` bounds how many streams decode at the same time."""
 
-    def __init__(self, streams: Sequence[grain.IterDataset], packer: "Packer"):
-        super().__init__(streams)
-        self._packer = packer
+    def __init__(self, samples: grain.IterDataset, packer: "Packer", threads: threading.Semaphore):
+        super().__init__(samples)
+        self._packer, self._threads = packer, threads
 
     def __iter__(self) -> "_RowIterator":
-        return _RowIterator([stream.__iter__() for stream in self._parents], self._packer)
+        return _RowIterator(self._parent.__iter__(), self._packer, self._threads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,33 +262,18 @@ class Packer:
 
 
 class _RowIterator(grain.DatasetIterator):
-    def __init__(self, streams: list[grain.DatasetIterator], packer: Packer):
-        super().__init__(streams)
-        self._streams = [_Stream(stream, packer) for stream in streams]
-        self._turn = 0
-
-    def __next__(self) -> PackedRow:
-        row = self._streams[self._turn].next_row()
-        self._turn = (self._turn + 1) % len(self._streams)
-        return row
-
-    def get_state(self) -> dict[str, Any]:
-        return {"turn": self._turn, "streams": [stream.get_state() for stream in self._streams]}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._turn = state["turn"]
-        for stream, s in zip(self._streams, state["streams"], strict=True):
-            stream.set_state(s)
-
-
-class _Stream:
     """Samples in, rows out. A few decoded samples wait; a row starts with the oldest and takes what else fits."""
 
-    def __init__(self, samples: grain.DatasetIterator, packer: Packer):
-        self._samples, self._packer = samples, packer
+    def __init__(self, samples: grain.DatasetIterator, packer: Packer, threads: threading.Semaphore):
+        super().__init__(samples)
+        self._samples, self._packer, self._threads = samples, packer, threads
         self._waiting: list[tuple[Any, Loaded]] = []  # with the state that the samples had before each
         self._seen, self._bad = 0, 0
         self._done = False
+
+    def __next__(self) -> PackedRow:
+        with self._threads:
+            return self._next_row()
 
     def get_state(self) -> dict[str, Any]:
         waiting = [state for state, _ in self._waiting]
@@ -284,7 +289,7 @@ class _Stream:
         self._samples.set_state(state["samples"])
         self._seen, self._bad, self._done = state["seen"], state["bad"], False
 
-    def next_row(self) -> PackedRow:
+    def _next_row(self) -> PackedRow:
         packer, bad, before = self._packer, list[Bad](), self._seen
         row, taken = Row(packer.shape, packer.processor.config), list[Loaded]()
         while True:
@@ -352,10 +357,20 @@ def make_rows(
     hundreds of megabytes, are handed over without a copy.
     """
     local = rows // processes
-    workers = math.gcd(max(workers, 1), local)
     samples = lines.seed(seed).random_map(LoadLine(load, packer, media_root))[process::processes]
     in_order = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    streams = [samples[stream::local].to_iter_dataset(in_order) for stream in range(local)]
-    packed = [PackedRows(streams[worker::workers], packer) for worker in range(workers)]
-    ahead = max(2, local // workers)  # rows of each worker: a step's at least, or the next one waits for them
-    return grain.experimental.InterleaveIterDataset(packed, cycle_length=workers, iter_buffer_size=ahead)
+    # A thread per row, of which `workers` run at a time, so that the state does not depend on the number of workers.
+    threads = threading.Semaphore(max(workers, 1))
+    streams = [PackedRows(samples[row::local].to_iter_dataset(in_order), packer, threads) for row in range(local)]
+    return grain.experimental.InterleaveIterDataset(streams, cycle_length=local, make_iter_buffer_size=local)
+
+
+def row_states(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of `make_rows`, from its own or an earlier version's, which had several rows per thread."""
+    threads = state["iterators_in_use_states"]
+    if not all("streams" in thread for thread in threads):
+        return state
+    local = sum(len(thread["streams"]) for thread in threads)
+    states = [threads[row % len(threads)]["streams"][row // len(threads)] for row in range(local)]
+    indices = {"next_index_in_datasets": local, "iterators_in_use_indices": list(range(local))}
+    return {**state, **indices, "iterators_in_use_states": states, "exhausted": [0] * local}

@@ -17,9 +17,10 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.files import check_local, locked
 from train.config import TrainConfig, define_flags, read_flags
 from train.loop import train
+from train.processes import shared_failure
 from train.setup import Job
 
-TERMINATED = 143  # the exit status of a process that SIGTERM ended
+_SIGNALLED = 128  # the exit status of a process that a signal ended is this and the signal's number
 
 
 def launch(make_job: Callable[[TrainConfig], Job]) -> int:
@@ -39,11 +40,12 @@ def launch(make_job: Callable[[TrainConfig], Job]) -> int:
         _join(values.coordinator, values.num_processes, values.process_id)
     workdir = Path(check_local("--workdir", values.workdir)).resolve()
     # The lock is process 0's, as all processes of a run write the workdir together.
-    with locked(workdir, inside=True) if jax.process_index() == 0 else contextlib.nullcontext():
+    lock = locked(workdir, inside=True) if jax.process_index() == 0 else contextlib.nullcontext()
+    with shared_failure(), lock:
         summary = train(config, workdir, make_job)
     if config.score_clips and not summary.stopped and jax.process_index() == 0:
         score(*tarsier_jax.load(workdir / "model"), clips=config.score_clips, seed=HELD_OUT)
-    return TERMINATED if summary.stopped else 0
+    return _SIGNALLED + summary.stopped if summary.stopped else 0
 
 
 # Settings of glibc's mallopt, and a size beyond all arrays.

@@ -1,6 +1,7 @@
 """The loop of SFT and DPO alike: data in, steps, reports, evaluation, checkpoints, and a clean end."""
 
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -34,12 +35,13 @@ class NonFiniteLoss(TarsierError):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a run ended. stopped: by SIGTERM.  compilations: of steps after the first ones, where there should be none.
-    data_wait: the share of time, after the first steps, in which steps waited for data."""
+    """How a run ended. stopped: the signal that ended it early, SIGTERM or SIGINT; 0 for a finished run.  compilations:
+    of steps after the first ones, where there should be none.  data_wait: the share of time, after the first steps, in
+    which steps waited for data."""
 
     step: int
     loss: float
-    stopped: bool
+    stopped: int
     compilations: int
     data_wait: float
 
@@ -106,7 +108,7 @@ class _Loop:
             if self.step > self.first:
                 self._save()
             self.checkpoints.wait()
-        return self._finish(stopped=self.step < steps)
+        return self._finish(stopped=stop.signal if self.step < steps else 0)
 
     def _advance(self) -> None:
         """One step. The device computes it while the host checks the one before and fetches the next one's data."""
@@ -161,10 +163,11 @@ class _Loop:
         arrays = {f"{name}_{i}": x for i, row in enumerate(rows) for name, x in vars(row.batch).items()}
         arrays |= {f"{name}_{i}": x for i, row in enumerate(rows) for name, x in row.extra.items()}
         np.savez(file, **{name: x.astype(np.float32) if "patches" in name else x for name, x in arrays.items()})
+        last = self.checkpoints.latest()
+        origin = "the beginning (nothing is saved yet)" if last is None else f"the last checkpoint (step {last})"
         return NonFiniteLoss(
             f"At step {step} the loss is {values['loss']} and the norm of its gradient {values['grad_norm']}. The rows "
-            f"are in {file}. The last checkpoint (step {self.checkpoints.latest()}) is whole: lower "
-            "optimizer.peak_lr, or mend the data, and start again to go on from it."
+            f"are in {file}. To continue from {origin}, lower optimizer.peak_lr and start again."
         )
 
     def _due(self, every: int) -> bool:
@@ -226,8 +229,10 @@ class _Loop:
             f"{run.plan.config.dtype}\n{mesh.size} x {device.device_kind} ({axes}), {data.rows} rows of {data.tokens} "
             f"tokens a step, {self.config.steps} steps" + (f", going on from step {self.first}" if self.first else "")
         )
+        for change in run.changes if self.first else ():
+            self.log.line(f"config.{change}")
 
-    def _finish(self, stopped: bool) -> Summary:
+    def _finish(self, stopped: int) -> Summary:
         progress, rates = self._progress(), self.whole.rates()
         exported = None if stopped else export_trained(self.run, self.state)
         loss = f"loss {self.loss:.4f}" if self.step > self.first else "no step was left to do"
@@ -251,22 +256,40 @@ class _Loop:
 
 
 class _Terminator:
-    """Notices SIGTERM, so that the step in progress is finished and saved."""
+    """Notices SIGTERM and Ctrl-C, so that the step in progress is finished and saved. A second Ctrl-C ends at once.
+
+    Attributes:
+        signal: the one that was noticed first.
+    """
 
     def __init__(self, checkpoints: Checkpoints):
-        self._checkpoints, self._seen = checkpoints, False
+        self._checkpoints, self.signal = checkpoints, 0
 
     def asked(self, step: int) -> bool:
-        return self._seen or self._checkpoints.reached_preemption(step)
+        if jax.process_count() == 1:
+            return self.signal != 0
+        # One of several processes may notice a signal earlier than the others: they agree on a step.
+        stop = self._checkpoints.reached_preemption(step)
+        if stop and not self.signal:
+            self.signal = signal.SIGTERM
+        return stop
 
     def __enter__(self) -> None:
-        # Of several processes one may see it earlier: there, jax.distributed catches it and they agree on a step.
-        if jax.process_count() == 1:
-            self._former = signal.signal(signal.SIGTERM, self._notice)
+        handled = {signal.SIGINT: self._interrupt}
+        if jax.process_count() == 1:  # otherwise jax.distributed handles SIGTERM
+            handled[signal.SIGTERM] = self._terminate
+        self._former = {number: signal.signal(number, handler) for number, handler in handled.items()}
 
-    def _notice(self, *_: Any) -> None:
-        self._seen = True
+    def _terminate(self, *_: Any) -> None:
+        self.signal = signal.SIGTERM
+
+    def _interrupt(self, *_: Any) -> None:
+        self.signal = signal.SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which works inside a long compilation too
+        os.write(2, b"\ninterrupted: the step is finished and saved. Press Ctrl-C again to end at once.\n")
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # has all processes stop at the same step
 
     def __exit__(self, *_: object) -> None:
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._former)
+        for number, handler in self._former.items():
+            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from tarsier_jax.processing.templates import training_template
 from tarsier_jax.sharding import BATCH, make_mesh
 from tarsier_jax.weights import resolve
 from train.builtin import with_builtin
-from train.checkpoints import claim
 from train.config import MeshConfig, TrainConfig
-from train.data import Loaded, PackedRow, Packer, make_rows
+from train.data import Loaded, PackedRow, Packer, describe_files, make_rows
+from train.processes import compare
+from train.record import claim, flatten, record_start
 from train.state import LossFunction, Plan, StepBatch, batch_shardings, make_plan
 
 
@@ -47,7 +49,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run, ready to start."""
+    """A run, ready to start. changes: the settings that differ from those of the start before, in words."""
 
     config: TrainConfig
     workdir: Path
@@ -55,6 +57,7 @@ class Run:
     processor: Processor
     plan: Plan
     job: Job
+    changes: tuple[str, ...] = ()
 
     @property
     def row_group(self) -> int:
@@ -100,6 +103,8 @@ def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"--workdir {workdir} cannot be made ({e.strerror}). Choose another one.") from None
+    given = config
+    compare("configuration", {"--workdir": str(workdir), **_common(config)})
     config = with_builtin(config, workdir)
     if not config.model:
         raise InputError("config.model names no checkpoint. Give --config.model=DIRECTORY or a hub id.")
@@ -113,16 +118,57 @@ def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig
         plan = make_plan(model_config, config.optimizer, config.steps, mesh, job.with_reference)
     except ValueError as e:
         raise InputError(f"{e} Choose other sizes in config.mesh.") from None
-    claim(workdir, _facts(config, job, model_config))
-    return Run(config, workdir, directory, processor, plan, job)
+    facts = _facts(config, given.model, job, processor, directory, mesh)
+    compare("data", {**facts, "data.eval": describe_files(config.data.eval) if config.data.eval else []})
+    changes = []
+    if jax.process_index() == 0:
+        claim(workdir, facts)
+        changes = record_start(workdir, dataclasses.asdict(given))
+    return Run(config, workdir, directory, processor, plan, job, tuple(changes))
 
 
-def _facts(config: TrainConfig, job: Job, model: ModelConfig) -> dict[str, Any]:
-    """What has to stay for a run to go on: what its checkpoints hold, and how its data is dealt out."""
-    data = {key: getattr(config.data, key) for key in ("rows", "lookahead", "workers")}
-    towers = {"text": dataclasses.asdict(model.text), "vision": dataclasses.asdict(model.vision)}
-    freeze = list(config.optimizer.freeze)
-    return {"program": job.name, **towers, "freeze": freeze, **data, "processes": jax.process_count()}
+# Settings that may differ between processes: where a host finds its files, and how it reads them.
+_OF_A_HOST = ("model", "data.train", "data.eval", "data.media_root", "data.workers")
+# Settings of the data that a run keeps; of the others, only how fast rows are made depends on them.
+_OF_ROWS = ("tokens", "bins", "patches", "frames", "samples", "shuffle", "rows", "lookahead")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+
+
+def _common(config: TrainConfig) -> dict[str, Any]:
+    """The settings that all processes have to share."""
+    flat = flatten(dataclasses.asdict(config), "config.")
+    return {key: value for key, value in flat.items() if key.removeprefix("config.") not in _OF_A_HOST}
+
+
+def _facts(
+    config: TrainConfig, name: str, job: Job, processor: Processor, directory: Path, mesh: Mesh
+) -> dict[str, Any]:
+    """The facts that a run keeps when it is resumed: what its checkpoints contain, and what decides its data."""
+    model, optimizer = processor.config, config.optimizer
+    facts = {
+        "program": job.name,
+        "text": dataclasses.asdict(model.text),
+        "vision": dataclasses.asdict(model.vision),
+        "image": dataclasses.asdict(processor.image),
+        "tokenizer": [
+            _digest(file.read_bytes()) for file in map(directory.joinpath, _TOKENIZER_FILES) if file.exists()
+        ],
+        "chat_template": _digest(processor.chat_template.encode()),
+        "processes": jax.process_count(),
+        "row_groups": row_share(mesh)[1],
+        "seed": config.seed,
+        "data.train": describe_files(config.data.train),
+        **{f"data.{key}": getattr(config.data, key) for key in _OF_ROWS},
+        **flatten(dataclasses.asdict(config.processor), "processor."),
+        **{f"optimizer.{key}": getattr(optimizer, key) for key in ("freeze", "muon", "mu_dtype")},
+    }
+    if job.name == "dpo":  # whose reference is the starting model, or a file of its log-probabilities
+        facts |= {"model": name, **flatten(dataclasses.asdict(config.dpo), "dpo.")}
+    return facts
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def run_config(model: ModelConfig, config: TrainConfig, platform: str) -> ModelConfig:

@@ -1,5 +1,6 @@
 import collections
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,9 +26,11 @@ from train.data import (
     PackedRow,
     Packer,
     check_share,
+    describe_files,
     lines_of,
     parse_files,
     read_sample,
+    row_states,
     with_root,
 )
 from train.setup import Job
@@ -231,23 +234,68 @@ def test_rows_go_on_where_they_were(texts: str, packer: Packer, before: int, wai
     again.set_state(json.loads(state))
     assert contents(take(2 * ROWS, again)) == contents(expected)
     again.close()
-    (thread,) = json.loads(state)["iterators_in_use_states"]
-    decoded = sum(len(stream["waiting"]) for stream in thread["streams"])
+    decoded = sum(len(row["waiting"]) for row in json.loads(state)["iterators_in_use_states"])
     assert decoded == waiting  # in no row yet
 
 
-def test_workers_change_nothing_and_go_on_where_they_were(texts: str, packer: Packer) -> None:
+@pytest.mark.parametrize("workers", [0, 1, 3, 4, 16])
+def test_rows_continue_with_another_number_of_workers(texts: str, packer: Packer, workers: int) -> None:
     rows = open_rows(texts, packer, workers=2)
     first = take(6, rows)
     state = json.dumps(rows.get_state())
-    expected = take(6, rows)
-    assert contents(first + expected) == contents(rows_of(12, texts, packer))
-    kept = contents(expected)
+    expected = contents(take(6, rows))
     rows.close()
-    again = open_rows(texts, packer, workers=2)
+    assert contents(first) + expected == contents(rows_of(12, texts, packer))
+    again = open_rows(texts, packer, workers=workers)
     again.set_state(json.loads(state))
-    assert contents(take(6, again)) == kept
+    assert contents(take(6, again)) == expected
     again.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_states_of_an_earlier_version(texts: str, packer: Packer, workers: int) -> None:
+    """There, each worker had several rows, one state with the states of its rows."""
+    rows = open_rows(texts, packer)
+    take(ROWS, rows)
+    state = json.loads(json.dumps(rows.get_state()))
+    expected = contents(take(ROWS, rows))
+    rows.close()
+    states = state["iterators_in_use_states"]
+    threads = [{"turn": 0, "streams": states[worker::workers]} for worker in range(workers)]
+    indices = {"next_index_in_datasets": workers, "iterators_in_use_indices": list(range(workers))}
+    former = {**state, **indices, "iterators_in_use_states": threads, "exhausted": [0] * workers}
+    again = open_rows(texts, packer)
+    again.set_state(row_states(former))
+    assert contents(take(ROWS, again)) == expected
+    again.close()
+
+
+def test_workers_bound_how_many_rows_are_made_at_once(texts: str, packer: Packer) -> None:
+    running, most, lock = [0], [0], threading.Lock()
+
+    def counted(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.005)
+        with lock:
+            running[0] -= 1
+        return load(sample, rng)
+
+    rows = open_rows(texts, packer, load=counted, workers=3)
+    take(2 * ROWS, rows)
+    rows.close()
+    assert most[0] == 3  # not a divisor of the four rows
+
+
+def test_files_are_described_by_their_content(tmp_path: Path) -> None:
+    a, b = write_texts(tmp_path / "a.jsonl", [1, 2]), write_texts(tmp_path / "b.jsonl", [2, 1])
+    moved = write_texts(tmp_path / "moved.jsonl", [1, 2])
+    assert describe_files(a) == describe_files(moved) != describe_files(b)
+    assert describe_files(f"{a},{b}") == describe_files(f"{b},{a}")[::-1]
+    assert describe_files(f"{a}=2")[0] == f"{describe_files(a)[0]}, weight 2"
+    with pytest.raises(InputError, match=r"nowhere.jsonl cannot be read .*config\.data"):
+        describe_files(str(tmp_path / "nowhere.jsonl"))
 
 
 def test_a_step_of_rows_is_made_ahead(tmp_path: Path, packer: Packer) -> None:

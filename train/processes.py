@@ -1,0 +1,93 @@
+"""Several processes of one run: the same settings at the start, and the first failure's reason on all of them."""
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src.distributed import global_state  # the key-value store of jax.distributed has no public name
+from jax.experimental import multihost_utils
+
+from tarsier_jax.errors import InputError
+
+_FAILURE, _SETTINGS = "tarsier_jax/failure", "tarsier_jax/settings"
+_FOREVER = 10**9  # milliseconds, longer than any run
+_DELIVERY = 2.0  # seconds in which the other processes receive the reason
+
+
+def compare(name: str, settings: Mapping[str, Any]) -> None:
+    """Compares JSON values of this process with those of process 0, under a name that is used once a run.
+
+    Raises:
+        InputError: a value differs. The message names its key.
+    """
+    if jax.process_count() == 1:
+        return
+    client, process = _client(), jax.process_index()
+    ours, key = json.loads(json.dumps(settings)), f"{_SETTINGS}/{name}"
+    if process == 0:
+        client.key_value_set(key, json.dumps(ours))
+    else:
+        theirs = json.loads(client.blocking_key_value_get(key, _FOREVER))
+        unlike = next((k for k in {**theirs, **ours} if ours.get(k) != theirs.get(k)), None)
+        if unlike is not None:
+            raise InputError(
+                f"{unlike} is {ours.get(unlike)!r} in process {process} and {theirs.get(unlike)!r} in process 0. Start "
+                "all processes with the same flags and the same data."
+            )
+    multihost_utils.sync_global_devices(key)
+
+
+def on_any(condition: bool) -> bool:
+    """Whether the condition holds on some process. Every process has to call it."""
+    return (
+        bool(np.any(multihost_utils.process_allgather(np.array(condition)))) if jax.process_count() > 1 else condition
+    )
+
+
+@contextlib.contextmanager
+def shared_failure() -> Iterator[None]:
+    """Ends all processes when one of them raises, with its reason.
+
+    The others may wait in a collective operation, which nothing can interrupt, so a thread of theirs prints the reason
+    and ends the process.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    failed = threading.Event()
+    threading.Thread(target=_watch, args=(failed,), daemon=True).start()
+    try:
+        yield
+    except BaseException as error:
+        failed.set()
+        reason = str(error) if isinstance(error, Exception) else "It was interrupted."
+        with contextlib.suppress(Exception):  # another process may have failed before
+            _client().key_value_set(_FAILURE, f"process {jax.process_index()}: {reason or repr(error)}")
+        time.sleep(_DELIVERY)
+        # At its exit JAX waits for the other processes, which are gone, and aborts. This runs before that.
+        atexit.register(os._exit, 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+
+
+def _watch(failed: threading.Event) -> None:
+    try:
+        reason = _client().blocking_key_value_get(_FAILURE, _FOREVER)
+    except Exception:  # the run has ended
+        return
+    if not failed.is_set():
+        sys.stdout.flush()
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _client() -> Any:
+    return global_state.client

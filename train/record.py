@@ -1,0 +1,120 @@
+"""The records of a workdir: run.json, which must stay as it is, and runs.jsonl, with a line per start."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import tarsier_jax
+from tarsier_jax.errors import InputError
+
+_PACKAGES = ("tarsier_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+# The names that an earlier version gave to settings in run.json.
+_FORMER = {"rows": "data.rows", "lookahead": "data.lookahead", "freeze": "optimizer.freeze"}
+
+
+def claim(workdir: Path, facts: Mapping[str, Any]) -> None:
+    """Writes the facts that must not change to run.json, or compares them where the workdir has checkpoints.
+
+    Facts that the file does not have, from an earlier version, are added to it.
+
+    Raises:
+        InputError: the workdir belongs to a run of another model, kind or data.
+    """
+    file = workdir / "run.json"
+    facts = json.loads(json.dumps(facts))
+    known = _read(file) if _has_checkpoints(workdir) and file.exists() else {}
+    for key, value in facts.items():
+        if key in known and known[key] != value:
+            raise InputError(
+                f"{workdir} belongs to another run: {key} was {known[key]!r} and is now {value!r}. Choose another "
+                "--workdir, or give the same configuration and data as before."
+            )
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(facts, indent=2))
+    partial.rename(file)
+
+
+def record_start(workdir: Path, config: Mapping[str, Any]) -> list[str]:
+    """Adds a line to runs.jsonl: time, command, configuration, versions and devices.
+
+    Returns:
+        What differs from the configuration of the start before: "optimizer.peak_lr was 1e-05 and is now 2e-05".
+    """
+    file = workdir / "runs.jsonl"
+    config = json.loads(json.dumps(config))
+    before, after = flatten(_last_config(file)), flatten(config)
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "config": config,
+        "versions": versions(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+    cut_short = file.exists() and not file.read_bytes().endswith(b"\n")
+    with file.open("a") as out:
+        out.write(("\n" if cut_short else "") + json.dumps(start) + "\n")
+    return [f"{k} was {before[k]!r} and is now {v!r}" for k, v in after.items() if k in before and before[k] != v]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide the numbers, and the commit of a git checkout."""
+    found: dict[str, str | None] = {"python": sys.version.split()[0], "commit": _commit()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"rows": 4}} -> {"data.rows": 4}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        known: dict[str, Any] = json.loads(file.read_text())
+        return {_FORMER.get(key, key): value for key, value in known.items()}
+    except (ValueError, AttributeError):
+        raise InputError(f"{file} is no JSON object. Choose another --workdir, or restore the file.") from None
+
+
+def _has_checkpoints(workdir: Path) -> bool:
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
+def _last_config(file: Path) -> dict[str, Any]:
+    """The configuration of the last whole line."""
+    for line in reversed(file.read_text().splitlines() if file.exists() else []):
+        try:
+            return dict(json.loads(line)["config"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a line cut short
+    return {}
+
+
+def _commit() -> str | None:
+    """Of the checkout that the package is run from; None for an installed package, or without git."""
+    root = Path(tarsier_jax.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = [shutil.which("git") or "git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        # Without close_fds Python spawns git; JAX, which has threads, warns of a fork.
+        git = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, close_fds=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return git.stdout.strip()
