@@ -367,8 +367,8 @@ def make_rows(
 
 def row_states(state: dict[str, Any]) -> dict[str, Any]:
     """The state of `make_rows`, from its own or an earlier version's, which had several rows per thread."""
-    threads = state["iterators_in_use_states"]
-    if not all("streams" in thread for thread in threads):
+    threads = state.get("iterators_in_use_states", [])
+    if not any("streams" in thread for thread in threads):
         return state
     local = sum(len(thread["streams"]) for thread in threads)
     states = [threads[row % len(threads)]["streams"][row // len(threads)] for row in range(local)]

@@ -95,7 +95,7 @@ class _Loop:
 
     def run_to_the_end(self) -> Summary:
         self._say_hello()
-        steps, stop = self.config.steps, _Terminator(self.checkpoints)
+        steps, stop = self.config.steps, Terminator(self.checkpoints)
         with stop, self.compilations:
             while self.step < steps and not stop.asked(self.step):
                 self._advance()
@@ -255,7 +255,7 @@ class _Loop:
         self.log.close()
 
 
-class _Terminator:
+class Terminator:
     """Notices SIGTERM and Ctrl-C, so that the step in progress is finished and saved. A second Ctrl-C ends at once.
 
     Attributes:

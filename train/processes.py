@@ -20,7 +20,8 @@ from tarsier_jax.errors import InputError
 
 _FAILURE, _SETTINGS = "tarsier_jax/failure", "tarsier_jax/settings"
 _FOREVER = 10**9  # milliseconds, longer than any run
-_DELIVERY = 2.0  # seconds in which the other processes receive the reason
+_INTERVAL = 0.5  # seconds between two looks for a failure
+_DELIVERY = 2.0  # seconds in which all processes see it
 
 
 def compare(name: str, settings: Mapping[str, Any]) -> None:
@@ -63,30 +64,43 @@ def shared_failure() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    failed = threading.Event()
-    threading.Thread(target=_watch, args=(failed,), daemon=True).start()
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(done,))
+    watcher.start()
     try:
         yield
     except BaseException as error:
-        failed.set()
+        if _failure():
+            watcher.join()  # the error follows from the other process's failure; the watcher ends this one
+        done.set()
         reason = str(error) if isinstance(error, Exception) else "It was interrupted."
-        with contextlib.suppress(Exception):  # another process may have failed before
+        with contextlib.suppress(Exception):  # another process fails at the same moment
             _client().key_value_set(_FAILURE, f"process {jax.process_index()}: {reason or repr(error)}")
         time.sleep(_DELIVERY)
         # At its exit JAX waits for the other processes, which are gone, and aborts. This runs before that.
         atexit.register(os._exit, 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1)
         raise
+    finally:
+        done.set()
+    watcher.join()
 
 
-def _watch(failed: threading.Event) -> None:
+def _watch(done: threading.Event) -> None:
+    while not done.wait(_INTERVAL):
+        reason = _failure()
+        if reason:
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            if jax.process_index() == 0:
+                time.sleep(2 * _DELIVERY)  # the processes abort when the first one, which has the store, is gone
+            os._exit(1)
+
+
+def _failure() -> str | None:
     try:
-        reason = _client().blocking_key_value_get(_FAILURE, _FOREVER)
-    except Exception:  # the run has ended
-        return
-    if not failed.is_set():
-        sys.stdout.flush()
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-        os._exit(1)
+        return _client().key_value_try_get(_FAILURE)
+    except Exception:  # there is no such key
+        return None
 
 
 def _client() -> Any:

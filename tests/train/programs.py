@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,13 @@ def start(workdir: Path, *flags: str, devices: int = 1, program: str = "sft", re
     return subprocess.Popen(
         [*command, *SETTINGS, *flags], env={**os.environ, **environment}, stdout=pipe, stderr=pipe, text=True
     )
+
+
+def free_port() -> int:
+    """A port for the first of several processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def finish(process: Any, status: int = 0) -> str:

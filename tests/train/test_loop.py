@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tarsier_jax.weights import convert_to_hf
 from train.builtin import write_clips
 from train.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig, parse_config
-from train.loop import NonFiniteLoss, train
+from train.loop import NonFiniteLoss, Terminator, train
 from train.sft import sft_job
 from train.state import TrainState
 
@@ -86,6 +87,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert file.name == f"non_finite_step_{step}_process_0.npz" and rows["input_ids_0"].shape == (1, 448)
     kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
     assert kept and max(kept) < step  # nothing that came of it was saved
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_noticed(tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    stop = Terminator(Checkpoints(tmp_path, keep=1))
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    with stop:
+        assert not stop.asked(3) and stop.signal == 0
+        signal.raise_signal(number)
+        assert stop.asked(4) and stop.signal == number
+        # The system, not Python, ends the program at the second Ctrl-C.
+        assert (signal.getsignal(signal.SIGINT) == signal.SIG_DFL) == (number == signal.SIGINT)
+        assert ("Press Ctrl-C again to end at once" in capfd.readouterr().err) == (number == signal.SIGINT)
+    assert before == {n: signal.getsignal(n) for n in before}
 
 
 def test_only_bad_samples(tmp_path: Path) -> None:

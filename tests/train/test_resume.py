@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.train.programs import curve, finish, start, weights
+from tests.train.test_checkpoints import flip, largest_file
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +49,32 @@ def test_killed_twice(tmp_path: Path, uninterrupted: Path) -> None:
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_sigterm_loses_no_step(tmp_path: Path, uninterrupted: Path) -> None:
-    process = start(tmp_path, "--config.save_every=0")
-    interrupt(process, tmp_path, 7, signal.SIGTERM)
-    printed = finish(process, status=143)
-    found = re.search(r"stopped at step (\d+)", printed)
-    assert found is not None
-    assert (tmp_path / "checkpoints" / found[1]).is_dir() and int(found[1]) >= 7
-    assert f"going on from step {found[1]}" in finish(start(tmp_path, "--config.save_every=0"))
+def test_signals_lose_no_step(tmp_path: Path, uninterrupted: Path) -> None:
+    """Each start decodes with another number of threads."""
+    last = "0"
+    for number, after, status, workers in ((signal.SIGTERM, 4, 143, 1), (signal.SIGINT, 11, 130, 3)):
+        process = start(tmp_path, "--config.save_every=0", f"--config.data.workers={workers}")
+        interrupt(process, tmp_path, after, number)
+        printed = finish(process, status)
+        stopped = re.search(r"stopped at step (\d+)", printed)
+        assert stopped is not None and int(stopped[1]) >= after
+        assert (tmp_path / "checkpoints" / stopped[1]).is_dir()
+        assert last == "0" or f"going on from step {last}" in printed
+        last = stopped[1]
+    printed = finish(start(tmp_path))
+    assert f"going on from step {last}" in printed and "config.data.workers was 3 and is now 2" in printed
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_a_checkpoint_cut_short_is_not_loaded(tmp_path: Path, uninterrupted: Path) -> None:
+def test_a_checkpoint_cut_short_or_damaged_is_not_loaded(tmp_path: Path, uninterrupted: Path) -> None:
     """Orbax gives a checkpoint its name when it is whole; what a kill leaves behind has another."""
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
-    whole = tmp_path / "checkpoints" / "18"
+    whole, damaged = (tmp_path / "checkpoints" / step for step in ("18", "20"))
     shutil.copytree(whole, tmp_path / "checkpoints" / "19.orbax-checkpoint-tmp")
-    shutil.rmtree(tmp_path / "checkpoints" / "20")
-    assert "going on from step 18" in finish(start(tmp_path))
+    flip(largest_file(damaged / "state"), size=100)
+    printed = finish(start(tmp_path))
+    assert "20 is damaged" in printed and printed.count("is damaged") == 1 and "going on from step 18" in printed
+    assert (tmp_path / "checkpoints" / "20.damaged").is_dir()
     assert_same_run(tmp_path, uninterrupted)
 
 

@@ -1,12 +1,11 @@
 """Twenty steps are the same on one device, on eight, and on eight that two processes share."""
 
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.train.programs import curve, finish, start
+from tests.train.programs import curve, finish, free_port, start
 
 MESH = ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")
 
@@ -26,10 +25,7 @@ def test_eight_devices(tmp_path: Path, on_one_device: np.ndarray) -> None:
 
 
 def test_two_processes_of_four_devices(tmp_path: Path, on_one_device: np.ndarray) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"--coordinator=localhost:{free.getsockname()[1]}"
-    flags = (*MESH, address, "--num_processes=2")
+    flags = (*MESH, f"--coordinator=localhost:{free_port()}", "--num_processes=2")
     other = start(tmp_path, *flags, "--process_id=1", devices=4)
     printed = finish(start(tmp_path, *flags, "--process_id=0", devices=4))
     assert "step 20/20" in printed and "step 1/20" not in finish(other)  # only one of them speaks

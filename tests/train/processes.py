@@ -1,0 +1,81 @@
+"""Run by test_processes in two processes: PROCESS PORT WHAT [WORKDIR]. What happens is printed."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tarsier_jax.cli import run
+from tarsier_jax.errors import InputError
+from train.processes import compare, shared_failure
+
+
+def unlike_settings(process: int, _: Path) -> None:
+    compare("configuration", {"config.seed": 0, "config.steps": (4, 6)[process]})
+    jax.block_until_ready(multihost_utils.process_allgather(np.zeros(2)))
+
+
+def first_fails(process: int, _: Path) -> None:
+    if process == 0:
+        raise InputError("The annotations a.jsonl cannot be read.")
+    multihost_utils.sync_global_devices("which the other one never reaches")
+
+
+def second_is_interrupted(process: int, _: Path) -> None:
+    if process == 1:
+        raise KeyboardInterrupt
+    multihost_utils.sync_global_devices("which the other one never reaches")
+
+
+def mistake(process: int, _: Path) -> None:
+    if process == 1:
+        raise KeyError("x")
+    time.sleep(60)
+
+
+def damage_seen_by_one(process: int, workdir: Path) -> None:
+    """Equal settings, and a checkpoint of which one process cannot read its own file."""
+    from tests.train.test_checkpoints import data
+    from train.checkpoints import Checkpoints, Progress
+    from train.state import TrainState
+
+    compare("configuration", {"config.seed": 0})
+    compare("data", {"data.train": ("5 bytes", "7 bytes")})
+    mesh = jax.make_mesh((2,), ("data",))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    step = jax.device_put(jnp.int32(0), jax.NamedSharding(mesh, jax.P()))
+
+    def state(i: int) -> TrainState:
+        values = jax.make_array_from_callback((2, 8), split, lambda index: np.full((2, 8), i, np.float32)[index])
+        return TrainState(step + i, {"w": values}, {}, ())
+
+    checkpoints, rows = Checkpoints(workdir, keep=2), data()
+    for i in (3, 6):
+        for _ in range(3):
+            next(rows)
+        checkpoints.save(i, state(i), rows, Progress(samples=i))
+    checkpoints.wait()
+    if process == 1:
+        (workdir / "checkpoints" / "6" / "data" / "process_1-of-2.json").write_text("{")
+    multihost_utils.sync_global_devices("the file is damaged")
+    shapes: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
+    restored, progress = checkpoints.restore(shapes, rows)
+    values = restored.params["w"].addressable_shards[0].data.tolist()
+    print("restored", int(restored.step), values[0][0], progress.samples, next(rows), checkpoints.latest())
+    checkpoints.close()
+
+
+def main() -> None:
+    process, port = int(sys.argv[1]), sys.argv[2]
+    jax.distributed.initialize(f"localhost:{port}", 2, process)
+    with shared_failure():
+        globals()[sys.argv[3]](process, Path(sys.argv[4]))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
