@@ -235,8 +235,8 @@ def _fingerprints(tree: Any) -> tuple[dict[str, str], list[str]]:
 
     The hash is computed where the array is, and does not depend on how it is split over devices.
     """
-    leaves = jax.tree.leaves(tree)
-    hashes, finite = (np.asarray(x) for x in jax.jit(_hashes, out_shardings=tree["step"].sharding)(leaves))
+    everywhere = jnp.asarray(tree["step"]).sharding
+    hashes, finite = map(np.asarray, jax.jit(_hashes, out_shardings=everywhere)(jax.tree.leaves(tree)))
     layout = _layout(tree)
     fingerprints = {path: f"{text} {value:08x}" for (path, text), value in zip(layout.items(), hashes, strict=True)}
     return fingerprints, [path for path, value in zip(layout, finite, strict=True) if not value]

@@ -3,10 +3,11 @@
 import dataclasses
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -275,21 +276,36 @@ class Terminator:
         return stop
 
     def __enter__(self) -> None:
-        handled = {signal.SIGINT: self._interrupt}
-        if jax.process_count() == 1:  # otherwise jax.distributed handles SIGTERM
-            handled[signal.SIGTERM] = self._terminate
-        self._former = {number: signal.signal(number, handler) for number, handler in handled.items()}
+        # Of several processes one may see SIGTERM earlier: there, jax.distributed catches it and they agree on a step.
+        numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
+        self._former = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        # Python calls no handler while the main thread compiles. A thread reads the signals' numbers at once.
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer)
+        self._listener = threading.Thread(target=self._listen, args=(reader,))
+        self._listener.start()
 
-    def _terminate(self, *_: Any) -> None:
-        self.signal = signal.SIGTERM
+    def _listen(self, reader: int) -> None:
+        with os.fdopen(reader, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] == signal.SIGINT == self.signal:
+                    os._exit(128 + signal.SIGINT)
+                elif number[0] == signal.SIGINT:
+                    self._interrupt()
+                elif number[0] == signal.SIGTERM and not self.signal:
+                    self.signal = signal.SIGTERM
 
-    def _interrupt(self, *_: Any) -> None:
+    def _interrupt(self) -> None:
         self.signal = signal.SIGINT
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which works inside a long compilation too
-        os.write(2, b"\ninterrupted: the step is finished and saved. Press Ctrl-C again to end at once.\n")
+        message = "interrupted: the step is finished and saved. Press Ctrl-C again to end at once."
+        print(f"\n{message}", file=sys.stderr, flush=True)
         if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # has all processes stop at the same step
+            os.kill(os.getpid(), signal.SIGTERM)  # all processes then stop at the same step
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(self._writer)
+        self._listener.join()
         for number, handler in self._former.items():
             signal.signal(number, handler)
