@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import itertools
+import math
 import sys
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,9 +14,11 @@ from ml_collections import ConfigDict, config_flags
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import check_local
+from tarsier_jax.models.attention import IMPLEMENTATIONS
 from tarsier_jax.processing.processor import ProcessorOptions
+from train.checks import check, check_at_least, check_choice, check_dtype
 from train.data import DataConfig
-from train.optimizer import OptimizerConfig
+from train.optimizer import OptimizerConfig, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +33,15 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class DpoConfig:
     """beta: of the loss. reference: "weights" keeps the starting model beside the trained one; a file name holds the
-    reference's log-probabilities, which are computed before the first step if the file does not hold them all."""
+    reference's log-probabilities, which are computed before the first step if the file does not hold them all.
+    Raises InputError when beta is not above 0, or reference is empty."""
 
     beta: float = 0.1
     reference: str = "weights"
+
+    def __post_init__(self) -> None:
+        check(self, ["beta"], lambda beta: 0 < beta < math.inf, "above 0")
+        check(self, ["reference"], bool, '"weights" or the name of a file')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +56,9 @@ class TrainConfig:
     captioned at each evaluation.  score_clips: held-out clips of moving shapes on which the trained model is scored at
     the end, see `eval.micro`; 0 where it is trained on something else.  profile_at: the step whose following three are
     traced; 0 none.
+
+    Raises:
+        InputError: a value is out of its range, or is not one of its choices.
     """
 
     model: str = ""
@@ -70,6 +81,15 @@ class TrainConfig:
     dpo: DpoConfig = DpoConfig()
     processor: ProcessorOptions = ProcessorOptions()
 
+    def __post_init__(self) -> None:
+        check_dtype(self, "dtype", "auto")
+        check_choice(self, "attention", ("auto", *IMPLEMENTATIONS))
+        check_choice(self, "remat", ("none", "dots", "full"))
+        check_at_least(self, 0, "steps", "seed", "log_every", "save_every", "eval_every", "eval_captions")
+        check_at_least(self, 0, "score_clips", "profile_at")
+        check_at_least(self, 1, "keep")
+        make_schedule(self.optimizer, self.steps)  # checks the warm-up
+
 
 def default_config() -> ConfigDict:
     """Every key with its default: what the recipes in configs/ start from."""
@@ -80,7 +100,7 @@ def parse_config(config: ConfigDict) -> TrainConfig:
     """The dataclass of a `ConfigDict`.
 
     Raises:
-        InputError: a key does not exist, or its value has another type; the message names it.
+        InputError: a key does not exist, or its value has another type or is not accepted; the message names it.
     """
     return _build(TrainConfig, config.to_dict(), "config")
 
@@ -94,7 +114,10 @@ def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
             hint = f"Did you mean {close[0]}?" if close else f"It has {', '.join(hints)}."
             raise InputError(f"{where}.{key} does not exist. {hint}")
         built[key] = _value(hints[key], value, f"{where}.{key}")
-    return cls(**built)
+    try:
+        return cls(**built)
+    except InputError as e:  # begins with the field's name
+        raise InputError(f"{where}.{e}") from None
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -106,7 +129,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _tuple(typing.get_args(hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(hint, type) and not isinstance(value, hint):
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise InputError(f"{where} has to be of type {hint.__name__}, but is {value!r}.")
     return value
 

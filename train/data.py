@@ -22,6 +22,7 @@ from tarsier_jax.processing.formats import normalize_sample
 from tarsier_jax.processing.jsonl import check_line, parse_json
 from tarsier_jax.processing.packing import Row, RowShape, Unit
 from tarsier_jax.processing.processor import Processor
+from train.checks import check, check_at_least
 
 FORGIVEN = 10  # bad samples that stop no run, whatever their share
 
@@ -37,6 +38,9 @@ class DataConfig:
     lookahead: decoded samples among which a row looks for one that fits.
     workers: threads that decode, one at least.  max_bad_share: of samples that cannot be used, beyond which the run
     stops.
+
+    Raises:
+        InputError: a number is out of its range.
     """
 
     train: str = ""
@@ -52,6 +56,11 @@ class DataConfig:
     lookahead: int = 4
     workers: int = 4
     max_bad_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "tokens", "patches", "frames", "samples", "lookahead")
+        check_at_least(self, 0, "bins", "workers")
+        check(self, ["max_bad_share"], lambda share: 0 <= share <= 1, "between 0 and 1")
 
     @property
     def row_shape(self) -> RowShape:

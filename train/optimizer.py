@@ -5,6 +5,7 @@ regular expressions that match them whole.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 
 from tarsier_jax.errors import InputError
+from train.checks import check, check_at_least, check_dtype
 
 Params = dict[str, Any]
 
@@ -30,6 +32,10 @@ class OptimizerConfig:
     are not trained; they have no optimizer state.  no_decay: parameters without weight decay.  muon: matrices that
     Muon updates in place of Adam, see `_muon`.  mu_dtype: of the first moment; the second stays float32, because
     bfloat16 would swallow its small increments.
+    clip_norm: the largest norm of the whole gradient; 0 turns clipping off.
+
+    Raises:
+        InputError: a number is out of its range, or mu_dtype is not supported.
     """
 
     peak_lr: float = 2e-5
@@ -46,6 +52,16 @@ class OptimizerConfig:
     no_decay: tuple[str, ...] = _VECTORS
     muon: tuple[str, ...] = ()
     mu_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 0, "peak_lr", "weight_decay", "clip_norm")
+        check(self, ["final_lr"], lambda x: 0 <= x <= self.peak_lr, f"between 0 and peak_lr {self.peak_lr}")
+        check(self, ["b1", "b2"], lambda x: 0 <= x < 1, "at least 0 and below 1")
+        check(self, ["eps"], lambda x: 0 < x < math.inf, "above 0")
+        check(self, ["vision_layer_decay"], lambda x: 0 < x <= 1, "above 0 and at most 1")
+        pairs = "(regex, factor) pairs with factors of at least 0"
+        check(self, ["lr_groups"], lambda groups: all(0 <= factor < math.inf for _, factor in groups), pairs)
+        check_dtype(self, "mu_dtype")
 
 
 def split_frozen(params: Mapping[str, Any], freeze: Sequence[str]) -> tuple[Params, Params]:
@@ -118,8 +134,9 @@ def make_optimizer(
     trained, _ = split_frozen(params, config.freeze)
     factors = {path: factor for path, factor in lr_factors(params, config).items() if path in trained}
     decayed = {path: not _matches(path, config.no_decay) for path in trained}
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip,
         _direction(config, trained),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)),

@@ -172,9 +172,21 @@ def _digest(content: bytes) -> str:
 
 
 def run_config(model: ModelConfig, config: TrainConfig, platform: str) -> ModelConfig:
-    """The model's configuration with what the run chooses: dtype, attention, remat."""
+    """The model's configuration with what the run chooses: dtype, attention, remat.
+
+    Raises:
+        InputError: the platform ("cpu", "gpu" or "tpu") lacks the attention, or rows split a merged patch.
+    """
     dtype = resolve_dtype(config.dtype, platform)
     attention = default_implementation(platform, dtype) if config.attention == "auto" else config.attention
+    if attention not in ("xla", default_implementation(platform, dtype)):
+        needs = {"cudnn": "a GPU and bfloat16", "splash": "a TPU"}[attention]
+        raise InputError(f"config.attention={attention} needs {needs}, not {platform} and {dtype}. Choose auto.")
+    if config.data.patches % model.vision.merge_factor:
+        raise InputError(
+            f"config.data.patches is {config.data.patches}, but has to be a multiple of {model.vision.merge_factor}, "
+            "the patches that the model merges into one token."
+        )
     return dataclasses.replace(model, dtype=dtype, attention=attention, remat=config.remat)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import InputError
@@ -17,7 +19,7 @@ from tarsier_jax.weights.names import abstract_state
 from train.config import MeshConfig, TrainConfig, default_config, define_flags, parse_config, read_flags
 from train.data import DataConfig
 from train.optimizer import lr_factors, make_schedule, split_frozen
-from train.setup import check_rows, mesh_of, row_share
+from train.setup import check_rows, mesh_of, row_share, run_config
 
 RECIPES = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.py") if path.stem != "debug")
 
@@ -55,16 +57,118 @@ def test_values_become_what_the_dataclasses_hold() -> None:
         ({"optimizer": {"freeze": "vision/.*"}}, r"config\.optimizer\.freeze has to be a tuple, not 'vision"),
         ({"optimizer": {"freeze": (7,)}}, r"config\.optimizer\.freeze\[0\] has to be of type str, but is 7"),
         ({"optimizer": {"lr_groups": (("vision/.*",),)}}, r"config\.optimizer\.lr_groups\[0\] has to be a tuple of 2"),
-        ({"processor": {"n_frames": 0}}, "n_frames has to be at least 1"),
+        ({"processor": {"n_frames": 0}}, r"config\.processor\.n_frames has to be at least 1"),
+        ({"steps": True}, r"config\.steps has to be of type int, but is True"),
     ],
 )
 def test_unfit_keys_and_values(change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_config(changed(change))
+
+
+def changed(change: dict) -> ConfigDict:
+    """The default configuration with other values, of any type."""
     config = default_config()
     with config.unlocked(), config.ignore_type():
         for key, value in change.items():
             config[key] = {**config[key].to_dict(), **value} if isinstance(value, dict) else value
+    return config
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "values", "accepted"),
+    [
+        ("", "steps", (-1,), "at least 0"),
+        ("", "seed", (-1,), "at least 0"),
+        ("", "keep", (0, -2), "at least 1"),
+        ("", "log_every", (-1,), "at least 0"),
+        ("", "save_every", (-1,), "at least 0"),
+        ("", "eval_every", (-5,), "at least 0"),
+        ("", "eval_captions", (-1,), "at least 0"),
+        ("", "score_clips", (-1,), "at least 0"),
+        ("", "profile_at", (-1,), "at least 0"),
+        ("", "remat", ("offload", "", "Full"), "one of none, dots, full"),
+        ("", "attention", ("flash", "sdpa"), "one of auto, xla, cudnn, splash"),
+        ("dpo", "beta", (0.0, -0.1, NAN, INFINITY), "above 0"),
+        ("dpo", "reference", ("",), '"weights" or the name of a file'),
+        ("data", "tokens", (0, -1), "at least 1"),
+        ("data", "bins", (-1,), "at least 0"),
+        ("data", "patches", (0,), "at least 1"),
+        ("data", "frames", (0,), "at least 1"),
+        ("data", "samples", (0,), "at least 1"),
+        ("data", "lookahead", (0, -4), "at least 1"),
+        ("data", "workers", (-1,), "at least 0"),
+        ("data", "max_bad_share", (-0.1, 1.1, NAN), "between 0 and 1"),
+        ("optimizer", "peak_lr", (-1e-5, NAN, INFINITY), "at least 0"),
+        ("optimizer", "final_lr", (-1e-6, 1e-3, NAN), "between 0 and peak_lr 2e-05"),
+        ("optimizer", "b1", (1.0, -0.1, NAN), "at least 0 and below 1"),
+        ("optimizer", "b2", (1.5, -1.0, NAN), "at least 0 and below 1"),
+        ("optimizer", "eps", (0.0, -1e-8, NAN), "above 0"),
+        ("optimizer", "weight_decay", (-0.1, NAN), "at least 0"),
+        ("optimizer", "clip_norm", (-1.0, NAN, INFINITY), "at least 0"),
+        ("optimizer", "vision_layer_decay", (0.0, -0.9, 1.1, NAN), "above 0 and at most 1"),
+        ("optimizer", "lr_groups", ((("vision/.*", -1.0),), (("vision/.*", NAN),)), r"(regex, factor) pairs with"),
+    ],
+)
+def test_values_out_of_range(section: str, key: str, values: tuple, accepted: str) -> None:
+    name = f"config.{section}.{key}" if section else f"config.{key}"
+    for value in values:
+        change = {section: {key: value}} if section else {key: value}
+        with pytest.raises(InputError, match=re.escape(f"{name} is {value!r}, but has to be {accepted}")):
+            parse_config(changed(change))
+
+
+def test_the_ends_of_the_ranges() -> None:
+    zeros = dict.fromkeys(("peak_lr", "b1", "b2", "weight_decay", "clip_norm", "warmup_steps"), 0.0)
+    optimizer = {**zeros, "warmup_steps": 0, "vision_layer_decay": 1.0, "lr_groups": (("vision/.*", 0.0),)}
+    config = parse_config(changed({"steps": 0, "optimizer": optimizer, "data": {"bins": 0, "max_bad_share": 1.0}}))
+    assert config.optimizer.b2 == config.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("bf16", r"one of (auto, )?float32, bfloat16\. Did you mean bfloat16\?"),
+        ("BF16", r"Did you mean bfloat16\?"),
+        ("fp32", r"Did you mean float32\?"),
+        ("int8", r"one of (auto, )?float32, bfloat16\."),
+        ("fp16", r"float16 is not supported.*Choose bfloat16\."),
+        ("float16", r"float16 is not supported.*Choose bfloat16\."),
+        ("half", r"float16 is not supported.*Choose bfloat16\."),
+    ],
+)
+def test_dtypes_that_are_not_supported(dtype: str, message: str) -> None:
+    for name, change in (("dtype", {"dtype": dtype}), ("optimizer.mu_dtype", {"optimizer": {"mu_dtype": dtype}})):
+        with pytest.raises(InputError, match=rf"^config\.{name} is '{dtype}', but .*{message}"):
+            parse_config(changed(change))
+
+
+def test_a_warm_up_longer_than_the_run() -> None:
+    with pytest.raises(InputError, match=r"^config\.optimizer\.warmup_steps is 1000, but the run has 10 steps"):
+        parse_config(changed({"steps": 10}))
+
+
+@pytest.mark.parametrize(
+    ("change", "platform", "message"),
+    [
+        ({"attention": "splash"}, "cpu", r"config\.attention=splash needs a TPU, not cpu and float32\. Choose auto"),
+        ({"attention": "cudnn"}, "tpu", r"config\.attention=cudnn needs a GPU and bfloat16, not tpu and bfloat16"),
+        ({"attention": "cudnn", "dtype": "float32"}, "gpu", r"cudnn needs a GPU and bfloat16, not gpu and float32"),
+        ({"data": {"patches": 50}}, "cpu", r"config\.data\.patches is 50, but has to be a multiple of 4"),
+    ],
+)
+def test_values_that_the_machine_or_the_model_refuses(change: dict, platform: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        parse_config(config)
+        run_config(ModelConfig(), parse_config(changed(change)), platform)
+
+
+def test_attention_that_the_machine_has() -> None:
+    for platform, attention in (("cpu", "xla"), ("gpu", "xla"), ("gpu", "cudnn"), ("tpu", "splash")):
+        config = parse_config(changed({"attention": attention, "dtype": "bfloat16"}))
+        assert run_config(ModelConfig(), config, platform).attention == attention
 
 
 # The command line

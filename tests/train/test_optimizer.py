@@ -86,9 +86,19 @@ def test_gradients_are_clipped_by_their_norm_over_all_parameters() -> None:
     """Seen in the first moment, which is a tenth of the first gradient."""
     params = make_params()
     gradients = jax.tree.map(lambda x: 3 * x, params)
-    for clip, size in ((1.0, 1.0), (1e9, float(optax.tree.norm(gradients)))):
+    whole = float(optax.tree.norm(gradients))
+    for clip, size in ((1.0, 1.0), (1e9, whole), (0.0, whole)):  # 0 turns clipping off
         _, state = first_step(dataclasses.replace(PLAIN, clip_norm=clip), params, gradients)
         np.testing.assert_allclose(optax.tree.norm(moments(state).mu), (1 - PLAIN.b1) * size, rtol=1e-5)
+
+
+def test_the_state_has_the_same_structure_without_clipping() -> None:
+    """A run resumes with clipping turned off or on."""
+    structures = {
+        jax.tree.structure(jax.eval_shape(make_optimizer(config, 10, make_params()).init, make_params()))
+        for config in (dataclasses.replace(PLAIN, clip_norm=norm) for norm in (0.0, 1.0))
+    }
+    assert len(structures) == 1
 
 
 def moments(state: Any) -> optax.ScaleByAdamState:
