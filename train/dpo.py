@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,31 +19,36 @@ import numpy as np
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked
+from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
 from train.config import TrainConfig
 from train.data import Loaded
 from train.launch import launch
 from train.losses import dpo_loss
-from train.reference import ReferenceFile, sample_key, write_reference
+from train.reference import ReferenceFile, write_reference
 from train.setup import Job, Run
-from train.tasks import prepare, split_preference
+from train.tasks import prepare_pair
 
 
 def dpo_job(config: TrainConfig) -> Job:
-    """Trains the chosen answers' log-probabilities up, and the rejected ones' down, against the reference's."""
-    n_frames, pairs = config.processor.n_frames, max(config.data.samples // 2, 1)
+    """Trains the chosen answers' log-probabilities up, and the rejected ones' down, against the reference's.
+
+    Raises:
+        InputError: a row cannot hold a pair, or the reference is a file and the frames are random.
+    """
+    if config.data.samples < 2:
+        raise InputError("config.data.samples is 1, but a row of DPO has to hold the 2 answers of a pair at least.")
+    n_frames, pairs = config.processor.n_frames, config.data.samples // 2
     loss = functools.partial(dpo_loss, beta=config.dpo.beta, pairs=pairs)
 
     def chosen(sample: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        return prepare(split_preference(sample)[0], rng, n_frames)
+        return prepare_pair(sample, rng, n_frames)[0]
 
     def load(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
-        seed = int(rng.integers(2**63))
-        unit = []
-        for half in split_preference(sample):
-            rng = np.random.default_rng(seed)  # both answers are about the same frames
-            unit.append(processor(prepare(half, rng, n_frames), training=True, rng=rng))
-        return Loaded(unit, {}, sample_key(sample))
+        seed = int(rng.integers(2**63))  # both answers are about the same frames
+        chats = prepare_pair(sample, rng, n_frames)
+        pair = [processor(chat, training=True, rng=np.random.default_rng(seed)) for chat in chats]
+        return Loaded(mask_shared(pair), {})
 
     if config.dpo.reference == "weights":
         return Job("dpo", loss, chosen, load, with_reference=True)
@@ -54,15 +59,37 @@ def dpo_job(config: TrainConfig) -> Job:
         )
     stored = ReferenceFile(config.dpo.reference)
 
+    def load_with_key(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+        return dataclasses.replace(load(processor, sample, rng), key=stored.key(sample))
+
     def load_with_reference(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
         return dataclasses.replace(load(processor, sample, rng), extra={"reference": stored.of(sample)})
 
     def before(run: Run) -> None:
+        stored.open(run)
         # Process 0 has the lock for all, as in train.launch; runs with other workdirs may share the file.
         with locked(stored.path) if jax.process_index() == 0 else contextlib.nullcontext():
-            write_reference(dataclasses.replace(run, job=Job("reference", loss, chosen, load)), pairs)
+            write_reference(dataclasses.replace(run, job=Job("reference", loss, chosen, load_with_key)), stored, pairs)
 
     return Job("dpo", loss, chosen, load_with_reference, {"reference": (pairs, 2)}, before=before)
+
+
+def mask_shared(pair: Sequence[Example]) -> list[Example]:
+    """The chosen and the rejected example, trained on from the first answer that differs.
+
+    Earlier answers are the same in both. They cancel in the loss, and do not belong to the rewards.
+
+    Raises:
+        InputError: the two do not differ within max_seq_len.
+    """
+    chosen, rejected = (example.input_ids for example in pair)
+    n = min(len(chosen), len(rejected))
+    if np.array_equal(chosen, rejected):
+        raise InputError(f'"chosen" and "rejected" are equal in the {n} tokens that max_seq_len leaves. Raise it.')
+    first = int(np.argmax(np.append(chosen[:n] != rejected[:n], True)))
+    start = np.flatnonzero(np.append(-100, pair[0].labels[:first]) < 0)[-1]  # of the answer that `first` is in
+    masked = (np.where(np.arange(len(e.labels)) < start, np.int32(-100), e.labels) for e in pair)
+    return [dataclasses.replace(example, labels=labels) for example, labels in zip(pair, masked, strict=True)]
 
 
 if __name__ == "__main__":

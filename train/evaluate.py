@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarsier_jax.errors import TarsierError
 from tarsier_jax.generation.decode import generate_batch
 from tarsier_jax.generation.sampling import make_sampling
 from train.data import PackedRow, lines_of, read_sample
@@ -18,17 +17,19 @@ _CAPTION_TOKENS = 128
 
 
 class Evaluation:
-    """Of the annotations in config.data.eval."""
+    """Of the annotations in config.data.eval. Raises InputError when they cannot be read."""
 
     def __init__(self, run: Run):
-        self._run = run
+        self._run, config = run, run.config
+        if config.data.eval and config.eval_every:  # read at the start, as a file may be missing
+            self._lines = lines_of(config.data.eval, config.seed, repeat=False)
         self._step = make_eval_step(run.plan, run.job.loss)
 
     def losses(self, state: TrainState) -> dict[str, float]:
         """The loss over all held-out samples, once each, and what else the job measures; names begin "eval_"."""
-        mesh, config = self._run.plan.mesh, self._run.config
+        mesh = self._run.plan.mesh
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        iterator = iter(self._run.rows(lines_of(config.data.eval, config.seed, repeat=False), rows))
+        iterator = iter(self._run.rows(self._lines, rows))
         sums: dict[str, float] = {}
         while True:
             batch: list[PackedRow] = [next(iterator) for _ in range(rows // self._run.row_groups)]
@@ -43,15 +44,15 @@ class Evaluation:
     def captions(self, state: TrainState) -> list[tuple[str, str]]:
         """(prompt, answer) for the first held-out samples; those that cannot be used are left out."""
         run, config = self._run, self._run.config
-        lines = lines_of(config.data.eval, config.seed, repeat=False)
+        lines: Any = self._lines
         model = build_model(run.plan.graph, {**state.params, **state.frozen}, run.plan.config.dtype)
         answers = []
         for i in range(min(config.eval_captions, len(lines))):
-            line: Any = lines[i]
+            line = lines[i]
             try:
                 sample = read_sample(line.text, config.data.media_root)
                 example = run.processor(_question(run.job.prepare(sample, np.random.default_rng(config.seed))))
-            except TarsierError:
+            except Exception:  # as `LoadLine` does; a bad sample is counted where the loss is computed
                 continue
             batch = jax.tree.map(jnp.asarray, run.processor.batch([example]))
             (answer,) = generate_batch(

@@ -1,11 +1,14 @@
 """DPO's reference log-probabilities on disk: computed once, read by the data pipeline."""
 
+import dataclasses
+import glob
 import hashlib
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TextIO
 
 import grain
 import jax
@@ -16,61 +19,156 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.weights import is_converted
+from tarsier_jax.weights.orbax import PARAMS
+from tarsier_jax.weights.source import open_tensors
+from train.config import TrainConfig
 from train.data import Line, lines_of, read_sample
 from train.log import duration
 from train.losses import pair_log_probs
 from train.optimizer import Params
 from train.setup import Run, global_batch
 from train.state import StepBatch, build_model, load_reference
-
-
-def sample_key(sample: Mapping[str, Any]) -> str:
-    """What a sample is found by: a hash of what it says."""
-    return hashlib.sha256(json.dumps(sample, sort_keys=True).encode()).hexdigest()[:24]
+from train.tasks import prepare_pair
 
 
 class ReferenceFile:
-    """JSON lines {"key", "chosen", "rejected"}, one file a process: FILE.0, FILE.1, ..."""
+    """JSON lines {"key", "chosen", "rejected"}, one file per process: FILE.0, FILE.1, ...
+
+    A key is a hash of everything that decides a pair's log-probabilities: the pair, the sizes of its media files, and
+    the run's `fingerprint`. So records of another model or of other frames are never found. A media file that is
+    replaced by another one of the same name and size is not noticed.
+    """
 
     def __init__(self, path: str):
         self.path = Path(path)
-        self._known: dict[str, tuple[float, float]] | None = None
+        self._fingerprint, self._n_frames = "", 0
+        self._known: dict[str, tuple[float, float]] = {}
 
-    def known(self) -> dict[str, tuple[float, float]]:
-        """Log-probabilities of the chosen and the rejected answer, by key; a line cut short is left out."""
-        found = {}
-        for file in sorted(self.path.parent.glob(f"{self.path.name}.*")):
+    def open(self, run: Run) -> None:
+        """Reads the records, and what the keys of this run depend on. Comes before every other method."""
+        self._fingerprint, self._n_frames = fingerprint(run), run.config.processor.n_frames
+        self.read()
+
+    def read(self) -> None:
+        """Reads the records of all processes; skips a line that is cut short."""
+        self._known = {}
+        for file in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*")):
             for line in file.read_text().splitlines():
                 try:
                     record = json.loads(line)
-                    found[record["key"]] = (record["chosen"], record["rejected"])
+                    self._known[record["key"]] = (record["chosen"], record["rejected"])
                 except (ValueError, KeyError, TypeError):
                     continue
-        return found
+
+    def append(self, process: int) -> TextIO:
+        """A process's file, open for more records after those that it has."""
+        path = self.path.with_name(f"{self.path.name}.{process}")
+        cut_short = path.exists() and not path.read_bytes().endswith(b"\n")
+        file = path.open("a")
+        file.write("\n" if cut_short else "")
+        return file
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def key(self, sample: Mapping[str, Any]) -> str:
+        """The key of a line's pair. Raises InputError for a line that is no pair."""
+        pair = prepare_pair(sample, np.random.default_rng(0), self._n_frames)
+        facts = [self._fingerprint, pair, list(_media_sizes(pair[0]))]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
     def of(self, sample: Mapping[str, Any]) -> np.ndarray:
-        """float32 (2,). Raises InputError for a sample that the file does not hold."""
-        if self._known is None:
-            self._known = self.known()
-        values = self._known.get(sample_key(sample))
+        """Log-probabilities of the chosen and the rejected answer, float32 (2,).
+
+        Raises:
+            InputError: the file has no record of the pair.
+        """
+        values = self._known.get(self.key(sample))
         if values is None:
-            raise InputError(f"{self.path} holds no reference log-probabilities of the sample. Compute them again.")
+            raise InputError(
+                f"{self.path} has no reference log-probabilities of the pair: its line or its media have changed since "
+                "the start. Start the run again."
+            )
         return np.array(values, np.float32)
 
 
-def write_reference(run: Run, pairs: int) -> None:
-    """Computes what the run's reference file lacks, with the model that the run starts from.
+def _media_sizes(chat: Mapping[str, Any]) -> Iterator[Any]:
+    """The bytes of each file that the visuals of a prepared chat name; of a directory's files with their names."""
+    items = [item for message in chat["messages"] for item in message["content"] if item["type"] != "text"]
+    values = [value for item in items for value in item[item["type"]].values()]
+    paths = [path for value in values for path in (value if isinstance(value, list) else [value])]
+    for path in (Path(path) for path in paths if isinstance(path, str)):
+        if path.is_dir():
+            yield sorted((file.name, file.stat().st_size) for file in path.iterdir())
+        elif path.is_file():
+            yield path.stat().st_size
 
-    Every process adds its rows' lines to a file of its own as they come; a run cut short goes on where it was.
+
+def fingerprint(run: Run) -> str:
+    """A hash of what decides log-probabilities for all pairs of a run: its model, and how it shows samples.
+
+    The weights count by their bytes, the rest by values: sizes and dtype of the model, processor options, image
+    options, tokenizer, chat template. Attention, recomputation, mesh and rows change the numbers by rounding only, and
+    do not count.
+    """
+    model, processor = dataclasses.replace(run.plan.config, attention="", remat=""), run.processor
+    tokenizer: Any = processor.tokenizer
+    facts = {
+        "version": 2,  # of the definition of the log-probabilities: see `train.dpo.mask_shared`
+        "weights": _broadcast(lambda: digest_weights(run.model_directory)).hex(),
+        "model": dataclasses.asdict(model),
+        "options": dataclasses.asdict(processor.options),
+        "image": dataclasses.asdict(processor.image),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "template": processor.chat_template,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def digest_weights(directory: Path) -> bytes:
+    """SHA-256 of every byte of a checkpoint's weights, and of the names of their files; a second for some GiB."""
+    if is_converted(directory):
+        files = [path for path in (directory / PARAMS).glob("*/**/*") if path.is_file()]
+    else:
+        files = list({tensor.file for tensor in open_tensors(directory).values()})
+    total = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+        for file, digest in zip(sorted(files), pool.map(_digest, sorted(files)), strict=True):
+            total.update(str(file.relative_to(directory)).encode() + digest)
+    return total.digest()
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
+def _broadcast(digest: Callable[[], bytes]) -> bytes:
+    """The digest that process 0 computes; the others read no weights for it."""
+    if jax.process_count() == 1:
+        return digest()
+    own = digest() if jax.process_index() == 0 else bytes(hashlib.sha256().digest_size)
+    return multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8)).tobytes()
+
+
+def write_reference(run: Run, reference: ReferenceFile, pairs: int) -> None:
+    """Computes the records that a run's reference file lacks, with the model that the run starts from.
+
+    Every process adds its rows' records to a file of its own as they come; a pass cut short resumes where it was.
 
     Raises:
         TarsierError: the annotations or the checkpoint cannot be used.
     """
-    path, mesh, config = Path(run.config.dpo.reference), run.plan.mesh, run.config
-    missing = _Missing(run, ReferenceFile(str(path)).known())
+    mesh, config = run.plan.mesh, run.config
+    missing = _Missing(config, reference)
     if not len(missing):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _report_unused(reference, missing)
+    reference.path.parent.mkdir(parents=True, exist_ok=True)
     params = load_reference(run.plan, run.model_directory)
     rows = iter(run.rows(grain.MapDataset.source(missing), config.data.rows, config.data.workers))
 
@@ -81,7 +179,7 @@ def write_reference(run: Run, pairs: int) -> None:
 
     compute = jax.jit(compute, out_shardings=NamedSharding(mesh, P()))
     start, done = time.perf_counter(), 0
-    with path.with_name(f"{path.name}.{jax.process_index()}").open("a") as file:
+    with reference.append(jax.process_index()) as file:
         while True:
             local = [next(rows) for _ in range(config.data.rows // run.row_groups)]
             log_probs, count = (np.asarray(x) for x in compute(params, global_batch(local, 1, mesh)))
@@ -99,14 +197,37 @@ def write_reference(run: Run, pairs: int) -> None:
     rows.close()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the reference is whole")
+    reference.read()
+
+
+def _report_unused(reference: ReferenceFile, missing: "_Missing") -> None:
+    unused = len(reference) - missing.found
+    if unused and jax.process_index() == 0:
+        print(
+            f"reference: {unused} of {len(reference)} records in {reference.path}.* are not used: they are of other "
+            "pairs, another model, other frames or another chat template",
+            flush=True,
+        )
 
 
 class _Missing(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportMissingTypeArgument]
-    """The lines of config.data.train that are not among the known keys."""
+    """The lines of pairs, to train on and held out, that a reference file lacks, each pair once.
 
-    def __init__(self, run: Run, known: Collection[str]):
-        self._lines: Any = lines_of(run.config.data.train, run.config.seed, repeat=False)
-        self._indices = [i for i in range(len(self._lines)) if _key(self._lines[i], run) not in known]
+    `found` counts the pairs that it has.
+    """
+
+    def __init__(self, config: TrainConfig, reference: ReferenceFile):
+        data = config.data
+        files = [data.train, data.eval] if data.eval and config.eval_every else [data.train]
+        parts = [lines_of(names, config.seed, repeat=False) for names in files]
+        self._lines: Any = grain.MapDataset.concatenate(parts)
+        first: dict[str, int] = {}
+        for i in range(len(self._lines)):
+            key = _key(self._lines[i], data.media_root, reference)
+            if key is not None:
+                first.setdefault(key, i)
+        self._indices = [i for key, i in first.items() if key not in reference]
+        self.found = len(first) - len(self._indices)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -115,8 +236,8 @@ class _Missing(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportM
         return self._lines[self._indices[int(index)]]
 
 
-def _key(line: Line, run: Run) -> str | None:
+def _key(line: Line, media_root: str, reference: ReferenceFile) -> str | None:
     try:
-        return sample_key(read_sample(line.text, run.config.data.media_root))
-    except InputError:
-        return None  # it counts as a bad sample when it is loaded
+        return reference.key(read_sample(line.text, media_root))
+    except Exception:  # no pair: `of` raises the same in training, where it counts as a bad sample
+        return None

@@ -89,6 +89,11 @@ def split_preference(sample: Sample) -> tuple[dict[str, Any], dict[str, Any]]:
     return chosen, rejected
 
 
+def prepare_pair(sample: Sample, rng: np.random.Generator, n_frames: int = 16) -> list[dict[str, Any]]:
+    """The chosen and the rejected chat of a DPO line. Raises InputError, see `split_preference` and `prepare`."""
+    return [prepare(half, rng, n_frames) for half in split_preference(sample)]
+
+
 def _take(item: Sample, key: str) -> dict[str, Any]:
     if all(item.get(k) is None for k in _PAIR):
         return dict(item)
