@@ -90,7 +90,7 @@ def half(whole: Path, path: Path) -> Path:
 
 
 def letter(whole: Path, path: Path) -> Path:
-    path.write_text("This is a letter. " * 100)
+    path.write_text("This is a letter. " * 100, encoding="utf-8")
     return path
 
 
@@ -133,8 +133,8 @@ def break_clips(paths: list[Path], count: int) -> list[Path]:
 def memory(pid: int) -> int:
     """Bytes of a process and its descendants; what they share is counted once (Linux)."""
     try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
     except OSError:  # it has just ended
         return 0
     own = next((int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")), 0)
@@ -191,19 +191,19 @@ def examine(args: argparse.Namespace, directory: Path) -> int:
     model, clips, output = directory / "model", directory / "clips", directory / "out.jsonl"
     shutil.copytree(resolve(EMBEDDED), model)
     if not args.small:
-        (model / "preprocessor_config.json").write_text("{}")  # the released models' limits
+        (model / "preprocessor_config.json").write_text("{}", encoding="utf-8")  # the released models' limits
     clips.mkdir()
     paths = break_clips(write_clips(clips, args.clips, args.small), args.broken)
     source = directory / "list.jsonl"
     asked = [{"input": str(path), "prompt": PROMPTS[i % len(PROMPTS)]} for i, path in enumerate(paths)]
-    source.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    source.write_text("".join(json.dumps(line) + "\n" for line in asked), encoding="utf-8")
     shared = ["--model", str(model), "--n_frames", str(args.n_frames), "--max_new_tokens", "96"]
     sizes = ["--slots", str(args.slots), "--workers", str(args.workers)]
     files = ["--input", str(source), "--output", str(output)]
     command = [sys.executable, "-m", "infer.caption", *shared, *sizes, *files]
     run_killed(command, output, args.kills, args.clips)
     status, seen = run_watched(command, output, args.clips)
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     once = sorted(line["idx"] for line in lines) == list(range(args.clips))
     errors = [line["error"] for line in lines if "error" in line]
     told = "every clip once" if once else "NOT every clip once"

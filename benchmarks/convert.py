@@ -34,7 +34,7 @@ from pathlib import Path
 from tarsier_jax.weights import convert_hf
 logging.getLogger("absl").setLevel(logging.ERROR)
 # The kernel's own peak of this program; getrusage would count the parent's too.
-peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 before, start = peak(), time.perf_counter()
 convert_hf(Path(sys.argv[1]), Path(sys.argv[2]))
 print(time.perf_counter() - start, before, peak())
@@ -44,7 +44,7 @@ print(time.perf_counter() - start, before, peak())
 def write_checkpoint(directory: Path) -> tuple[int, int]:
     """Writes random weights; gives their bytes, and those of the largest tensor."""
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config_for(CONFIG, "qwen2_vl")))
+    (directory / "config.json").write_text(json.dumps(config_for(CONFIG, "qwen2_vl")), encoding="utf-8")
     rng, dtype = np.random.default_rng(0), np.dtype(jnp.bfloat16)
     entries = []
     for parameter in parameters(CONFIG, "qwen2_vl"):

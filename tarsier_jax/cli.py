@@ -37,8 +37,8 @@ def run(main: Callable[[], int | None], traceback: bool = False) -> int:
     """Calls `main` and returns the exit status: its own, or 0; 1 after a `TarsierError` or `OSError`, whose message is
     printed; 130 after Ctrl-C; 141, without a message, when the reader of stdout or stderr is gone (`| head -1`).
 
-    With `traceback` errors are raised as they are. Characters that stdout cannot encode are printed as escapes. Warnings
-    about inputs are one line each.
+    With `traceback` errors are raised as they are. Characters that stdout cannot encode are printed as escapes, and
+    warnings about inputs are one line each.
     """
     warnings.formatwarning = _format_warning
     try:

@@ -24,9 +24,9 @@ class Log:
     def _keep_until(self, step: int) -> None:
         if not self._file.exists():
             return
-        lines = [line for line in self._file.read_text().splitlines() if _step_of(line) <= step]
+        lines = [line for line in self._file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         partial = self._file.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in lines))
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         partial.replace(self._file)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -34,7 +34,7 @@ class Log:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
-            with self._file.open("a") as file:
+            with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def text(self, step: int, name: str, text: str) -> None:
@@ -62,11 +62,11 @@ class BadSamples:
 
     def __init__(self, workdir: Path):
         self.file = workdir / f"bad_samples_{jax.process_index()}.jsonl"
-        self._known = set(self.file.read_text().splitlines()) if self.file.exists() else set()
+        self._known = set(self.file.read_text(encoding="utf-8").splitlines()) if self.file.exists() else set()
 
     def write(self, samples: Sequence[Bad]) -> None:
         lines = dict.fromkeys(json.dumps(dataclasses.asdict(sample)) for sample in samples)
-        with self.file.open("a") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines if line not in self._known)
         self._known.update(lines)
 

@@ -38,7 +38,7 @@ def claim(workdir: Path, facts: Mapping[str, Any]) -> None:
                 "--workdir, or give the same configuration and data as before."
             )
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(facts, indent=2))
+    partial.write_text(json.dumps(facts, indent=2), encoding="utf-8")
     partial.rename(file)
 
 
@@ -60,7 +60,7 @@ def record_start(workdir: Path, config: Mapping[str, Any]) -> list[str]:
         "processes": jax.process_count(),
     }
     cut_short = file.exists() and not file.read_bytes().endswith(b"\n")
-    with file.open("a") as out:
+    with file.open("a", encoding="utf-8") as out:
         out.write(("\n" if cut_short else "") + json.dumps(start) + "\n")
     return [f"{k} was {before[k]!r} and is now {v!r}" for k, v in after.items() if k in before and before[k] != v]
 
@@ -86,7 +86,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        known: dict[str, Any] = json.loads(file.read_text())
+        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return {_FORMER.get(key, key): value for key, value in known.items()}
     except (ValueError, AttributeError):
         raise InputError(f"{file} is no JSON object. Choose another --workdir, or restore the file.") from None
@@ -98,7 +98,7 @@ def _has_checkpoints(workdir: Path) -> bool:
 
 def _last_config(file: Path) -> dict[str, Any]:
     """The configuration of the last whole line."""
-    for line in reversed(file.read_text().splitlines() if file.exists() else []):
+    for line in reversed(file.read_text(encoding="utf-8").splitlines() if file.exists() else []):
         try:
             return dict(json.loads(line)["config"])
         except (ValueError, KeyError, TypeError):

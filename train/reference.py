@@ -54,7 +54,7 @@ class ReferenceFile:
         """Reads the records of all processes; skips a line that is cut short."""
         self._known = {}
         for file in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*")):
-            for line in file.read_text().splitlines():
+            for line in file.read_text(encoding="utf-8").splitlines():
                 try:
                     record = json.loads(line)
                     self._known[record["key"]] = (record["chosen"], record["rejected"])
@@ -65,7 +65,7 @@ class ReferenceFile:
         """A process's file, open for more records after those that it has."""
         path = self.path.with_name(f"{self.path.name}.{process}")
         cut_short = path.exists() and not path.read_bytes().endswith(b"\n")
-        file = path.open("a")
+        file = path.open("a", encoding="utf-8")
         file.write("\n" if cut_short else "")
         return file
 

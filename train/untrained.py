@@ -81,10 +81,10 @@ def write_untrained(directory: Path, sizes: dict[str, Any], seed: int = 0) -> Pa
         "additional_special_tokens": list(SPECIAL_TOKENS),
     }
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "chat_template.jinja").write_text(BARE_CHATML)
+    (directory / "chat_template.jinja").write_text(BARE_CHATML, encoding="utf-8")
     files = {"config": raw, "tokenizer_config": settings, "preprocessor_config": sizes["preprocessor"]}
     for name, content in files.items():
-        (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     config = dataclasses.replace(parse_config(raw), param_dtype="bfloat16")
     model = Tarsier(config, nnx.Rngs(seed))
     _scale(model)
