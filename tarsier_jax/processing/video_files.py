@@ -4,6 +4,7 @@ PyAV brings FFmpeg's libraries. Opening a file reads its packets without decodin
 of frames. Reading seeks to the key frame before each wanted frame, and decodes from there.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import struct
@@ -38,7 +39,13 @@ class _MissingFrame(ValueError):
     """A frame of the index that is not decoded."""
 
 
-_ERRORS = (av.error.FFmpegError, ValueError, OSError)
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Raises InputError for what PyAV and this module raise about a file."""
+    try:
+        yield
+    except (av.error.FFmpegError, ValueError, OSError) as e:
+        raise undecodable(str(path), ValueError(getattr(e, "strerror", None) or e)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,35 +71,33 @@ def open_video(path: Path) -> Clip:
     Raises:
         InputError: The file is cut off, damaged, or has no video that FFmpeg decodes.
     """
-    try:
+    with _named_errors(path):
         container, stream = _open(path)
         index = _read_index(path, container, stream)
-    except _ERRORS as e:
-        raise undecodable(str(path), e) from None
-    if not len(index.pts):
-        raise undecodable(str(path), ValueError("no frame"))
+        if not len(index.pts):
+            raise ValueError("no frame can be decoded")
     times = (index.pts - index.pts[0]) * float(stream.time_base or 0)
 
     def decode(indices: Sequence[int]) -> Iterator[Frame]:
         frames = _seek(container, stream, index, indices) if index.reliable else _scan(path, indices)
         count = 0
-        try:
-            for picture in _pictures(frames):
-                count += 1
-                yield picture
-        except _MissingFrame as e:
-            # Where clips were joined, the times of frames may be out of order.
-            if not index.reliable or len(_count_frames(path).pts) != len(index.pts):
-                raise undecodable(str(path), e) from None
-            yield from _pictures(_scan(path, indices[count:]))
-        except _ERRORS as e:
-            raise undecodable(str(path), e) from None
+        with _named_errors(path):
+            try:
+                for picture in _pictures(frames):
+                    count += 1
+                    yield picture
+            except _MissingFrame:
+                # Where clips were joined, the times of frames may be out of order.
+                if not index.reliable or len(_count_frames(path).pts) != len(index.pts):
+                    raise
+                yield from _pictures(_scan(path, indices[count:]))
 
     return Clip(str(path), len(times), _rate(times, stream.average_rate), decode, times)
 
 
 def _open(path: Path) -> tuple[InputContainer, VideoStream]:
-    container = av.open(str(path), metadata_errors="replace")
+    # FFmpeg takes a relative name with a colon for an address.
+    container = av.open(str(path.absolute()), metadata_errors="replace")
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream) and not container.streams.audio:
         raise ValueError("it contains no video stream")

@@ -243,6 +243,15 @@ def test_what_a_failed_download_leaves_is_named(tmp_path: Path, content: bytes, 
         open_clip(path)
 
 
+@pytest.mark.parametrize("name", ["a:b.mp4", "concat:a.mp4", "50% #1?.mp4", "-i.mp4", "caf\udce9.mp4", "日本 語.mp4"])
+def test_names_of_files(
+    source: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(source("h264.mp4", KINDS["h264.mp4"]).read_bytes())
+    assert open_clip(name).length == 100
+
+
 def test_addresses_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"https://example\.com/a\.mp4 is an address.*Download it"):
         open_clip("https://example.com/a.mp4")
