@@ -3,7 +3,6 @@
 import codecs
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import check_local
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".wmv")
 GIF_SUFFIXES = (".gif",)
@@ -64,7 +64,7 @@ def kind_of(path: str | Path) -> str:
     Raises:
         InputError: the ending is none of the accepted ones.
     """
-    _check_local(path)
+    check_local("The file", str(path))
     path = Path(path)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix in VIDEO_SUFFIXES:
@@ -78,7 +78,7 @@ def kind_of(path: str | Path) -> str:
 
 def check_file(path: str | Path) -> None:
     """Raises InputError for a file that is missing or empty."""
-    _check_local(path)
+    check_local("The file", str(path))
     path = Path(path)
     try:
         if path.is_file() and path.stat().st_size > 0:
@@ -87,11 +87,6 @@ def check_file(path: str | Path) -> None:
     except (OSError, ValueError) as e:
         problem = f"cannot be looked up ({e})"
     raise InputError(f"{path} {problem}. Check the path, or copy the file again.")
-
-
-def _check_local(path: str | Path) -> None:
-    if isinstance(path, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-        raise InputError(f"{path} is an address, and only files are read. Download it, and give the file.")
 
 
 def name_content(path: str | Path) -> str | None:

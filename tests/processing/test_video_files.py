@@ -252,6 +252,6 @@ def test_names_of_files(
     assert open_clip(name).length == 100
 
 
-def test_addresses_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"https://example\.com/a\.mp4 is an address.*Download it"):
+def test_urls_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"https://example\.com/a\.mp4 is a URL.*Download it"):
         open_clip("https://example.com/a.mp4")
