@@ -114,7 +114,7 @@ Load = Callable[[Mapping[str, Any], np.random.Generator], Loaded]
 
 
 class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportMissingTypeArgument]
-    """The lines of a JSON lines file in UTF-8, read where they stand; memory holds sixteen bytes a line.
+    """The lines of a JSON lines file in UTF-8, read where they stand; memory has sixteen bytes per line.
 
     Raises:
         InputError: there is no such file, or it has no lines; it has another encoding, or is a JSON array.

@@ -1,5 +1,6 @@
 """The reader of video files against the ffmpeg program, which decodes the same files from their start."""
 
+import struct
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -146,6 +147,46 @@ def test_clips_cut_without_encoding(
     path = tmp_path / f"cut{suffix}"
     ffmpeg("-ss", start, "-i", source(name, KINDS[name], frames=150), "-t", 2.4, "-c", "copy", path)
     length = open_clip(path).length
+    assert_frames(path, list(range(length)), sample_uniform(length, 8))
+
+
+def boxes(content: bytes, path: list[bytes]) -> list[int]:
+    """The offsets of the nested boxes of an MP4 file."""
+    offsets, at, end = [], 0, len(content)
+    while path:
+        size, name = struct.unpack_from(">I4s", content, at)
+        if name == path[0]:
+            offsets, path, at, end = [*offsets, at], path[1:], at + 8, at + size
+        else:
+            at += size
+        assert at <= end
+    return offsets
+
+
+def with_edits(content: bytes, edits: list[tuple[float, float]]) -> bytes:
+    """An MP4 file with other edits: (seconds, where they start), or (seconds, -1) for a pause."""
+    out = bytearray(content)
+    *parents, at = boxes(content, [b"moov", b"trak", b"edts", b"elst"])
+    size, offset = struct.unpack_from(">I", content, at)[0], struct.unpack_from(">i", content, at + 20)[0]
+    rows = [(round(1000 * s), -1 if start < 0 else offset + round(12800 * start), 1, 0) for s, start in edits]
+    table = b"".join(struct.pack(">IiHH", *row) for row in rows)
+    out[at : at + size] = struct.pack(">I4sII", 16 + len(table), b"elst", 0, len(rows)) + table
+    for parent in parents:
+        struct.pack_into(">I", out, parent, struct.unpack_from(">I", content, parent)[0] + 16 + len(table) - size)
+    return bytes(out)
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "h264_open.mp4", "hevc_10_bits.mp4"])
+@pytest.mark.parametrize(
+    "edits",
+    [[(1.5, 1.1)], [(0.7, -1), (2, 0.5)], [(1, 0.3), (1, 2.5)], [(1, 2.1), (1, 0.5)], [(1, 0.52), (1, 0.52)]],
+    ids=["middle", "pause", "two", "exchanged", "twice"],
+)
+def test_edit_lists(source: Callable[..., Path], tmp_path: Path, edits: list[tuple[float, float]], name: str) -> None:
+    path = tmp_path / "edited.mp4"
+    path.write_bytes(with_edits(source(name, KINDS[name]).read_bytes(), edits))
+    length = open_clip(path).length
+    assert 0 < length < 100
     assert_frames(path, list(range(length)), sample_uniform(length, 8))
 
 
