@@ -28,6 +28,6 @@ def test_a_missing_file_is_found_before_the_first_step(tmp_path: Path, monkeypat
 
 
 def test_bad_lines_have_no_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "bad.jsonl").write_text("[]\n{\n")
+    (tmp_path / "bad.jsonl").write_text("3\n{\n")
     state: Any = SimpleNamespace(params={}, frozen={})
     assert make_evaluation(tmp_path / "bad.jsonl", monkeypatch).captions(state) == []

@@ -118,7 +118,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_only_bad_samples(tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text("[]\n" * 3)
+    (tmp_path / "bad.jsonl").write_text("3\n" * 3)
     config = debug_config(**{"data.train": str(tmp_path / "bad.jsonl"), "data.eval": ""})
     with pytest.raises(InputError, match=r"11 of 11 samples.*max_bad_share 0.01.*bad.jsonl line \d: .*no JSON object"):
         train(config, tmp_path / "run", sft_job)
@@ -126,7 +126,7 @@ def test_only_bad_samples(tmp_path: Path) -> None:
 
 def test_held_out_samples_that_cannot_be_used_lose_no_training(tmp_path: Path) -> None:
     clips, bad = write_clips(tmp_path / "clips"), tmp_path / "bad.jsonl"
-    bad.write_text("[]\n" * 200)
+    bad.write_text("3\n" * 200)
     data = {"data.train": str(clips), "data.eval": str(bad), "data.media_root": str(clips.parent)}
     config = debug_config(**data)
     with pytest.raises(InputError, match=r"bad.jsonl line \d"):

@@ -68,7 +68,7 @@ def test_a_file_that_is_no_json(started: Path, content: str) -> None:
 
 def test_every_start_is_recorded(tmp_path: Path) -> None:
     config = default_config()
-    config.steps, config.optimizer.freeze = 40, ("vision/.*",)
+    config.steps, config.optimizer.warmup_steps, config.optimizer.freeze = 40, 2, ("vision/.*",)
     assert record_start(tmp_path, config.to_dict()) == []
     (start,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
     config.update(start["config"])
