@@ -3,9 +3,9 @@
     python -m benchmarks.loading --clips 40 --workers 2          # whole samples and readers, on clips of 360p to 1080p
     python -m benchmarks.loading --large                          # one hour of 1080p, a 4K and an 8K clip
 
-16 frames of each clip. Whole samples: our processor in threads against the original's calls in one thread (decord,
-a resize to the pixel budget, transformers' image processor). Readers, frames as RGB in one thread: ours; decord as this
-project used it before, from the start up to frame 3,000 and by its own seeking beyond; PyAV in the usual way, a seek
+16 frames of each clip. Whole samples: our processor in threads against the original's calls in one thread (decord, a
+resize to the pixel budget, transformers' image processor). Readers, frames as PIL images in one thread: ours; decord as
+this project used it before, from the start up to frame 3,000 and by its own seeking beyond; PyAV in the usual way, a seek
 and decoding forward for each frame. Files are warm, rounds alternate, and medians are shown. With --large, each reader
 runs in a process of its own, whose peak memory is shown.
 """
@@ -55,11 +55,13 @@ def read_decord(path: Path) -> int:
     reader = VideoReader(str(path), ctx=cpu(0), num_threads=1)
     indices = sample_uniform(len(reader), FRAMES)
     if len(reader) > SCANNED:
-        return len(reader.get_batch(indices).asnumpy())
+        return len([Image.fromarray(frame) for frame in reader.get_batch(indices).asnumpy()])
     wanted, count = set(indices), 0
     for i in range(indices[-1] + 1):
         frame = reader.next()
-        count += i in wanted and frame.asnumpy().ndim == 3
+        if i in wanted:
+            Image.fromarray(frame.asnumpy())
+            count += 1
     return count
 
 
@@ -77,7 +79,9 @@ def read_pyav(path: Path) -> int:
             container.seek(pts, stream=stream)
             frames = (frame for frame in container.decode(stream) if frame.pts is not None and frame.pts >= pts)
             frame = next(frames, None)
-            count += frame is not None and frame.to_ndarray(format="rgb24").ndim == 3
+            if frame is not None:
+                frame.to_image()
+                count += 1
         return count
 
 
