@@ -5,9 +5,9 @@
 
 16 frames of each clip. Whole samples: our processor in threads against the original's calls in one thread (decord, a
 resize to the pixel budget, transformers' image processor). Readers, frames as PIL images in one thread: ours; decord as
-this project used it before, from the start up to frame 3,000 and by its own seeking beyond; PyAV in the usual way, a seek
-and decoding forward for each frame. Files are warm, rounds alternate, and medians are shown. With --large, each reader
-runs in a process of its own, whose peak memory is shown.
+this project used it before, from the start up to frame 3,000 and by its own seeking beyond; PyAV in the usual way, a
+seek and decoding forward for each frame. Files are warm, rounds alternate, and medians are shown. With --large, each
+reader runs in a process of its own, whose peak memory is shown.
 """
 
 import argparse
