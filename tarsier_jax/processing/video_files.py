@@ -115,10 +115,12 @@ def _open(path: Path) -> tuple[InputContainer, VideoStream]:
 def _read_index(path: Path, container: InputContainer, stream: VideoStream) -> _Index:
     codec = stream.codec_context
     stamps = [_stamp(packet, codec.name) for packet in container.demux(stream) if packet.size]
-    if not stamps or len(stream.index_entries) > len(stamps) or stamps[-1].corrupt:
+    # A fragmented file, such as a recording that was broken off, states no number of frames.
+    is_cut = not stamps or stamps[-1].corrupt
+    if stream.frames and (len(stream.index_entries) > len(stamps) or (is_cut and stream.frames > len(stamps))):
         raise ValueError("the file ends before its last frame")
     pts = [stamp.pts for stamp in stamps]
-    if None in pts or len(set(pts)) < len(pts) or not stamps[0].key or _has_decoding_times(stamps):
+    if is_cut or None in pts or len(set(pts)) < len(pts) or not stamps[0].key or _has_decoding_times(stamps):
         return _count_frames(path)
     shown, first = sorted(stamp.pts for stamp in stamps if stamp.shown), pts[0]
     if shown[0] < first:

@@ -150,6 +150,26 @@ def test_clips_cut_without_encoding(
     assert_frames(path, list(range(length)), sample_uniform(length, 8))
 
 
+@pytest.mark.parametrize("name", ["h264_fragments.mp4", "hevc.mkv", "h264_live.mkv", "vp9_alt_ref.webm", "wmv2.wmv"])
+def test_recordings_that_were_broken_off(source: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    """They state no number of frames, so the frames that are there are shown."""
+    content = source(name, KINDS[name]).read_bytes()
+    path = tmp_path / name
+    path.write_bytes(content[: len(content) * 2 // 3])
+    length = open_clip(path).length
+    assert 0 < length < 100
+    assert_frames(path, list(range(length)), sample_uniform(length, 8))
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "mpeg4.avi"])
+def test_files_that_state_more_frames_are_refused(source: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    content = source(f"index_first_{name}", (*KINDS[name], "-movflags", "faststart")).read_bytes()
+    path = tmp_path / name
+    path.write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(InputError, match=rf"{name} cannot be decoded.*the file ends before its last frame"):
+        open_clip(path)
+
+
 def boxes(content: bytes, path: list[bytes]) -> list[int]:
     """The offsets of the nested boxes of an MP4 file."""
     offsets, at, end = [], 0, len(content)
