@@ -123,7 +123,7 @@ def _read_index(path: Path, container: InputContainer, stream: VideoStream) -> _
     if is_cut or None in pts or len(set(pts)) < len(pts) or not stamps[0].key or _has_decoding_times(stamps):
         return _count_frames(path)
     shown, first = sorted(stamp.pts for stamp in stamps if stamp.shown), pts[0]
-    if shown[0] < first:
+    if shown and shown[0] < first:
         shown = [*_leading_frames(path, first), *(t for t in shown if t >= first)]
     formats = set(container.format.name.split(","))
     if not formats & _TIMED and not (formats & _CHECKED_FORMATS and _first_frames(path) == shown[:_CHECKED]):
