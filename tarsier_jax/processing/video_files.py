@@ -71,15 +71,15 @@ def open_video(path: Path) -> Clip:
     Raises:
         InputError: The file is cut off, damaged, or has no video that FFmpeg decodes.
     """
-    with _named_errors(path):
-        container, stream = _open(path)
+    with _named_errors(path), _opened(path) as (container, stream):
         index = _read_index(path, container, stream)
         if not len(index.pts):
             raise ValueError("no frame can be decoded")
-    times = (index.pts - index.pts[0]) * float(stream.time_base or 0)
+        times = (index.pts - index.pts[0]) * float(stream.time_base or 0)
+        rate = _rate(times, stream.average_rate)
 
     def decode(indices: Sequence[int]) -> Iterator[Frame]:
-        frames = _seek(container, stream, index, indices) if index.reliable else _scan(path, indices)
+        frames = _seek(path, index, indices) if index.reliable else _scan(path, indices)
         count = 0
         with _named_errors(path):
             try:
@@ -92,24 +92,25 @@ def open_video(path: Path) -> Clip:
                     raise
                 yield from _pictures(_scan(path, indices[count:]))
 
-    return Clip(str(path), len(times), _rate(times, stream.average_rate), decode, times)
+    return Clip(str(path), len(times), rate, decode, times)
 
 
-def _open(path: Path) -> tuple[InputContainer, VideoStream]:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     # FFmpeg takes a relative name with a colon for an address.
-    container = av.open(str(path.absolute()), metadata_errors="replace")
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream) and not container.streams.audio:
-        raise ValueError("it contains no video stream")
-    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:  # of an album
-        raise InputError(f"{path} cannot be decoded: it contains sound only. Choose another file.")
-    if stream.codec_context is None:
-        raise InputError(
-            f"{path} cannot be decoded: FFmpeg has no decoder for its codec. Convert it, for example with "
-            "`ffmpeg -i in.mp4 -c:v libx264 out.mp4` on a machine that plays it."
-        )
-    stream.codec_context.thread_count = 1  # several clips are decoded at once, each in a thread
-    return container, stream
+    with av.open(str(path.absolute()), metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream) and not container.streams.audio:
+            raise ValueError("it contains no video stream")
+        if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:  # of an album
+            raise InputError(f"{path} cannot be decoded: it contains sound only. Choose another file.")
+        if stream.codec_context is None:
+            raise InputError(
+                f"{path} cannot be decoded: FFmpeg has no decoder for its codec. Convert it, for example with "
+                "`ffmpeg -i in.mp4 -c:v libx264 out.mp4` on a machine that plays it."
+            )
+        stream.codec_context.thread_count = 1  # several clips are decoded at once, each in a thread
+        yield container, stream
 
 
 def _read_index(path: Path, container: InputContainer, stream: VideoStream) -> _Index:
@@ -182,8 +183,8 @@ def _is_hidden(packet: Packet, codec: str) -> bool:
 
 def _decode_file(path: Path) -> Iterator[VideoFrame]:
     """All frames of a file, from its start."""
-    container, stream = _open(path)
-    return _decode(container.demux(stream))
+    with _opened(path) as (container, stream):
+        yield from _decode(container.demux(stream))
 
 
 def _leading_frames(path: Path, first: int) -> list[int]:
@@ -205,11 +206,11 @@ def _first_frames(path: Path) -> list[int | None]:
 
 def _count_frames(path: Path) -> _Index:
     """The index of a file whose packets do not tell its frames: all of it is decoded."""
-    container, stream = _open(path)
-    pts = [frame.pts for frame in _decode(container.demux(stream))]
+    with _opened(path) as (container, stream):
+        pts = [frame.pts for frame in _decode(container.demux(stream))]
+        interval = 1 / ((stream.average_rate or 25) * (stream.time_base or Fraction(1)))
     times = sorted(t for t in pts if t is not None)  # in AVI, they are in the order of decoding
     if len(set(times)) < len(pts):
-        interval = 1 / ((stream.average_rate or 25) * (stream.time_base or Fraction(1)))
         times = [round(i * interval) for i in range(len(pts))]
     none = np.zeros(0, np.int64)
     return _Index(np.array(times, np.int64), none, none, False)
@@ -225,14 +226,14 @@ def _scan(path: Path, indices: Sequence[int]) -> Iterator[VideoFrame]:
         yield frame
 
 
-def _seek(
-    container: InputContainer, stream: VideoStream, index: _Index, indices: Sequence[int]
-) -> Iterator[VideoFrame]:
+def _seek(path: Path, index: _Index, indices: Sequence[int]) -> Iterator[VideoFrame]:
     """Decodes from the key frame before each of `indices`, which increase strictly."""
     wanted = index.pts[list(indices)]
     keys = np.maximum(np.searchsorted(index.key_pts, wanted, side="right") - 1, 0)
-    for key, group in itertools.groupby(zip(keys.tolist(), wanted.tolist(), strict=True), key=lambda pair: pair[0]):
-        yield from _decode_group(container, stream, index, key, [pts for _, pts in group])
+    pairs = zip(keys.tolist(), wanted.tolist(), strict=True)
+    with _opened(path) as (container, stream):
+        for key, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+            yield from _decode_group(container, stream, index, key, [pts for _, pts in group])
 
 
 def _decode_group(

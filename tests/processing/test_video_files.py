@@ -111,6 +111,15 @@ def test_frames_are_those_of_ffmpeg(source: Callable[..., Path], name: str) -> N
     assert open_clip(path).rate == 25.0
 
 
+def test_readings_of_one_clip_do_not_disturb_each_other(source: Callable[..., Path]) -> None:
+    clip = open_clip(source("h264_open.mp4", OPEN_GOP))
+    first, second = [0, 40, 80], [10, 35, 99]
+    alone = [*clip.read(first), *clip.read(second)]
+    together = list(zip(clip.read(first), clip.read(second), strict=True))
+    for picture, expected in zip([a for a, _ in together] + [b for _, b in together], alone, strict=True):
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
+
+
 @pytest.mark.parametrize("name", ["h264_open.mp4", "hevc.mkv", "mpeg4.mp4", "mpeg4.avi", "mpeg2.mkv", "wmv2.wmv"])
 def test_long_clips(source: Callable[..., Path], name: str) -> None:
     assert_frames(source(name, KINDS[name], frames=3100), sample_uniform(3100, 16), [1, 500, 3098])
