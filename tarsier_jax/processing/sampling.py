@@ -12,6 +12,7 @@ import numpy as np
 from tarsier_jax.errors import InputError
 
 SAMPLERS = ("v1", "v2")
+_BOUNDS = ("start_time", "start_frame", "end_time", "end_frame")
 _TICK = 1e-6  # seconds by which timestamps are rounded
 
 
@@ -99,6 +100,7 @@ def select_frames(
     given = [key for key in ("frame_indices", "time_indices", "fps") if item.get(key) is not None]
     if len(given) > 1:
         raise InputError(f"{name}: {' and '.join(given)} are both given. Keep one of them.")
+    _check_bounds(item, name)
     if rate is None and any(item.get(key) is not None for key in ("time_indices", "fps", "start_time", "end_time")):
         raise InputError(
             f"{name} has no frame rate, so that times and fps mean nothing. Use frame_indices, start_frame, end_frame."
@@ -108,12 +110,13 @@ def select_frames(
     if _listed(item):
         listed = item.get("frame_indices")
         indices = [_frame_at(s, rate, times) for s in item["time_indices"]] if listed is None else listed
-        return _check_listed([int(i) for i in indices], length, name)
+        return _check_listed(list(indices), length, f"{name} ({given[0]} {str(item[given[0]])[:60]})")
     start, end = _bounds(item, length, rate, times)
     span = end - start + 1
     if not 0 <= start < length or span < 1:
         raise InputError(
-            f"{name} has frames 0 to {length - 1}, but {start} to {end} are asked for. Mend the start and end."
+            f"{name} has frames 0 to {length - 1}, but {start} to {end} are asked for ({_window(item)}). "
+            "Mend the start and end."
         )
     if item.get("fps") is not None:
         every = _every(start, end, item["fps"], rate or 0, times)
@@ -121,6 +124,20 @@ def select_frames(
             return every
     sampled = sample_uniform(span, n) if sampler == "v1" else sample_segments(span, n, rng)
     return [start + i for i in sampled]
+
+
+def _check_bounds(item: Mapping[str, Any], name: str) -> None:
+    """Raises InputError for bounds that would be ignored."""
+    bounds = [key for key in _BOUNDS if item.get(key) is not None]
+    for side in ("start", "end"):
+        if {f"{side}_time", f"{side}_frame"} <= set(bounds):
+            raise InputError(f"{name}: {side}_time and {side}_frame are both given. Keep one of them.")
+    if bounds and _listed(item):
+        raise InputError(f"{name}: {bounds[0]} has no meaning where single frames are listed. Leave it out.")
+
+
+def _window(item: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {item[key]}" for key in _BOUNDS if item.get(key) is not None)
 
 
 def _listed(video: Mapping[str, Any]) -> bool:
@@ -143,7 +160,7 @@ def _is_constant(times: np.ndarray, rate: float) -> bool:
 
 def _frame_at(seconds: float, rate: float | None, times: np.ndarray | None) -> int:
     """The index of the frame at a time. Past the last frame, it counts on at the clip's rate."""
-    if times is None:
+    if times is None or seconds < 0:
         return round(float(seconds) * (rate or 0))
     if seconds > times[-1]:
         return len(times) - 1 + round((float(seconds) - float(times[-1])) * (rate or 0))
@@ -169,9 +186,10 @@ def _bounds(item: Mapping[str, Any], length: int, rate: float | None, times: np.
     return bound("start", 0), min(bound("end", length - 1), length - 1)
 
 
-def _check_listed(indices: list[int], length: int, name: str) -> list[int]:
-    if indices and indices[-1] == length:  # a time equal to the duration means the last frame
-        indices = [*indices[:-1], length - 1]
+def _check_listed(listed: list[Any], length: int, name: str) -> list[int]:
+    if any(i != int(i) for i in listed):
+        raise InputError(f"{name}: frame_indices are whole numbers. Mend them, or give seconds as time_indices.")
+    indices = [length - 1 if i == length else int(i) for i in listed]  # the duration means the last frame
     outside = [i for i in indices if not 0 <= i < length]
     if outside or not indices:
         raise InputError(

@@ -7,6 +7,7 @@ of frames. Reading seeks to the key frame before each wanted frame, and decodes 
 import contextlib
 import dataclasses
 import itertools
+import math
 import struct
 from collections.abc import Container, Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -32,6 +33,7 @@ from tarsier_jax.processing.clip import Clip, Frame, undecodable
 _TIMED = {"mov", "matroska"}  # formats that store the presentation time of each frame
 _CHECKED_FORMATS = {"avi", "asf", "mpegts"}  # formats whose times may be wrong
 _CHECKED = 64  # frames that are decoded to find out
+_REPORTING = {"h264", "hevc", "vp9", "libdav1d", "mpeg2video"}  # decoders that show no frame without its references
 _MOST_IN_ORDER = 32  # frames that refer to later ones, one after the other: these are decoded when they are shown
 
 
@@ -39,12 +41,15 @@ class _MissingFrame(ValueError):
     """A frame of the index that is not decoded."""
 
 
+_ERRORS = (av.error.FFmpegError, ValueError, OSError)
+
+
 @contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """Raises InputError for what PyAV and this module raise about a file."""
+def _named_errors(path: Path, errors: tuple[type[Exception], ...] = _ERRORS) -> Iterator[None]:
+    """Raises InputError for the errors that PyAV and this module raise about a file."""
     try:
         yield
-    except (av.error.FFmpegError, ValueError, OSError) as e:
+    except errors as e:  # an argument, as readings that were abandoned end after the module at exit
         raise undecodable(str(path), ValueError(getattr(e, "strerror", None) or e)) from None
 
 
@@ -123,12 +128,16 @@ def _read_index(path: Path, container: InputContainer, stream: VideoStream) -> _
     pts = [stamp.pts for stamp in stamps]
     if is_cut or None in pts or len(set(pts)) < len(pts) or not stamps[0].key or _has_decoding_times(stamps):
         return _count_frames(path)
+    if codec.pix_fmt == "pal8":  # a palette may come with the first frame alone
+        return _count_frames(path)
     shown, first = sorted(stamp.pts for stamp in stamps if stamp.shown), pts[0]
     if shown and shown[0] < first:
         shown = [*_leading_frames(path, first), *(t for t in shown if t >= first)]
     formats = set(container.format.name.split(","))
     if not formats & _TIMED and not (formats & _CHECKED_FORMATS and _first_frames(path) == shown[:_CHECKED]):
         return _count_frames(path)
+    if all(stamp.key for stamp in stamps) and not codec.codec.intra_only and codec.name not in _REPORTING:
+        stamps = stamps[:1]  # the container marks no key frames
     keys = sorted((s.pts, s.pts if s.dts is None else min(s.pts, s.dts)) for s in stamps if s.key)
     key_pts, key_seek = np.array(keys, np.int64).T
     return _Index(np.array(shown, np.int64), key_pts, key_seek, True)
@@ -178,7 +187,8 @@ def _is_hidden(packet: Packet, codec: str) -> bool:
     if codec == "vp8":
         return not data[0] & 0b1_0000
     superframe = data[-1] & 0b1110_0000 == 0b1100_0000  # it contains a frame that is shown
-    return not superframe and not data[0] & 0b1010  # show_existing_frame, show_frame
+    profile_3 = data[0] & 0b0011_0000 == 0b0011_0000  # a reserved bit follows the profile
+    return not superframe and not data[0] & (0b0101 if profile_3 else 0b1010)  # show_existing_frame, show_frame
 
 
 def _decode_file(path: Path) -> Iterator[VideoFrame]:
@@ -306,11 +316,13 @@ def _decode(packets: Iterable[Packet]) -> Iterator[VideoFrame]:
 
 def _pictures(frames: Iterable[VideoFrame]) -> Iterator[Frame]:
     """Frames as RGB, converted as the ffmpeg program converts them, turned as their display matrix says."""
-    graph, layout, turns = Graph(), None, list[Transpose]()
+    graph, layout, size, turns = Graph(), None, (0, 0), list[Transpose]()
     for frame in frames:
-        if layout != (frame.format.name, frame.width, frame.height):
-            graph, layout = _rgb_graph(frame), (frame.format.name, frame.width, frame.height)
+        if layout is None:
+            size = frame.width, frame.height
             turns = _turns(frame)  # once, as PyAV frees a frame whose side data was read with the next garbage only
+        if layout != (frame.format.name, frame.width, frame.height):
+            graph, layout = _rgb_graph(frame, *size), (frame.format.name, frame.width, frame.height)
         graph.push(frame)
         picture = _picture(graph.pull())
         for turn in turns:
@@ -318,12 +330,17 @@ def _pictures(frames: Iterable[VideoFrame]) -> Iterator[Frame]:
         yield picture
 
 
-def _rgb_graph(frame: VideoFrame) -> Graph:
-    """The filters of the ffmpeg program for RGB output. PyAV's `reformat` converts more than 8 bits in another way."""
+def _rgb_graph(frame: VideoFrame, width: int, height: int) -> Graph:
+    """The filters of the ffmpeg program for RGB output, of the size of the first frame.
+
+    PyAV's `reformat` converts more than 8 bits in another way.
+    """
     graph = Graph()
     graph.threads = 1
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    graph.link_nodes(source, graph.add("scale"), graph.add("format", "rgb24"), graph.add("buffersink"))
+    graph.link_nodes(
+        source, graph.add("scale", f"{width}:{height}"), graph.add("format", "rgb24"), graph.add("buffersink")
+    )
     graph.configure()
     return graph
 
@@ -340,15 +357,25 @@ def _turns(frame: VideoFrame) -> list[Transpose]:
 
     Other angles are rounded to quarter turns.
     """
-    side_data: Any = frame.side_data
-    matrix = next((m for m in side_data if m.type.name == "DISPLAYMATRIX"), None)
-    if matrix is None:
-        return []
-    a, b, _, c, d, *_ = struct.unpack("<9i", bytes(matrix))
+    a, b, c, d = _display_matrix(frame)
     turned = abs(b) > abs(a)
     x, y = (c, b) if turned else (a, d)
     turns = {Transpose.TRANSPOSE: turned, Transpose.FLIP_LEFT_RIGHT: x < 0, Transpose.FLIP_TOP_BOTTOM: y < 0}
     return [turn for turn, is_needed in turns.items() if is_needed]
+
+
+def _display_matrix(frame: VideoFrame) -> tuple[float, float, float, float]:
+    side_data: Any
+    try:
+        side_data = frame.side_data
+        matrix = next((m for m in side_data if m.type.name == "DISPLAYMATRIX"), None)
+    except ValueError:  # a kind of side data that PyAV does not name, such as Exif; the rotation alone is at hand
+        angle = math.radians(frame.rotation)
+        return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
+    if matrix is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d, *_ = struct.unpack("<9i", bytes(matrix))
+    return a, b, c, d
 
 
 def _rate(times: np.ndarray, average: Fraction | None) -> float | None:

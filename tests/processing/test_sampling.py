@@ -40,7 +40,7 @@ def test_a_video_that_would_get_no_frame_is_an_error() -> None:
     [
         ({}, [0, 33, 66, 99]),
         ({"frame_indices": [5, 5, 2]}, [5, 5, 2]),
-        ({"frame_indices": [0, 100]}, [0, 99]),
+        ({"frame_indices": [100, 100, 0]}, [99, 99, 0]),  # the frame at the duration is the last one
         ({"time_indices": [0, 1.24, 10]}, [0, 12, 99]),
         ({"start_frame": 10, "end_frame": 19}, [10, 13, 16, 19]),
         ({"start_frame": 10}, [10, 40, 69, 99]),
@@ -88,11 +88,18 @@ def test_select_frames_by_the_second_sampler() -> None:
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"frame_indices": [3, 120]}, r"a.mp4 has frames 0 to 99, but \[120\] are asked for"),
+        (
+            {"frame_indices": [3, 120]},
+            r"a.mp4 \(frame_indices \[3, 120\]\) has frames 0 to 99, but \[120\] are asked for",
+        ),
         ({"frame_indices": [-1]}, r"\[-1\]"),
         ({"frame_indices": []}, "none are asked for"),
         ({"time_indices": [11.0, 12.0]}, r"\[110, 120\]"),
         ({"start_frame": 100}, "Mend the start and end"),
+        ({"start_time": 12.5}, r"125 to 99 are asked for \(start_time 12.5\)"),
+        ({"start_time": 1, "start_frame": 2}, "start_time and start_frame are both given"),
+        ({"time_indices": [1], "end_time": 2}, "end_time has no meaning where single frames are listed"),
+        ({"frame_indices": [1.5]}, "frame_indices are whole numbers"),
         ({"start_frame": 9, "end_frame": 3}, "9 to 3"),
         ({"frame_indices": [1], "fps": 2}, "frame_indices and fps are both given"),
     ],

@@ -9,6 +9,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 from av import Packet, VideoFrame
+from PIL import Image
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing import video_files
@@ -64,6 +65,9 @@ KINDS = {
         "-cpu-used",
         "8",
     ),
+    "vp9_profile_3.webm": ("-c:v", "libvpx-vp9", "-pix_fmt", "yuv444p12le", "-g", "20", "-cpu-used", "8"),
+    "palette.avi": ("-pix_fmt", "pal8", "-c:v", "rawvideo"),
+    "all_marked_as_key.mov": ("-c:v", "rpza"),
     "mjpeg.avi": ("-c:v", "mjpeg"),
     "prores.mov": ("-c:v", "prores_ks"),
 }
@@ -157,6 +161,24 @@ def test_clips_cut_without_encoding(
     ffmpeg("-ss", start, "-i", source(name, KINDS[name], frames=150), "-t", 2.4, "-c", "copy", path)
     length = open_clip(path).length
     assert_frames(path, list(range(length)), sample_uniform(length, 8))
+
+
+def test_frames_of_other_sizes_are_scaled_to_the_first(source: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "sizes.mp4"
+    larger = source("larger.mp4", (*KINDS["h264_transport.mp4"], "-vf", "scale=128:96"))
+    path.write_bytes(source("h264_transport.mp4", KINDS["h264_transport.mp4"]).read_bytes() + larger.read_bytes())
+    assert {picture.size for picture in open_clip(path).read([0, 99, 100, 199])} == {(96, 64)}
+    assert_frames(path, [0, 99, 100, 150, 199])
+
+
+def test_photos_with_exif_as_frames(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(4):
+        Image.new("RGB", (96, 64), (60 * i, 0, 0)).save(tmp_path / f"{i}.jpg", exif=exif)
+    path = tmp_path / "photos.mkv"
+    ffmpeg("-i", tmp_path / "%d.jpg", "-c", "copy", path)
+    assert_frames(path, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("name", ["h264_fragments.mp4", "hevc.mkv", "h264_live.mkv", "vp9_alt_ref.webm", "wmv2.wmv"])
