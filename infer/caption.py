@@ -10,12 +10,14 @@ own, OUT.00000-of-00004.jsonl and so on. Or start one with --ray ADDRESS. See do
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -83,14 +85,39 @@ def caption_missing(items: Sequence[Item], job: Job, output: Path, args: argpars
     # Files are known by their names, as others may have come; lines of a list by their index too.
     fields = ("idx", "input") if is_list(args.input) else ("input",)
     former = [] if args.overwrite else list(finished_lines(lines))
-    done = {json.dumps([line.get(field) for field in fields]) for line in former}
     failed = sum("error" in line for line in former)
-    todo = [item for item in items if json.dumps([getattr(item, field) for field in fields]) not in done]
+    todo = missing_items(items, former, fields, args.prompt)
     _log(f"{len(items)} clips, {len(items) - len(todo)} of them done before, into {output}")
     if todo:
         caption = caption_on_ray if args.ray else caption_here
         failed += caption(todo, job, lines, args)
     return failed
+
+
+def missing_items(
+    items: Sequence[Item], former: Sequence[Mapping[str, Any]], fields: Sequence[str], prompt: str
+) -> list[Item]:
+    """The items that have no line among `former`, where lines are known by `fields`.
+
+    Items may share these, such as questions about one video. Their prompts distinguish them then, and each line counts
+    for one of them; a line without a prompt, such as an error, counts for any of them.
+    """
+
+    def known_by(content: Mapping[str, Any]) -> str:
+        return json.dumps([content.get(field) for field in fields])
+
+    lines = collections.Counter((known_by(line), json.dumps(line.get("prompt"))) for line in former)
+    names, repeated = {name for name, _ in lines}, collections.Counter(known_by(vars(item)) for item in items)
+    missing = []
+    for item in items:
+        name = known_by(vars(item))
+        choices = [(name, json.dumps(item.line.get("prompt") or prompt)), (name, "null")]
+        line = next((choice for choice in choices if lines[choice] > 0), None)
+        if repeated[name] > 1 and line is not None:
+            lines[line] -= 1
+        elif repeated[name] > 1 or name not in names:
+            missing.append(item)
+    return missing
 
 
 def caption_here(todo: Sequence[Item], job: Job, lines: Path, args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import glob
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,13 +29,14 @@ class Item:
     """One clip to caption.
 
     number: its place in the list.  idx: of the line itself, else the number.  input: the file's name, or where the
-    line stands.  line: what the list says about it; empty for a file.
+    line stands.  line: what the list says about it; empty for a file.  problem: the reason why the line is no use.
     """
 
     number: int
     idx: Any
     input: str
     line: Mapping[str, Any]
+    problem: str = ""
 
     @property
     def is_annotation(self) -> bool:
@@ -46,8 +48,8 @@ class Item:
         Raises:
             InputError: the line is no use, or the file's name has no accepted ending.
         """
-        if "error" in self.line:
-            raise InputError(self.line["error"])
+        if self.problem:
+            raise InputError(self.problem)
         if self.is_annotation:
             return open_answer(self.line)
         for key in _ANNOTATION_KEYS:
@@ -74,8 +76,9 @@ def open_answer(line: Mapping[str, Any]) -> dict[str, Any]:
     items = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if last.get("role") != "assistant" or not isinstance(items, list) or not all(isinstance(x, Mapping) for x in items):
         return line
-    if items and "reference" not in items[-1]:
-        items = [*items[:-1], {**items[-1], "text": "", "reference": items[-1].get("text", "")}]
+    if items and not any("reference" in item for item in items):
+        texts = [item.get("text") or "" for item in items]
+        items = [{**items[-1], "type": "text", "text": "", "reference": "".join(map(str, texts))}]
     return {**line, "messages": [*messages[:-1], {**last, "content": items}]}
 
 
@@ -101,7 +104,9 @@ def find_items(source: str) -> list[Item]:
     path = Path(source)
     if is_list(source):
         return list(_read_list(path))
-    matches = [source] if path.exists() or not glob.has_magic(source) else sorted(glob.glob(source, recursive=True))
+    matches = (
+        [source] if os.path.exists(path) or not glob.has_magic(source) else sorted(glob.glob(source, recursive=True))
+    )
     paths = find_media(matches)
     if not paths:
         raise InputError(f"Nothing matches {source}. Check the pattern, and put it in quotes.")
@@ -125,7 +130,7 @@ def find_media(sources: Iterable[str]) -> list[Path]:
 
 
 def is_list(source: str) -> bool:
-    return Path(source).suffix.lower() in _LISTS and not Path(source).is_dir()
+    return Path(source).suffix.lower() in _LISTS and not os.path.isdir(source)
 
 
 def _read_list(path: Path) -> Iterator[Item]:
@@ -145,13 +150,12 @@ def _item(path: Path, number: int, line: Any) -> Item:
     try:
         line = _unpacked(line, place) if isinstance(line, Mapping) else parse_json(line, place)
     except InputError as e:
-        return Item(number, number, place, {"error": f"{e} Each line is an object or a path in quotes."})
+        return Item(number, number, place, {}, f"{e} Each line is an object or a path in quotes.")
     if isinstance(line, str):
         return Item(number, number, line, {"input": line})
     source = line.get("input") if isinstance(line, Mapping) else None
     if not isinstance(line, Mapping) or not (is_conversation(line) or isinstance(source, str)):
-        line = {"error": f'{place} has neither "messages" nor "input". Give one of them.'}
-        return Item(number, number, place, line)
+        return Item(number, number, place, {}, f'{place} has neither "messages" nor "input". Give one of them.')
     idx = json.loads(to_json(line.get("idx")))  # as a line of the output has it
     return Item(number, number if idx is None else idx, source if isinstance(source, str) and source else place, line)
 

@@ -33,11 +33,13 @@ def finished_lines(path: Path) -> Iterator[dict[str, Any]]:
                 break
             try:
                 content = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
+                content = None
+            if not isinstance(content, dict):
                 raise InputError(
-                    f"{path} line {number} is no JSON, so that the run cannot go on there. Choose another --output, or "
-                    "begin anew with --overwrite."
-                ) from None
+                    f"{path} line {number} is no line of a former run, so that the run cannot go on there. Choose "
+                    "another --output, or begin anew with --overwrite."
+                )
             whole += len(line)
             yield content
         file.truncate(whole)

@@ -14,6 +14,7 @@ from pathlib import Path
 from tarsier_jax.errors import InputError
 
 _SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_SHOWN = 200  # characters of a URL that an error shows
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}  # from some network file systems
 
 
@@ -29,8 +30,12 @@ def check_local(name: str, text: str) -> str:
     """
     if not text.strip():
         raise InputError(f"{name} is empty. Give a path.")
+    if text.startswith("data:"):
+        raise InputError(f"{name} is a data URL, which is not read. Write its content to a file, and give the path.")
     if scheme := _SCHEME.match(text):
-        raise InputError(f"{name} {text} is a URL; only local paths are supported. {_remedy(scheme[1].lower())}")
+        raise InputError(
+            f"{name} {text[:_SHOWN]} is a URL; only local paths are supported. {_remedy(scheme[1].lower())}"
+        )
     return os.path.expanduser(text)
 
 

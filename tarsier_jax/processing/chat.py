@@ -167,6 +167,7 @@ def encode_messages(
     for start, end in _trained_spans(spans, messages):
         inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
         labels[inside] = input_ids[inside]
+    labels[np.isin(input_ids, list(placeholder_ids))] = -100  # no model predicts what it is shown
     counts = [item["num_vision_tokens"] for item in _items(messages) if item["type"] != "text"]
     repeats = _repeats(input_ids, counts, placeholder_ids)
     return np.repeat(input_ids, repeats), np.repeat(labels, repeats)

@@ -3,6 +3,7 @@
 import codecs
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ ACCEPTED = (
     f"Videos end in {' '.join(VIDEO_SUFFIXES)}, animations in {' '.join(GIF_SUFFIXES)}, "
     f"images in {' '.join(IMAGE_SUFFIXES)}; upper case will do."
 )
+
+_NAME = 1000  # characters of a name that an error shows
 
 Frame = Image.Image
 Decoder = Callable[[Sequence[int]], Iterator[Frame]]  # takes strictly increasing indices
@@ -67,7 +70,7 @@ def kind_of(path: str | Path) -> str:
     check_local("The file", str(path))
     path = Path(path)
     suffix = path.suffix.lower()
-    if path.is_dir() or suffix in VIDEO_SUFFIXES:
+    if os.path.isdir(path) or suffix in VIDEO_SUFFIXES:
         return "video"
     if suffix in GIF_SUFFIXES:
         return "gif"
@@ -85,8 +88,8 @@ def check_file(path: str | Path) -> None:
             return
         problem = "is empty" if path.is_file() else "does not exist" if not path.exists() else "is no file"
     except (OSError, ValueError) as e:
-        problem = f"cannot be looked up ({e})"
-    raise InputError(f"{path} {problem}. Check the path, or copy the file again.")
+        problem = f"cannot be looked up ({getattr(e, 'strerror', None) or e})"
+    raise InputError(f"{str(path)[:_NAME]} {problem}. Check the path, or copy the file again.")
 
 
 def name_content(path: str | Path) -> str | None:

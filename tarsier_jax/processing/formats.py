@@ -17,11 +17,22 @@ _LISTS = ("video", "videos", "image", "images")
 _SOURCES = ("video_file", "image_file", "frames")
 _SOUNDS = ("audio", "audios")
 # Keys that would name a medium beside messages, if any program read them there.
-_LOOSE = ("video_file", "image_file", "video_path", "image_path", "video_url", "image_url", "frames")
+_LOOSE = (
+    *("video_file", "image_file", "video_path", "image_path", "video_url", "image_url", "frames", "media"),
+    *("video_paths", "image_paths", "video_list", "image_list"),
+)
+# Keys that would choose frames or sizes, if any program read them beside a list of files.
+_CHOICES = (
+    *("video_start", "video_end", "start_time", "end_time", "start_frame", "end_frame", "fps", "nframes"),
+    *("frame_indices", "time_indices", "max_pixels", "min_pixels", "total_pixels"),
+)
 _ALIASES = {"video_start": "start_time", "video_end": "end_time"}
 _PIXELS = ("max_pixels", "min_pixels")
 _URLS = {"video_url": "video", "image_url": "image"}
-_REMEDY = 'Videos and images beside the messages are "videos" and "images"; sounds are not supported.'
+_REMEDY = (
+    'Videos and images beside the messages are "videos" and "images", each a path or an object with the keys of an '
+    "item; sounds are not supported."
+)
 # Keys of an item of the annotation format that say nothing about its image or video.
 _ITEM_KEYS = ("type", "text", "reference", "chosen", "rejected", "num_vision_tokens")
 # A line break around a placeholder separates it from the text; the prompts that the models were trained on have none.
@@ -55,7 +66,9 @@ def normalize_sample(sample: Mapping[str, Any]) -> Mapping[str, Any]:
     turns = [_read_turn(message, f"messages[{i}]") for i, message in enumerate(sample["messages"])]
     messages = _fill(turns, {kind: _listed(sample, kind) for kind in _MEDIA}, _name(sample))
     visuals = list(_visuals(messages))
-    unused = [key for key in (*_SOUNDS, *(() if visuals else _LOOSE)) if _has(sample, key)]
+    listed = any(_has(sample, key) for key in _LISTS)
+    unread = (*_SOUNDS, *(() if visuals else _LOOSE), *(_CHOICES if listed else ()))
+    unused = [key for key in unread if _has(sample, key)]
     if unused:
         raise InputError(f'{_name(sample)} has "{unused[0]}" beside its messages, which is not read. {_REMEDY}')
     kept = {key: value for key, value in sample.items() if key not in _LISTS}
@@ -91,9 +104,9 @@ def _with_preference(sample: dict[str, Any]) -> dict[str, Any]:
     for key in ("rejected_messages", "rejected_images", "rejected_videos"):
         if _has(sample, key):
             raise InputError(f'{_name(sample)} has "{key}". Give the rejected answer alone, as "rejected_response".')
-    messages, text = list(sample["messages"]), ""
+    messages, text, origin = list(sample["messages"]), "", sample.get("chosen")
     if sample.get("rejected_response") is not None:
-        last = messages.pop()
+        origin = last = messages.pop()
         text = _answer_text(last) if _role(last) == "assistant" else None
         pair = {"chosen": text, "rejected": sample["rejected_response"]}
     elif sample.get("chosen") is not None and sample.get("rejected") is not None:
@@ -106,7 +119,8 @@ def _with_preference(sample: dict[str, Any]) -> dict[str, Any]:
             'the question, and "chosen" and "rejected" as one text or one message each; or all messages, and '
             '"rejected_response" as one text.'
         )
-    answer = {"role": "assistant", "content": [{"type": "text", "text": text, **pair}]}
+    masks = {key: origin[key] for key in ("loss", "train", "weight") if isinstance(origin, Mapping) and key in origin}
+    answer = {**masks, "role": "assistant", "content": [{"type": "text", "text": text, **pair}]}
     kept = {key: value for key, value in sample.items() if key not in ("chosen", "rejected", "rejected_response")}
     return {**kept, "messages": [*messages, answer]}
 
@@ -135,7 +149,7 @@ def _read_turn(message: Any, where: str) -> Any:
     """A message with the keys of the annotation format; what is no message stays for `read_messages`."""
     if not isinstance(message, Mapping):
         return message
-    for key in (*_LISTS, *_SOUNDS):
+    for key in (*_LISTS, *_SOUNDS, *_LOOSE):
         if _has(message, key):
             raise InputError(f'{where} has "{key}" beside its content, which is not read. {_REMEDY}')
     content = _first(message, "content", "value")
@@ -157,10 +171,12 @@ def _read_item(item: Any, where: str) -> Any:
         return item
     kind = _URLS.get(item["type"], item["type"])
     if kind not in _MEDIA:
-        lost = [key for key in (*_MEDIA, *_URLS) if _has(item, key)]
+        lost = [key for key in (*_MEDIA, *_LOOSE) if _has(item, key)]
         if kind == "text" and lost:
             raise InputError(f'{where} has the type text, and "{lost[0]}" too. Make two items of it.')
         return item
+    if _has(item, "text"):
+        raise InputError(f"{where} has the type {item['type']}, and a text too. Make two items of it.")
     given = {key: value for key, value in item.items() if value is not None and key not in _ITEM_KEYS}
     value = given.pop(item["type"], None)
     if not isinstance(value, Mapping):

@@ -63,7 +63,7 @@ def read_lines(path: Path) -> Iterator[str]:
     lines = [line for line in text.split("\n") if line.removeprefix(_BOM).strip()]
     whole = _whole_value(text) if lines and not _is_whole_line(lines[0]) else None
     if whole is not None:
-        lines = [to_json(value) for value in (whole if isinstance(whole, list) else [whole])]
+        lines = [json.dumps(value) for value in (whole if isinstance(whole, list) else [whole])]  # NaN stays NaN
     yield from lines
 
 

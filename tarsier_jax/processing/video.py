@@ -4,6 +4,7 @@ Every reader gives frames one by one, so that a clip of many large frames is nev
 """
 
 import collections
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def find_inputs(path: str | Path, skipped: collections.Counter[str] | None = Non
         InputError: there is no such path, no media file in the directory, or the file's ending is not accepted.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         accepted = VIDEO_SUFFIXES + GIF_SUFFIXES + IMAGE_SUFFIXES
         entries = [p for p in path.rglob("*") if not p.name.startswith(".")]
         files = [p for p in entries if p.suffix.lower() in accepted]
@@ -64,7 +65,7 @@ def open_clip(source: str | Path | Sequence[Any] | np.ndarray) -> Clip:
     if not isinstance(source, str | Path):
         raise InputError(f"{source!r} is no clip. Give a path, or a list of frames.")
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _open_frames(_frame_files(path), str(path))
     check_file(source)
     return open_video(path) if kind_of(path) == "video" else open_picture(path)

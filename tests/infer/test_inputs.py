@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from infer.caption import missing_items
 from infer.engine import Refusal
 from infer.inputs import Item, find_items, find_media, open_answer, with_prediction
 from infer.loading import LoadReport, load_requests
 from infer.outputs import LineWriter, finished_lines, write_parquet
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.sample import open_visuals, read_messages
 from tests.infer.conftest import write_gif
 
 SWIFT = {"messages": [{"role": "user", "content": "<video>Describe."}], "videos": ["a.mp4"], "idx": 3}
@@ -102,6 +104,50 @@ def test_the_answer_of_a_conversation_is_its_reference() -> None:
 def test_a_malformed_answer_stays_for_its_reader(content: Any) -> None:
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": content}]
     assert open_answer({"messages": messages})["messages"] == messages
+
+
+def test_an_answer_of_several_items_is_one_reference() -> None:
+    answer = [{"type": "text", "text": "A ball "}, {"type": "text", "text": "moves."}]
+    line = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]}
+    assert open_answer(line)["messages"][-1]["content"] == [{"type": "text", "text": "", "reference": "A ball moves."}]
+
+
+def test_an_error_of_a_former_run_is_no_error_of_this_one(tmp_path: Path) -> None:
+    """Lines of a former output are captioned again."""
+    (item,) = items(tmp_path / "list.jsonl", '{"idx": 1, "input": "a.mp4", "error": "a.mp4 is empty."}\n')
+    assert item.sample("Describe.")["messages"][0]["content"][0]["video"] == {"video_file": "a.mp4"}
+
+
+@pytest.mark.parametrize("name", ["y" * 300 + ".mp4", "y" * 5000 + ".mp4", "a\0.mp4"])
+def test_impossible_names(name: str) -> None:
+    with pytest.raises(InputError, match=r"cannot be looked up|does not exist") as error:
+        open_visuals(read_messages(Item(0, 0, name, {}).sample("Describe.")), 4, 4, "v1", 1, None)
+    assert len(str(error.value)) < 2000
+    with pytest.raises(InputError):
+        find_items(name)
+
+
+@pytest.mark.parametrize("line", ["3", '"a.mp4"', "[1]", "null", "[" * 100_000])
+def test_an_output_of_something_else(tmp_path: Path, line: str) -> None:
+    (tmp_path / "out.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=r"out.jsonl line 1 is no line of a former run"):
+        list(finished_lines(tmp_path / "out.jsonl"))
+
+
+def test_questions_about_one_video_are_known_by_their_prompts(tmp_path: Path) -> None:
+    lines = [{"idx": "v", "input": "a.mp4", "prompt": prompt} for prompt in ("one", "two", "two")]
+    every = items(tmp_path / "list.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    fields = ("idx", "input")
+
+    def missing(*former: dict) -> list[int]:
+        return [item.number for item in missing_items(every, former, fields, "Describe.")]
+
+    assert missing() == [0, 1, 2]
+    assert missing(lines[1]) == [0, 2]
+    assert missing(lines[0], lines[1], lines[1]) == []
+    assert missing({"idx": "v", "input": "a.mp4", "error": "It is empty."}) == [1, 2]
+    (single,) = items(tmp_path / "single.jsonl", json.dumps(lines[0]))
+    assert not missing_items([single], [{**lines[0], "prompt": "a former one"}], fields, "Describe.")
 
 
 def test_reasons_are_in_words() -> None:

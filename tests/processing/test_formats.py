@@ -126,6 +126,8 @@ def test_turns_that_are_not_trained_on() -> None:
     for key in ({"loss": False}, {"weight": 0}, {"train": False}):
         sample = {"messages": [{"role": "user", "content": "Hi"}, {**ANSWER, **key}]}
         assert read_messages(sample)[1] == {"role": "assistant", "content": [text("A ball moves.")], "loss": False}
+    answers = {"messages": [{"role": "user", "content": "Hi"}, {**ANSWER, "loss": False}], "rejected_response": "B."}
+    assert normalize_sample(answers)["messages"][1]["loss"] is False
     with pytest.raises(InputError, match=r"messages\[0\]: loss has to be true or false, not 'no'"):
         read_messages({"messages": [{**ANSWER, "loss": "no"}]})
 
@@ -179,6 +181,12 @@ def test_preferences(sample: dict, first: str) -> None:
         ({"messages": [{**ANSWER, "images": ["a.png"]}]}, r'messages\[0\] has "images" beside its content'),
         ({"messages": [ANSWER], "videos": ["a.mp4"]}, "no message of the user to show them in"),
         (chat([{**text("Hi"), "video": "a.mp4"}]), r'content\[0\] has the type text, and "video" too'),
+        (chat("<video>", videos=["a.mp4"], video_start=1), 'has "video_start" beside its messages, which is not read'),
+        (llava("<video>", video="a.mp4", fps=2), 'has "fps" beside its messages, which is not read'),
+        (chat("Describe.", media=["a.mp4"]), 'has "media" beside its messages, which is not read'),
+        ({"messages": [{**ANSWER, "video_file": "a.mp4"}]}, r'messages\[0\] has "video_file" beside its content'),
+        (chat([{**text("Hi"), "video_file": "a.mp4"}]), 'has the type text, and "video_file" too'),
+        (chat([{"type": "video", "video": "a.mp4", "text": "Hi"}]), "has the type video, and a text too"),
         (chat([video(video_start=1, start_time=2)]), 'has "start_time" twice'),
         (chat("<video>", videos=["a.mp4"], conversations=[]), "both messages and conversations"),
         (chat("Hi", rejected_response=["B."]), "preferences that are not two answers"),

@@ -78,5 +78,11 @@ def test_output_is_valid_json(value: dict, text: str) -> None:
     json.loads(to_json(value).encode(), parse_constant=lambda name: pytest.fail(name))
 
 
+def test_numbers_of_an_array_stay_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text('[{"start_time": NaN}]')
+    (line,) = read_lines(tmp_path / "list.json")
+    assert math.isnan(parse_json(line, "")["start_time"])
+
+
 def test_output_for_a_terminal_of_few_characters() -> None:
     assert to_json("é", "ascii") == '"\\u00e9"'

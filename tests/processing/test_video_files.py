@@ -15,7 +15,7 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing import video_files
 from tarsier_jax.processing.sample import open_visuals, read_messages
 from tarsier_jax.processing.sampling import sample_uniform
-from tarsier_jax.processing.video import open_clip
+from tarsier_jax.processing.video import load_image, open_clip
 
 H264 = ("-c:v", "libx264", "-preset", "veryfast", "-pix_fmt", "yuv420p")
 H265 = (
@@ -347,3 +347,5 @@ def test_names_of_files(
 def test_urls_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"https://example\.com/a\.mp4 is a URL.*Download it"):
         open_clip("https://example.com/a.mp4")
+    with pytest.raises(InputError, match=r"^The file is a data URL, which is not read"):
+        load_image("data:image/png;base64," + 10_000 * "A")
