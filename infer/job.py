@@ -52,6 +52,8 @@ class Job:
             raise InputError(
                 f"--max_new_tokens {self.max_new_tokens} has to be at least 1, and --workers {self.workers} at least 0."
             )
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"--seed {self.seed} has to be from 0 to {2**31 - 1}.")
         mesh_sizes(self.mesh)
         _ = self.options
 

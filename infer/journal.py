@@ -94,6 +94,6 @@ def _read_crashes(path: Path) -> dict[str, int]:
         content = json.loads(path.read_bytes().split(b"\n")[0])
         crashes = {str(name): int(count) for name, count in content["crashes"].items()}
         begun = {str(name) for name in content["begun"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
     return crashes | {name: crashes.get(name, 0) + 1 for name in begun}

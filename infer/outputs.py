@@ -13,8 +13,10 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from tarsier_jax.errors import InputError, reason_of
+from tarsier_jax.files import is_special
 from tarsier_jax.processing.jsonl import to_json
 
+_RESULTS = {"caption", "messages", "error"}  # one of which a line has
 _ROWS = 10_000  # of a Parquet file, that are held at once
 
 
@@ -22,20 +24,18 @@ def finished_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a former run; what a killed one left unfinished at the end is cut off.
 
     Raises:
-        InputError: the file holds something else.
+        InputError: the file is something else. It stays as it is.
     """
-    if not path.exists():
+    if not path.exists() or is_special(path):
         return
     with path.open("r+b") as file:
         whole = 0
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+            content = _parse(line)
+            is_whole = line.endswith(b"\n")
+            if not is_whole and (whole or (content is None and line.startswith(b'{"'))):
                 break
-            try:
-                content = json.loads(line)
-            except (ValueError, RecursionError):
-                content = None
-            if not isinstance(content, dict):
+            if not is_whole or not isinstance(content, dict) or not _is_ours(content):
                 raise InputError(
                     f"{path} line {number} is no line of a former run, so that the run cannot go on there. Choose "
                     "another --output, or begin anew with --overwrite."
@@ -45,12 +45,24 @@ def finished_lines(path: Path) -> Iterator[dict[str, Any]]:
         file.truncate(whole)
 
 
+def _parse(line: bytes) -> Any:
+    """The value of a line; None for one that is cut short."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_ours(content: Mapping[str, Any]) -> bool:
+    return "input" in content and not _RESULTS.isdisjoint(content)
+
+
 class LineWriter:
     """Appends lines, each with one write. Raises OSError when the disk is full; what is written by then stays."""
 
     def __init__(self, path: Path, overwrite: bool = False):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = path.open("wb" if overwrite else "ab", buffering=0)
+        self._file: BinaryIO = path.open("wb" if overwrite or is_special(path) else "ab", buffering=0)
 
     def write(self, line: Mapping[str, Any]) -> None:
         data = _encode(line) + b"\n"

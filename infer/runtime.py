@@ -69,6 +69,8 @@ class Options:
         self.sampling()
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed is {self.seed}; it must be from 0 to {2**31 - 1}.")
 
     def sampling(self) -> Sampling:
         return make_sampling(1, temperature=self.temperature, top_p=self.top_p)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tarsier_jax.errors import InputError
 
-_SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_SCHEME = re.compile(r"\s*(\w[\w+.-]+):/", re.IGNORECASE)  # with one slash too, which `Path` makes of two
 _SHOWN = 200  # characters of a URL that an error shows
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}  # from some network file systems
 
@@ -70,8 +70,11 @@ def warn(message: str) -> None:
 
 def hidden(path: Path, ending: str) -> Path:
     """The hidden file `.NAME.ending` beside the file that `path` is, or links to."""
-    path = path.resolve()
-    return path.with_name(f".{path.name}.{ending}")
+    try:
+        path = path.resolve()
+        return path.with_name(f".{path.name}.{ending}")
+    except (ValueError, RuntimeError):  # the root directory, or a loop of links
+        raise InputError(f"{path} cannot be written. Choose another path.") from None
 
 
 def is_special(path: Path) -> bool:

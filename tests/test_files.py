@@ -18,6 +18,7 @@ from tarsier_jax.files import cache_directory, check_local, locked, path_text, w
         ("gs://bucket/out.jsonl", "tool of gs://"),
         ("S3://bucket/out.jsonl", "tool of s3://"),
         (" gs://bucket/out.jsonl", "tool of gs://"),
+        ("gs:/bucket/out.jsonl", "tool of gs://"),
         ("file:///data/out.jsonl", "without file://"),
         ("hf://org/name", "given as org/name"),
         ("https://huggingface.co/org/name", "given as org/name"),

@@ -98,11 +98,11 @@ def _has_checkpoints(workdir: Path) -> bool:
 
 def _last_config(file: Path) -> dict[str, Any]:
     """The configuration of the last whole line."""
-    for line in reversed(file.read_text(encoding="utf-8").splitlines() if file.exists() else []):
+    for line in reversed(file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []):
         try:
             return dict(json.loads(line)["config"])
-        except (ValueError, KeyError, TypeError):
-            continue  # a line cut short
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # a line cut short or damaged
     return {}
 
 

@@ -51,15 +51,17 @@ class ReferenceFile:
         self.read()
 
     def read(self) -> None:
-        """Reads the records of all processes; skips a line that is cut short."""
+        """Reads the records of all processes; skips a line that is cut short, damaged or not finite."""
         self._known = {}
         for file in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*")):
-            for line in file.read_text(encoding="utf-8").splitlines():
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                    self._known[record["key"]] = (record["chosen"], record["rejected"])
-                except (ValueError, KeyError, TypeError):
+                    values = float(record["chosen"]), float(record["rejected"])
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
+                if np.isfinite(values).all():
+                    self._known[record["key"]] = values
 
     def append(self, process: int) -> TextIO:
         """A process's file, open for more records after those that it has."""

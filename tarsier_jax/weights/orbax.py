@@ -65,6 +65,11 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         raw = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         manifest = Manifest(raw["layout"], raw["tied_head"], raw["format"])
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} is no converted directory: it has no {MANIFEST}. Give the output of convert.hf_to_orbax, or "
+            "the directory `model` of a training run."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{directory / MANIFEST} cannot be read ({e!r}). Convert the checkpoint again.") from None
     if manifest.format != _FORMAT:

@@ -185,7 +185,7 @@ def test_bad_inputs(clips: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             run(tmp_path / source, tmp_path / "out.jsonl")
     (tmp_path / "out.jsonl").write_text("a caption\n")
-    with pytest.raises(InputError, match=r"out.jsonl line 1 is no JSON.*--overwrite"):
+    with pytest.raises(InputError, match=r"out.jsonl line 1 is no line of a former run.*--overwrite"):
         run(clips, tmp_path / "out.jsonl")
 
 

@@ -134,6 +134,23 @@ def test_an_output_of_something_else(tmp_path: Path, line: str) -> None:
         list(finished_lines(tmp_path / "out.jsonl"))
 
 
+@pytest.mark.parametrize("content", ['{"my": "settings"}', "my notes", '[{"input": "a.mp4"}]', '{"input": "a.mp4"}\n'])
+def test_a_file_of_something_else_is_not_touched(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "precious.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"precious.json line 1 is no line of a former run"):
+        list(finished_lines(path))
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("whole", ["", '{"idx": 0, "input": "a.mp4", "caption": "A ball."}\n'])
+def test_a_line_cut_short_is_cut_off(tmp_path: Path, whole: str) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text(whole + '{"idx": 1, "input": "b.m')
+    list(finished_lines(path))
+    assert path.read_text() == whole
+
+
 def test_questions_about_one_video_are_known_by_their_prompts(tmp_path: Path) -> None:
     lines = [{"idx": "v", "input": "a.mp4", "prompt": prompt} for prompt in ("one", "two", "two")]
     every = items(tmp_path / "list.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -181,7 +198,9 @@ def test_values_that_json_does_not_have(tmp_path: Path) -> None:
     for _ in range(10_000):
         deep = [deep]
     values = {2**70: [np.inf], 1: deep, 2: float("nan")}
-    lines = written(tmp_path / "out.jsonl", *({"idx": idx, "input": "a", "x": x} for idx, x in values.items()))
+    lines = written(
+        tmp_path / "out.jsonl", *({"idx": idx, "input": "a", "caption": "", "x": x} for idx, x in values.items())
+    )
     assert [line.get("x") for line in lines] == [[None], None, None]
     assert lines[1]["idx"] == 1 and "nested too deeply" in lines[1]["error"]
     write_parquet(tmp_path / "out.jsonl", tmp_path / "out.parquet")
