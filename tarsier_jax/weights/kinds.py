@@ -7,7 +7,10 @@ from typing import Any
 
 from tarsier_jax.errors import CheckpointError
 
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER = (
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),  # PEFT
+    *("adapters.safetensors", "pytorch_lora_weights.safetensors"),  # MLX, diffusers
+)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "tarsier_jax.json")
 _SHOWN = 3  # subdirectories that an error names
 

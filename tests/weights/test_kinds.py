@@ -39,6 +39,13 @@ def test_an_adapter(tmp_path: Path, names: tuple[str, ...], whole: bool) -> None
     assert ("beside a whole model" in str(error.value)) == whole
 
 
+@pytest.mark.parametrize("name", ["adapters.safetensors", "pytorch_lora_weights.safetensors"])
+def test_an_adapter_without_a_config(tmp_path: Path, name: str) -> None:
+    make(tmp_path, name)
+    with pytest.raises(CheckpointError, match=f"LoRA adapter of its base model.*{MERGE}"):
+        resolve(tmp_path)
+
+
 def test_an_adapter_without_a_readable_configuration(tmp_path: Path) -> None:
     for name in ("adapter_model.bin", "adapter_config.json"):
         with pytest.raises(CheckpointError, match="holds a LoRA adapter of its base model"):
