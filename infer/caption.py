@@ -33,7 +33,7 @@ from infer.runtime import Compilations, add_model_flag, add_precision_flags, pre
 from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path, locked, path_text
-from tarsier_jax.processing.clip import GIF_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from tarsier_jax.processing.clip import MEDIA_SUFFIXES
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -195,7 +195,7 @@ def share_of(args: argparse.Namespace, processes: int, process: int) -> tuple[Pa
         raise InputError(f"--shard_index {args.shard_index} has to be from 0 to {args.num_shards - 1}.")
     if args.output.exists() and os.path.exists(args.input) and args.output.samefile(args.input):
         raise InputError(f"--output {args.output} is the --input. Choose another file.")
-    if args.output.suffix.lower() in VIDEO_SUFFIXES + GIF_SUFFIXES + IMAGE_SUFFIXES:
+    if args.output.suffix.lower() in MEDIA_SUFFIXES:
         raise InputError(f"--output {args.output} is named as a media file. Choose a name such as captions.jsonl.")
     shards = args.num_shards * processes
     shard = args.shard_index * processes + process

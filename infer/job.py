@@ -47,13 +47,11 @@ class Job:
         return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
     def __post_init__(self) -> None:
-        check_sampling(self.temperature, 0, self.top_p)
+        check_sampling(self.temperature, 0, self.top_p, seed=self.seed)
         if self.max_new_tokens < 1 or self.workers < 0:
             raise InputError(
                 f"--max_new_tokens {self.max_new_tokens} has to be at least 1, and --workers {self.workers} at least 0."
             )
-        if not 0 <= self.seed < 2**31:
-            raise InputError(f"--seed {self.seed} has to be from 0 to {2**31 - 1}.")
         mesh_sizes(self.mesh)
         _ = self.options
 

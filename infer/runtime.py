@@ -12,7 +12,7 @@ from tarsier_jax.api import use_mesh_of
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import cache_directory, path_text
 from tarsier_jax.generation.decode import generate_batch
-from tarsier_jax.generation.sampling import Sampling, make_sampling
+from tarsier_jax.generation.sampling import Sampling, check_sampling, make_sampling
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import Processor, media_sample
 from tarsier_jax.weights import EMBEDDED
@@ -66,11 +66,9 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.sampling()
+        check_sampling(self.temperature, 0, self.top_p, seed=self.seed)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
-        if not 0 <= self.seed < 2**31:
-            raise InputError(f"seed is {self.seed}; it must be from 0 to {2**31 - 1}.")
 
     def sampling(self) -> Sampling:
         return make_sampling(1, temperature=self.temperature, top_p=self.top_p)

@@ -18,6 +18,11 @@ _SHOWN = 200  # characters of a URL that an error shows
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}  # from some network file systems
 
 
+def is_url(text: str) -> bool:
+    """Whether `text` is a URL instead of a local path."""
+    return text.startswith("data:") or _SCHEME.match(text) is not None
+
+
 def check_local(name: str, text: str) -> str:
     """The path `text`, with a leading ~ expanded.
 

@@ -17,6 +17,7 @@ import grain
 import numpy as np
 
 from tarsier_jax.errors import InputError, reason_of
+from tarsier_jax.files import is_url
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.formats import normalize_sample
 from tarsier_jax.processing.jsonl import check_line, parse_json
@@ -241,14 +242,10 @@ def with_root(value: Any, root: str) -> Any:
     return {key: _join(v, root) if key in media else with_root(v, root) for key, v in value.items()}
 
 
-def _is_url(source: str) -> bool:
-    return "://" in source or source.startswith("data:")
-
-
 def _join(source: Any, root: str) -> Any:
     if isinstance(source, list):
         return [_join(frame, root) for frame in source]
-    return str(Path(root, source)) if isinstance(source, str) and source and not _is_url(source) else source
+    return str(Path(root, source)) if isinstance(source, str) and source and not is_url(source) else source
 
 
 class PackedRows(grain.IterDataset):

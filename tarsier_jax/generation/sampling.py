@@ -43,13 +43,16 @@ def make_sampling(
     )
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0) -> None:
+def check_sampling(
+    temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0, seed: int = 0
+) -> None:
     """Raises InputError for an option that is outside its range."""
     ranges = (
         ("temperature", temperature, temperature >= 0, "at least 0 (0 is greedy)"),
         ("top_k", top_k, top_k >= 0, "at least 0 (0 keeps every token)"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (1 keeps every token)"),
         ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0 (1 is no penalty)"),
+        ("seed", seed, 0 <= seed < 2**31, f"from 0 to {2**31 - 1}"),
     )
     for name, value, good, rule in ranges:
         if not good:

@@ -16,6 +16,7 @@ from tarsier_jax.files import check_local
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".wmv")
 GIF_SUFFIXES = (".gif",)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+MEDIA_SUFFIXES = VIDEO_SUFFIXES + GIF_SUFFIXES + IMAGE_SUFFIXES
 ACCEPTED = (
     f"Videos end in {' '.join(VIDEO_SUFFIXES)}, animations in {' '.join(GIF_SUFFIXES)}, "
     f"images in {' '.join(IMAGE_SUFFIXES)}; upper case will do."

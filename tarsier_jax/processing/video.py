@@ -15,9 +15,8 @@ import numpy as np
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.clip import (
     ACCEPTED,
-    GIF_SUFFIXES,
     IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
+    MEDIA_SUFFIXES,
     Clip,
     check_file,
     kind_of,
@@ -39,12 +38,11 @@ def find_inputs(path: str | Path, skipped: collections.Counter[str] | None = Non
     """
     path = Path(path)
     if os.path.isdir(path):
-        accepted = VIDEO_SUFFIXES + GIF_SUFFIXES + IMAGE_SUFFIXES
         entries = [p for p in path.rglob("*") if not p.name.startswith(".")]
-        files = [p for p in entries if p.suffix.lower() in accepted]
+        files = [p for p in entries if p.suffix.lower() in MEDIA_SUFFIXES]
         for other in entries:
             hidden = any(part.startswith(".") for part in other.relative_to(path).parts)
-            if skipped is not None and other.suffix.lower() not in accepted and not hidden and other.is_file():
+            if skipped is not None and other.suffix.lower() not in MEDIA_SUFFIXES and not hidden and other.is_file():
                 skipped[other.suffix.lower() or "no ending"] += 1
         if not files:
             raise InputError(f"{path} holds no video, animation or image. {ACCEPTED}")
