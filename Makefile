@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m infer.demo
+	$(BIN)/python -m infer.quickstart
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

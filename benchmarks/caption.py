@@ -27,7 +27,7 @@ import torch
 
 import tarsier_jax
 from benchmarks.describe import make_example, make_reference
-from convert.sides import HuggingFace
+from convert.backends import HuggingFace
 from eval.shapes.annotations import ask
 from eval.shapes.clips import draw_clips
 from infer.engine import Answer, Engine, EngineShape, Request, fit_shape

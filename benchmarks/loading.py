@@ -30,12 +30,12 @@ from PIL import Image
 
 import tarsier_jax
 from benchmarks.bulk import write_clips
+from infer.bulk.inputs import Item
+from infer.bulk.loading import LoadReport, load_requests
 from infer.engine import Request
-from infer.inputs import Item
-from infer.loading import LoadReport, load_requests
+from tarsier_jax.processing.frame_sampling import sample_uniform
 from tarsier_jax.processing.image import ImageOptions, fit_budget
 from tarsier_jax.processing.processor import Processor
-from tarsier_jax.processing.sampling import sample_uniform
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.weights import EMBEDDED
 

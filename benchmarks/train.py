@@ -32,12 +32,12 @@ from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.packing import Row, RowShape
 from tarsier_jax.processing.positions import mrope_positions
 from tarsier_jax.sharding import make_mesh
-from train.data import PackedRow
+from train.data.packing import PackedRow
 from train.losses import sft_loss
-from train.metrics import Work, peak_flops, step_flops, work_of
 from train.optimizer import OptimizerConfig
-from train.setup import global_batch
+from train.run import global_batch
 from train.state import Plan, StepBatch, TrainState, init_state, make_plan, make_train_step
+from train.throughput import Work, peak_flops, step_flops, work_of
 
 OPTIMIZER = OptimizerConfig(warmup_steps=0)
 TEXT_2B = TextConfig(151_936, 1536, 8960, 28, 12, 2, 128, tie_embeddings=True)

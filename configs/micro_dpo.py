@@ -1,4 +1,6 @@
-"""Micro after SFT, on preference pairs of its own descriptions that `train.pairs` makes. Minutes on two CPU cores.
+"""Micro after SFT, on preference pairs of its own descriptions that `train.micro.preference_pairs` makes.
+
+Takes minutes on two CPU cores.
 
 Start from the trained model and its pairs: --config.model=DIR/model --config.data.train=PAIRS/pairs.jsonl
 --config.data.media_root=PAIRS.

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from convert.progress import Progress
-from tarsier_jax.cli import run
 from tarsier_jax.files import local_path, path_text
+from tarsier_jax.programs import run
 from tarsier_jax.weights import convert_hf, resolve
 
 

@@ -18,10 +18,10 @@ import jax
 import numpy as np
 
 import tarsier_jax
-from convert.sides import HuggingFace, Ours, Side
-from tarsier_jax.cli import run
+from convert.backends import HuggingFace, Ours, Side
 from tarsier_jax.files import path_text
 from tarsier_jax.processing.batch import Example
+from tarsier_jax.programs import run
 from tarsier_jax.weights import EMBEDDED, resolve
 
 COLUMNS = ("probe", "tokens", "vision", "decoder", "logits", "mean KL", "top-1")

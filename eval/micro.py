@@ -25,12 +25,11 @@ from eval.shapes.questions import a_question, letter_in
 from eval.shapes.render import write_clip
 from eval.shapes.world import reverse
 from infer.engine import Engine, answer_samples, fit_shape
-from infer.runtime import add_model_flag, prepare_process, resolve_dtype
-from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import Processor
+from tarsier_jax.programs import add_model_flag, prepare_process, resolve_dtype, run
 
 _SLOTS = 32
 _MAX_NEW_TOKENS = 96

@@ -22,18 +22,17 @@ from typing import Any
 
 import jax
 
-from infer.cluster import lines_from_ray
+from infer.bulk.inputs import Item, find_items, is_list
+from infer.bulk.job import Job
+from infer.bulk.journal import Journal
+from infer.bulk.loading import LoadReport
+from infer.bulk.outputs import finished_lines, lines_of, write_lines, write_parquet
+from infer.bulk.ray_cluster import lines_from_ray
 from infer.engine import Report
-from infer.inputs import Item, find_items, is_list
-from infer.job import Job
-from infer.journal import Journal
-from infer.loading import LoadReport
-from infer.outputs import finished_lines, lines_of, write_lines, write_parquet
-from infer.runtime import Compilations, add_model_flag, add_precision_flags, prepare_process
-from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path, locked, path_text
 from tarsier_jax.processing.clip import MEDIA_SUFFIXES
+from tarsier_jax.programs import Compilations, add_model_flag, add_precision_flags, prepare_process, run
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

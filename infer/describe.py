@@ -9,13 +9,79 @@ import dataclasses
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
+
 import tarsier_jax
-from infer.inputs import find_media
-from infer.runtime import Options, add_model_flag, add_precision_flags, describe_file, prepare_process, resolve_dtype
-from tarsier_jax.cli import run
+from infer.bulk.inputs import find_media
+from tarsier_jax.api import use_mesh_of
+from tarsier_jax.errors import InputError
 from tarsier_jax.files import path_text
+from tarsier_jax.generation.decode import generate_batch
+from tarsier_jax.generation.sampling import Sampling, check_sampling, make_sampling
+from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.jsonl import to_json
-from tarsier_jax.processing.processor import ProcessorOptions
+from tarsier_jax.processing.processor import Processor, ProcessorOptions, media_sample
+from tarsier_jax.programs import add_model_flag, add_precision_flags, prepare_process, resolve_dtype, run
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an answer is generated; the fields are those of `tarsier_jax.generate`. Raises InputError for unfit ones."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, 0, self.top_p, seed=self.seed)
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+
+    def sampling(self) -> Sampling:
+        return make_sampling(1, temperature=self.temperature, top_p=self.top_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """One described file; the fields of a line that `infer.describe --json` prints."""
+
+    input: str
+    prompt: str
+    caption: str
+    n_frames: int
+    prompt_tokens: int
+    new_tokens: int
+    finish_reason: str
+
+
+def describe_file(model: Tarsier, processor: Processor, path: str, prompt: str, options: Options) -> Caption:
+    """Answers `prompt` about one video, GIF or image.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+    example = processor(media_sample(path, prompt))
+    batch = jax.tree.map(jnp.asarray, processor.batch([example]))
+    with use_mesh_of(model):
+        (answer,) = generate_batch(
+            model,
+            batch,
+            sampling=options.sampling(),
+            eos_ids=processor.eos_token_ids,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+        )
+    return Caption(
+        input=path,
+        prompt=prompt,
+        caption=processor.decode(answer.tokens),
+        n_frames=example.frames,
+        prompt_tokens=len(example.input_ids),
+        new_tokens=len(answer.tokens),
+        finish_reason=answer.finish_reason,
+    )
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

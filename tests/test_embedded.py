@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import tarsier_jax
-from convert.sides import HuggingFace
+from convert.backends import HuggingFace
 from eval.micro import Scorer
 from eval.shapes.annotations import ask
 from eval.shapes.clips import HELD_OUT, Clip, draw_clips

@@ -31,13 +31,13 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from tarsier_jax.cli import run
 from tarsier_jax.config import ModelConfig, load_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Batch
+from tarsier_jax.programs import run
 from train.config import TrainConfig, define_flags, read_flags
 from train.dpo import dpo_job
-from train.setup import Job, check_rows, mesh_of, run_config
+from train.run import Job, check_rows, mesh_of, run_config
 from train.sft import sft_job
 from train.state import Plan, StepBatch, batch_shardings, make_plan, make_train_step
 

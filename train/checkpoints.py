@@ -21,7 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tarsier_jax.errors import CheckpointError
-from train.data import row_states
+from train.data.packing import row_states
 from train.processes import on_any
 from train.state import TrainState
 

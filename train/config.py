@@ -17,7 +17,7 @@ from tarsier_jax.files import check_local
 from tarsier_jax.models.attention import IMPLEMENTATIONS
 from tarsier_jax.processing.processor import ProcessorOptions
 from train.checks import check, check_at_least, check_choice, check_dtype
-from train.data import DataConfig
+from train.data.packing import DataConfig
 from train.optimizer import OptimizerConfig, make_schedule
 
 

@@ -16,18 +16,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
+from tarsier_jax.programs import run
 from train.config import TrainConfig
-from train.data import Loaded
-from train.launch import launch
+from train.data.packing import Loaded
+from train.data.reference_logprobs import ReferenceFile, write_reference
+from train.data.samples import prepare_pair
 from train.losses import dpo_loss
-from train.reference import ReferenceFile, write_reference
-from train.setup import Job, Run
-from train.tasks import prepare_pair
+from train.main import launch
+from train.run import Job, Run
 
 
 def dpo_job(config: TrainConfig) -> Job:

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from tarsier_jax.weights.orbax import write_converted
-from train.setup import Run
+from train.run import Run
 from train.state import TrainState, build_model
 
 

@@ -13,18 +13,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from infer.runtime import Compilations
 from tarsier_jax.errors import TarsierError
+from tarsier_jax.programs import Compilations
 from train.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig
-from train.data import PackedRow, check_share, lines_of
-from train.evaluate import Evaluation
+from train.data.packing import PackedRow, check_share, lines_of
 from train.export import export_trained
-from train.log import BadSamples, Log, console_line, duration
-from train.metrics import Meter, Work, work_of
+from train.metric_writer import BadSamples, Log, console_line, duration
 from train.optimizer import make_schedule
-from train.setup import Job, Run, global_batch, open_run
+from train.run import Job, Run, global_batch, open_run
 from train.state import TrainState, init_state, load_reference, make_train_step
+from train.throughput import Meter, Work, work_of
+from train.validation import Evaluation
 
 _TRACED = 3  # steps of a profile
 _WARM_UP = 2  # steps after which nothing new should compile

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from tarsier_jax.cli import run
 from tarsier_jax.processing.processor import Processor
+from tarsier_jax.programs import run
 from train.config import TrainConfig
-from train.data import Loaded
-from train.launch import launch
+from train.data.packing import Loaded
+from train.data.samples import prepare
 from train.losses import sft_loss
-from train.setup import Job
-from train.tasks import prepare
+from train.main import launch
+from train.run import Job
 
 
 def sft_job(config: TrainConfig) -> Job:

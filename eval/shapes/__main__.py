@@ -14,9 +14,9 @@ from eval.shapes.annotations import annotation, question_annotation
 from eval.shapes.clips import HELD_OUT, draw_clips
 from eval.shapes.questions import a_question
 from eval.shapes.render import write_clip
-from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path, locked
+from tarsier_jax.programs import run
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

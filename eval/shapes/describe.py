@@ -22,7 +22,7 @@ from eval.shapes.words import (
     sentences,
 )
 from eval.shapes.world import ROUND, TURNS, Fact, Scene, changed_frames, facts, pose_at
-from tarsier_jax.processing.sampling import sample_uniform
+from tarsier_jax.processing.frame_sampling import sample_uniform
 
 _LARGE, _UPRIGHT = 0.12, 10.0  # of a frame, and degrees: what is called large, and not tilted
 _SYMMETRY = {"bar": 2, "cross": 4}  # in how many ways a shape looks the same as it is turned once around

@@ -17,11 +17,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from infer.engine.report import BusyClock, Report
+from infer.engine.config import EngineShape
+from infer.engine.prefetch import Source
 from infer.engine.requests import Answer, Refusal, Request
-from infer.engine.shape import EngineShape
-from infer.engine.source import Source
-from infer.engine.waiting import Rows, Waiting, cut
+from infer.engine.scheduler import Rows, Waiting, cut
+from infer.engine.stats import BusyClock, Report
 from tarsier_jax.api import mesh_of, use_mesh_of
 from tarsier_jax.generation.decode import finished
 from tarsier_jax.generation.slots import Prompts, advance, empty_slots, insert, see

@@ -12,11 +12,11 @@ from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.processing.batch import Batch, Buckets, Example, make_batch
 from tarsier_jax.processing.chat import CHATML, encode_messages, load_chat_template, load_tokenizer
 from tarsier_jax.processing.formats import normalize_sample
+from tarsier_jax.processing.frame_sampling import SAMPLERS
 from tarsier_jax.processing.image import ImageOptions, fit_budget, load_image_options, patch_frames, read_json
 from tarsier_jax.processing.image_files import is_animation
 from tarsier_jax.processing.positions import mrope_positions
 from tarsier_jax.processing.sample import Visual, is_number, open_visuals, read_messages
-from tarsier_jax.processing.sampling import SAMPLERS
 from tarsier_jax.processing.video import kind_of
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.disturb import KINDS, disturb
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
-from tarsier_jax.processing.sampling import allocate_frames, select_frames
+from tarsier_jax.processing.frame_sampling import allocate_frames, select_frames
+from tarsier_jax.processing.perturb import KINDS, disturb
 from tarsier_jax.processing.video import Clip, open_clip
 
 ROLES = ("system", "user", "assistant")

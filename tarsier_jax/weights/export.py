@@ -27,7 +27,7 @@ from tarsier_jax.weights.orbax import (
     open_array,
     read_manifest,
 )
-from tarsier_jax.weights.source import DTYPES
+from tarsier_jax.weights.safetensors import DTYPES
 
 _SHARD = 5 * 10**9  # bytes of a file at most
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -15,7 +15,7 @@ from tarsier_jax.sharding import parameter_shardings
 from tarsier_jax.weights.match import open_checkpoint
 from tarsier_jax.weights.names import Parameter, abstract_state
 from tarsier_jax.weights.quantize import quantize_parameter
-from tarsier_jax.weights.source import Tensor
+from tarsier_jax.weights.safetensors import Tensor
 
 
 def load_hf(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:

@@ -10,7 +10,7 @@ import numpy as np
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.weights.names import IGNORED, LAYOUTS, Parameter, detect_layout, parameters
-from tarsier_jax.weights.source import Tensor, open_tensors
+from tarsier_jax.weights.safetensors import Tensor, open_tensors
 
 _SHOWN = 10  # names of each kind of problem that an error lists
 _PIECE = 2**24  # values compared at a time

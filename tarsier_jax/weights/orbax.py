@@ -35,7 +35,7 @@ from tarsier_jax.weights.load import build, shardings_for
 from tarsier_jax.weights.match import Checkpoint, open_checkpoint
 from tarsier_jax.weights.names import Parameter, abstract_state
 from tarsier_jax.weights.quantize import quantize_parameter
-from tarsier_jax.weights.source import Tensor
+from tarsier_jax.weights.safetensors import Tensor
 
 MANIFEST = "tarsier_jax.json"
 PARAMS = "params"

@@ -10,7 +10,7 @@ import pytest
 
 from convert import verify
 from tests.weights.conftest import bits
-from train.untrained import TINY, write_untrained
+from train.micro.checkpoint import TINY, write_untrained
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from eval.shapes.clips import HELD_OUT
 from eval.shapes.describe import describe
 from eval.shapes.questions import questions
 from tarsier_jax.errors import InputError
-from train.builtin import STAGES
-from train.untrained import MICRO, write_untrained
+from train.micro.checkpoint import MICRO, write_untrained
+from train.micro.data import STAGES
 
 
 class Oracle:

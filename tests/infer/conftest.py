@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train.untrained import TINY, write_untrained
+from train.micro.checkpoint import TINY, write_untrained
 
 
 @pytest.fixture(scope="session")

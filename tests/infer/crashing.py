@@ -16,9 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from infer import caption
+from infer.bulk.job import Job
 from infer.engine import Answer, Refusal, Report
-from infer.job import Job
-from tarsier_jax.cli import run
+from tarsier_jax.programs import run
 
 
 class Namer:

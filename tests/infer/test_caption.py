@@ -17,7 +17,7 @@ from eval.shapes.annotations import annotation
 from eval.shapes.clips import draw_clips
 from eval.shapes.render import write_clip
 from infer import caption, describe
-from infer.inputs import find_items
+from infer.bulk.inputs import find_items
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.files import locked
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 import tarsier_jax
 from infer import describe
-from tarsier_jax.cli import run
 from tarsier_jax.processing.processor import media_sample
+from tarsier_jax.programs import run
 from tarsier_jax.weights import EMBEDDED_CLIP
 from tests.infer.conftest import write_gif
 
@@ -46,7 +46,7 @@ def test_json_lines(checkpoint: Path, gif: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_caption_is_the_references(checkpoint: Path, gif: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a file to text, against transformers on the same checkpoint."""
-    from convert.sides import HuggingFace
+    from convert.backends import HuggingFace
 
     describe_main("--model", checkpoint, "--input", gif, "--max_new_tokens", 16, "--json")
     _, processor = tarsier_jax.load(checkpoint)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing import video_files
+from tarsier_jax.processing.frame_sampling import sample_uniform
 from tarsier_jax.processing.sample import open_visuals, read_messages
-from tarsier_jax.processing.sampling import sample_uniform
 from tarsier_jax.processing.video import load_image, open_clip
 
 H264 = ("-c:v", "libx264", "-preset", "veryfast", "-pix_fmt", "yuv420p")

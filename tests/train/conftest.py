@@ -8,7 +8,7 @@ from PIL import Image
 
 from tarsier_jax.config import parse_config
 from tarsier_jax.processing.processor import Processor, load_processor
-from train.untrained import TINY, shapes_tokenizer, untrained_config
+from train.micro.checkpoint import TINY, shapes_tokenizer, untrained_config
 
 
 @pytest.fixture

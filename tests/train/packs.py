@@ -14,9 +14,9 @@ from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.packing import Row, RowShape, Unit
 from tarsier_jax.sharding import make_mesh
 from tests import reference
-from train.data import PackedRow
+from train.data.packing import PackedRow
 from train.optimizer import OptimizerConfig
-from train.setup import global_batch
+from train.run import global_batch
 from train.state import Plan, StepBatch, TrainState, init_state, make_plan
 
 SHAPE = RowShape(tokens=128, bins=6, patches=64, frames=4, samples=8)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
+from tarsier_jax.programs import run
 from train.processes import compare, shared_failure
 
 

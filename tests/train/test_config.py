@@ -17,9 +17,9 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.sharding import parameter_path
 from tarsier_jax.weights.names import abstract_state
 from train.config import MeshConfig, TrainConfig, default_config, define_flags, parse_config, read_flags
-from train.data import DataConfig
+from train.data.packing import DataConfig
 from train.optimizer import lr_factors, make_schedule, split_frozen
-from train.setup import check_rows, mesh_of, row_share, run_config
+from train.run import check_rows, mesh_of, row_share, run_config
 
 RECIPES = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.py") if path.stem != "debug")
 
@@ -360,5 +360,5 @@ def test_processes_share_rows(
                 assert shape == (len(self.rows),)
                 return {i: (slice(r, r + 1),) for r, row in enumerate(self.rows) for i in row.tolist() if own[i]}
 
-        monkeypatch.setattr("train.setup.NamedSharding", Sharding)
+        monkeypatch.setattr("train.run.NamedSharding", Sharding)
         assert row_share(mesh) == share

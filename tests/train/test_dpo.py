@@ -16,13 +16,13 @@ from tarsier_jax.processing.processor import Processor
 from tests import reference
 from tests.train.packs import make_examples, make_run, pack
 from train.config import TrainConfig
-from train.data import DataConfig
+from train.data.packing import DataConfig
+from train.data.samples import prepare_pair
 from train.dpo import dpo_job, mask_shared
 from train.losses import dpo_loss
 from train.optimizer import OptimizerConfig
-from train.setup import global_batch
+from train.run import global_batch
 from train.state import StepBatch, build_model
-from train.tasks import prepare_pair
 
 
 def turns(*texts: Any) -> dict[str, Any]:

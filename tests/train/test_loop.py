@@ -19,10 +19,10 @@ import tarsier_jax
 from configs.recap_7b import get_config
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.weights import convert_to_hf
-from train.builtin import write_clips
 from train.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig, parse_config
 from train.loop import NonFiniteLoss, Terminator, train
+from train.micro.data import write_clips
 from train.sft import sft_job
 from train.state import TrainState
 

@@ -16,7 +16,7 @@ from tests import reference
 from tests.train.packs import SHAPE, make_examples, make_run, pack, step_batch
 from train.losses import dpo_loss, sft_loss
 from train.optimizer import OptimizerConfig
-from train.setup import global_batch
+from train.run import global_batch
 from train.state import make_train_step
 
 STEPS = 10

@@ -7,7 +7,7 @@ import pytest
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked
-from train import launch
+from train import main as train_main
 from train.sft import sft_job
 
 CONFIG = Path(__file__).parents[2] / "configs" / "recap_7b.py"
@@ -27,10 +27,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("sys.argv", ["sft", f"--config={CONFIG}:debug", *flags])
-        monkeypatch.setattr(launch, "train", train)
-        monkeypatch.setattr(launch, "_keep_memory", lambda: None)
+        monkeypatch.setattr(train_main, "train", train)
+        monkeypatch.setattr(train_main, "_keep_memory", lambda: None)
         with pytest.raises(KeyboardInterrupt):
-            launch.launch(sft_job)
+            train_main.launch(sft_job)
         return trained[0]
 
     return run

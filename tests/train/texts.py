@@ -10,7 +10,7 @@ import numpy as np
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Example
-from train.data import Loaded, Packer, lines_of, make_rows
+from train.data.packing import Loaded, Packer, lines_of, make_rows
 
 ROWS = 4  # of a step
 

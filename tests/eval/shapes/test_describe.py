@@ -10,9 +10,9 @@ from eval.shapes.describe import describe, describe_frame, describe_grounded, ev
 from eval.shapes.judge import UNREAD, corpus_scores, events_of, score
 from eval.shapes.words import ALONE, PLACES, article, plain, predicates, sentences
 from eval.shapes.world import PAIR_VERBS, Fact, Pose, Shape, facts, opposite, reverse
-from tarsier_jax.processing.sampling import sample_uniform
+from tarsier_jax.processing.frame_sampling import sample_uniform
 from tests.eval.shapes.scenes import by_hand, scene
-from train.tasks import check_grounding
+from train.data.samples import check_grounding
 
 SEEDS = range(300)
 

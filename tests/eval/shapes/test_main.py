@@ -9,11 +9,11 @@ from eval.shapes.__main__ import main, parse
 from eval.shapes.clips import HELD_OUT, draw_clips
 from eval.shapes.judge import score
 from eval.shapes.questions import letter_in
-from tarsier_jax.cli import run
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked
 from tarsier_jax.processing.sample import read_messages
 from tarsier_jax.processing.video import open_clip
+from tarsier_jax.programs import run
 
 
 @pytest.mark.parametrize(("flags", "ending"), [([], ".mp4"), (["--gif"], ".gif")])

@@ -17,7 +17,7 @@ from eval.shapes.words import WAYS
 from eval.shapes.world import DIRECTIONS, Scene, facts
 from tarsier_jax.processing.sample import open_visuals, read_messages
 from tests.eval.shapes.scenes import by_hand, scene
-from train.tasks import prepare
+from train.data.samples import prepare
 
 SEEDS = range(200)
 

@@ -10,7 +10,7 @@ from eval.shapes.render import render, write_clip
 from eval.shapes.script import generate
 from eval.shapes.world import COLOURS, reverse
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.sampling import sample_uniform
+from tarsier_jax.processing.frame_sampling import sample_uniform
 from tarsier_jax.processing.video import open_clip
 from tests.eval.shapes.scenes import by_hand, scene
 

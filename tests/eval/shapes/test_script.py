@@ -21,7 +21,7 @@ from eval.shapes.world import (
     sprites_at,
 )
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.sampling import sample_uniform
+from tarsier_jax.processing.frame_sampling import sample_uniform
 from tests.eval.shapes.scenes import by_hand, scene
 
 SEEDS = range(150)

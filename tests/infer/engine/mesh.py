@@ -9,9 +9,9 @@ import tarsier_jax
 from eval.shapes.annotations import GROUNDED_PROMPT, PROMPT, ask
 from eval.shapes.clips import draw_clips
 from infer.engine import Answer, Engine, Request, fit_shape
-from infer.runtime import Compilations
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
+from tarsier_jax.programs import Compilations
 from tarsier_jax.sharding import make_mesh
 from tarsier_jax.weights import EMBEDDED
 

@@ -12,12 +12,12 @@ import tarsier_jax
 from eval.shapes.annotations import GROUNDED_PROMPT, PROMPT, ask
 from eval.shapes.clips import Clip, draw_clips
 from infer.engine import Answer, Engine, Refusal, Request, SharedEngine, fit_shape
-from infer.runtime import Compilations
 from tarsier_jax.errors import InputError
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
-from train.untrained import MICRO, write_untrained
+from tarsier_jax.programs import Compilations
+from train.micro.checkpoint import MICRO, write_untrained
 
 SLOTS, TOKENS = 6, 24
 

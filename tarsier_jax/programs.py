@@ -1,0 +1,170 @@
+"""Code shared by all programs: process settings, common flags, and errors as one line and an exit status."""
+
+import argparse
+import contextlib
+import errno
+import io
+import os
+import select
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, Self, TextIO
+
+import jax
+
+from tarsier_jax.errors import InputError, TarsierError
+from tarsier_jax.files import cache_directory, path_text
+from tarsier_jax.weights import EMBEDDED
+
+_PIPE_CLOSED = 141  # the exit status of a program that SIGPIPE ends
+
+_REMEDIES = {
+    errno.ENOSPC: "Make room on the disk, or choose another place to write to.",
+    errno.EDQUOT: "Your quota is used up: remove files, or choose another place to write to.",
+    errno.EACCES: "Check its permissions, or choose another path.",
+    errno.EPERM: "Check its permissions, or choose another path.",
+    errno.EROFS: "Choose a path on a disk that can be written.",
+    errno.ENOENT: "Check the path.",
+    errno.EISDIR: "Give the path of a file.",
+    errno.ENOTDIR: "A part of the path is a file: choose another path.",
+    errno.EEXIST: "Remove it, or choose another path.",
+    errno.ENAMETOOLONG: "Choose a shorter path.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer workers.",
+    errno.ENFILE: "The machine has too many open files: end other programs, or use fewer workers.",
+    errno.ENOMEM: "Free memory, or use a machine with more.",
+    errno.EIO: "The disk or the network file system fails: check it, then run again.",
+    errno.ESTALE: "The network file system was mounted again: start the program again.",
+}
+
+
+def run(main: Callable[[], int | None], traceback: bool = False) -> int:
+    """Calls `main` and returns the exit status: its own, or 0; 1 after a `TarsierError` or `OSError`, whose message is
+    printed; 130 after Ctrl-C; 141, without a message, when the reader of stdout or stderr is gone (`| head -1`).
+
+    With `traceback` errors are raised as they are. Characters that stdout cannot encode are printed as escapes, and
+    warnings about inputs are one line each.
+    """
+    warnings.formatwarning = _format_warning
+    try:
+        _prepare_streams()
+        status = main() or 0
+        sys.stdout.flush()
+        return status
+    except (TarsierError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _drop_closed_pipes():
+            return _PIPE_CLOSED
+        if traceback:
+            raise
+        print(f"error: {_of_a_file(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _prepare_streams() -> None:
+    """Has stdout print what its encoding lacks, such as parts of a file's name, as escapes.
+
+    Raises:
+        InputError: stdout is closed (`>&-`). Python would drop all that is printed, and give its number to a file.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+    if sys.stdout is None:
+        raise InputError("The standard output is closed. Redirect it to a file or to /dev/null.")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_closed_pipes() -> bool:
+    """Points stdout and stderr to /dev/null if their reader is gone; returns whether there was one."""
+    closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed_pipe(stream)]
+    for stream in closed:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())  # or the interpreter fails once more when it flushes at its end
+        os.close(null)
+    return bool(closed)
+
+
+def _is_closed_pipe(stream: TextIO) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # no descriptor
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
+def _of_a_file(error: OSError) -> str:
+    if error.errno is None:  # raised by a library, with a text of its own
+        return str(error)
+    if error.errno == errno.ENOENT and error.filename is None:
+        return f"{error.strerror}. The current directory may have been removed: change to one that exists."
+    name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    remedy = _REMEDIES.get(error.errno, "Choose another path." if name else "Run the program again.")
+    return f"{name}{error.strerror}. {remedy}"
+
+
+def prepare_process() -> None:
+    """Keeps compiled programs in the user's cache directory, so that only a machine's first run compiles.
+
+    Also spares the user transformers' advice to install PyTorch, which describing does not use.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if directory := cache_directory("xla"):
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def add_model_flag(parser: argparse.ArgumentParser) -> None:
+    """--model, the same in every program."""
+    parser.add_argument(
+        "--model",
+        type=path_text,
+        default=EMBEDDED,
+        help="checkpoint directory (Hugging Face or converted) or hub id (default %(default)s, the small model in the "
+        "package, which knows moving shapes only)",
+    )
+
+
+def add_precision_flags(parser: argparse.ArgumentParser) -> None:
+    """--dtype and --int8."""
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--int8", action="store_true", help="hold the weights of the decoder's layers in int8")
+
+
+def resolve_dtype(dtype: str, platform: str | None = None) -> str:
+    """ "auto" is bfloat16 on accelerators and float32 on CPUs, which compute bfloat16 slowly.
+
+    platform: "cpu", "gpu" or "tpu"; JAX's default backend when None.
+    """
+    if dtype != "auto":
+        return dtype
+    return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+
+
+class Compilations:
+    """Counts the programs that XLA compiles meanwhile."""
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def _heard(self, event: str, *_: Any, **__: Any) -> None:
+        self.count += event == self._EVENT
+
+    def __enter__(self) -> Self:
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._heard)

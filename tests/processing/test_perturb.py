@@ -1,0 +1,124 @@
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.perturb import KINDS, disturb
+from tarsier_jax.processing.processor import Processor
+from tarsier_jax.processing.sample import open_visuals, read_messages
+from tests.processing.conftest import frame_numbers, user
+
+FRAMES = list(range(0, 160, 10))  # 16, as a video of 151 frames shows
+
+
+def seeds(kind: str | None, frames: list[int], count: int = 50) -> Iterable[list[int]]:
+    return [disturb(frames, kind, np.random.default_rng(seed)) for seed in range(count)]
+
+
+def test_exchange_swaps_two_quarters() -> None:
+    quarters = [tuple(FRAMES[i : i + 4]) for i in range(0, 16, 4)]
+    seen = set()
+    for frames in seeds("exchange", FRAMES):
+        parts = tuple(tuple(frames[i : i + 4]) for i in range(0, 16, 4))
+        assert sorted(parts) == quarters
+        assert sum(part != quarter for part, quarter in zip(parts, quarters, strict=True)) == 2
+        seen.add(parts)
+    assert len(seen) == 6  # every pair of quarters
+
+
+def test_reverse_turns_a_span_of_more_than_half() -> None:
+    lengths = set()
+    for frames in seeds("reverse", FRAMES, 200):
+        moved = [i for i, (a, b) in enumerate(zip(frames, FRAMES, strict=True)) if a != b]
+        start, end = moved[0], moved[-1] + 1
+        assert frames[start:end] == FRAMES[start:end][::-1]
+        lengths.add(end - start)
+    assert lengths == set(range(9, 17))
+
+
+def test_crop_shows_three_quarters_with_as_many_frames() -> None:
+    starts = set()
+    for frames in seeds("crop", FRAMES):
+        assert len(frames) == 16
+        assert frames == sorted(frames)
+        assert frames[-1] - frames[0] == 110  # 12 of 16 frames, 10 apart
+        starts.add(frames[0])
+    assert starts == {0, 10, 20, 30, 40}
+
+
+def test_discard_keeps_half_in_order() -> None:
+    kept = list(seeds("discard", FRAMES))
+    for frames in kept:
+        assert len(frames) == 8
+        assert frames == sorted(set(frames) & set(FRAMES))
+    assert set().union(*kept) == set(FRAMES)
+
+
+@pytest.mark.parametrize("n", range(2, 12))
+def test_few_frames_are_disturbed_too(n: int) -> None:
+    frames = list(range(0, 7 * n, 7))
+    for kind in KINDS:
+        for disturbed in seeds(kind, frames, 10):
+            assert disturbed != frames
+            assert len(disturbed) == (n // 2 if kind == "discard" else n)
+            assert 0 <= min(disturbed) <= max(disturbed) <= frames[-1]
+            if kind in ("exchange", "reverse"):
+                assert sorted(disturbed) == frames
+
+
+def test_without_a_kind_each_may_be_drawn() -> None:
+    frames = list(seeds(None, FRAMES))
+    assert {len(f) for f in frames} == {8, 16}
+    assert len({tuple(f) for f in frames}) > 30
+
+
+def test_what_cannot_be_disturbed() -> None:
+    with pytest.raises(InputError, match=r"a\.mp4 shows 1 frames, too few"):
+        disturb([5], "crop", np.random.default_rng(0), "a.mp4")
+    with pytest.raises(InputError, match=r"'shuffle'\. The kinds are exchange, crop, reverse, discard"):
+        disturb(FRAMES, "shuffle", np.random.default_rng(0))
+
+
+def disturbed_video(path: Path, **way: object) -> dict:
+    return user({"type": "video", "video": {"video_file": str(path), "disturb": way}})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_video_item_asks_for_it(mp4: Path, kind: str) -> None:
+    (visual,) = open_visuals(read_messages(disturbed_video(mp4, kind=kind, seed=3)), 8, 8, "v1", 1, None)
+    expected = disturb([0, 6, 11, 17, 22, 28, 33, 39], kind, np.random.default_rng(3))
+    assert frame_numbers(list(visual.frames())) == expected
+
+
+def test_training_and_inference_show_the_same_frames(processor: Processor, mp4: Path) -> None:
+    sample = disturbed_video(mp4, seed=5)
+    seen = [processor(sample, training) for training in (False, True)]
+    np.testing.assert_array_equal(seen[0].pixel_values, seen[1].pixel_values)
+    other = processor(disturbed_video(mp4, seed=6))
+    assert not np.array_equal(other.pixel_values, seen[0].pixel_values)
+
+
+def test_black_frames_follow_what_is_left(mp4: Path) -> None:
+    messages = read_messages(disturbed_video(mp4, kind="discard"))
+    (visual,) = open_visuals(messages, 8, 8, "v1", 8, None)
+    assert [number < 0 for number in frame_numbers(list(visual.frames()))] == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        ({"disturb": "reverse"}, r'content\[0\]: disturb has to be like {"kind": "reverse", "seed": 3}, not \'reverse'),
+        ({"disturb": {"kinds": "reverse"}}, "disturb has to be like"),
+        ({"disturb": {"kind": "shuffle"}}, "kind of disturb has to be one of exchange, crop, reverse, discard"),
+        ({"disturb": {"kind": ["crop"]}}, "kind of disturb has to be one of"),
+        ({"disturb": {"seed": -1}}, "seed of disturb has to be a whole number from 0 on, not -1"),
+        ({"disturb": {"seed": 1.5}}, "seed of disturb has to be"),
+        ({"disturb": {"seed": True}}, "seed of disturb has to be"),
+        ({"disturb": {}, "mask_boxes": [[]]}, "away from their mask_boxes"),
+    ],
+)
+def test_malformed_wishes(video: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_messages(user({"type": "video", "video": {"video_file": "a.mp4", **video}}))

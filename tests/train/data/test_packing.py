@@ -1,0 +1,380 @@
+import collections
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.packing import RowShape
+from tarsier_jax.processing.processor import Processor
+from tests.train.texts import ROWS, load, open_rows, write_lines, write_texts
+from train.config import TrainConfig
+from train.data.packing import (
+    FORGIVEN,
+    Bad,
+    Loaded,
+    PackedRow,
+    Packer,
+    check_share,
+    lines_of,
+    row_states,
+)
+from train.run import Job
+from train.sft import sft_job
+
+SHAPE = RowShape(tokens=64, bins=2, patches=16, frames=2, samples=8)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    """24 texts of 3 to 40 tokens."""
+    return write_texts(tmp_path / "texts.jsonl", np.random.default_rng(0).integers(3, 41, 24).tolist())
+
+
+@pytest.fixture
+def packer(processor: Processor) -> Packer:
+    return Packer(processor, SHAPE, lookahead=3, max_bad_share=0.01, dtype="float32", extra={"weight": (8, 1)})
+
+
+def take(n: int, rows: grain.DatasetIterator) -> list[PackedRow]:
+    return [next(rows) for _ in range(n)]
+
+
+def rows_of(n: int, files: str, packer: Packer, **options: Any) -> list[PackedRow]:
+    rows = open_rows(files, packer, **options)
+    taken = take(n, rows)
+    rows.close()
+    return taken
+
+
+def contents(rows: Sequence[PackedRow]) -> list[tuple]:
+    """All that is in the rows, to compare bit for bit."""
+    arrays = [tuple(np.asarray(x).tobytes() for x in jax.tree.leaves((row.batch, row.extra))) for row in rows]
+    return [(row.keys, row.seen, row.cut, row.bad, *a) for row, a in zip(rows, arrays, strict=True)]
+
+
+# The mixture
+
+
+@pytest.mark.parametrize(("weights", "share"), [(("", ""), 0.25), (("=3", "=1"), 0.75), (("=1", "=9"), 0.1)])
+def test_weights_are_honoured(tmp_path: Path, weights: tuple[str, str], share: float) -> None:
+    a, b = write_texts(tmp_path / "a", [1] * 10), write_texts(tmp_path / "b", [1] * 30)
+    lines = lines_of(f"{a}{weights[0]},{b}{weights[1]}", 0, repeat=True)
+    drawn = [(line.file, line.number) for line in (lines[i] for i in range(400))]
+    of_a = [number for file, number in drawn if file == a]
+    assert abs(len(of_a) - 400 * share) <= 1
+    counts = collections.Counter(of_a)
+    assert len(counts) == 10 and max(counts.values()) - min(counts.values()) <= 1
+
+
+def numbers(lines: grain.MapDataset, first: int, n: int) -> list[int]:
+    return [lines[i].number for i in range(first, first + n)]
+
+
+def test_every_epoch_is_another_order_of_all_lines(texts: str) -> None:
+    lines = lines_of(texts, 0, repeat=True)
+    first, second, third = (numbers(lines, 24 * epoch, 24) for epoch in range(3))
+    assert sorted(first) == sorted(second) == sorted(third) == list(range(1, 25))
+    assert len({tuple(first), tuple(second), tuple(third), tuple(sorted(first))}) == 4
+
+
+def test_the_seed_chooses_the_order(texts: str) -> None:
+    orders = [numbers(lines_of(texts, seed, repeat=True), 0, 48) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_held_out_lines_come_once_and_in_order(tmp_path: Path, texts: str) -> None:
+    other = write_texts(tmp_path / "other", [1] * 3)
+    lines = lines_of(f"{texts},{other}", 0, repeat=False)
+    assert [(line.file, line.number) for line in lines] == [
+        *((texts, i) for i in range(1, 25)),
+        *((other, i) for i in range(1, 4)),
+    ]
+
+
+# Rows
+
+
+def test_a_row_takes_what_fits_of_the_next_few(tmp_path: Path, packer: Packer) -> None:
+    files = write_texts(tmp_path / "a.jsonl", [30, 40, 20, 30, 10, 64])
+    rows = rows_of(4, files, packer, repeat=False, rows=1)
+    assert [row.keys for row in rows] == [("0", "2", "4"), ("1",), ("3",), ("5",)]
+    assert [int(row.batch.lengths[0]) for row in rows] == [60, 40, 30, 64]
+    assert [row.seen for row in rows] == [6, 0, 0, 0]
+    np.testing.assert_array_equal(rows[0].extra["weight"][0, :, 0], [30, 20, 10, 0, 0, 0, 0, 0])
+
+
+def test_rows_are_empty_once_held_out_samples_run_out(tmp_path: Path, packer: Packer) -> None:
+    files = write_texts(tmp_path / "a.jsonl", [30, 40, 50])
+    rows = rows_of(3 * ROWS, files, packer, repeat=False)
+    assert [row.keys for row in rows] == [("0",), ("1",), ("2",), *[()] * 9]
+    assert not any(row.batch.segment_ids.any() for row in rows[3:])
+
+
+def test_row_r_packs_every_fourth_sample(texts: str, packer: Packer) -> None:
+    """Over three epochs: none left out, none twice, only the few that wait are still to come."""
+    lines = lines_of(texts, 0, repeat=True)
+    rows = rows_of(8 * ROWS, texts, packer)
+    for r in range(ROWS):
+        mine = rows[r::ROWS]
+        seen = sum(row.seen for row in mine)
+        drawn = [json.loads(lines[r + ROWS * i].text)["id"] for i in range(seen)]
+        taken = [key for row in mine for key in row.keys]
+        waiting = collections.Counter(drawn) - collections.Counter(taken)
+        assert waiting.total() == seen - len(taken) <= packer.lookahead
+        assert mine[0].keys[0] == drawn[0]
+    assert sum(row.seen for row in rows) > 72
+
+
+def test_every_held_out_sample_is_in_one_row(texts: str, packer: Packer) -> None:
+    rows = rows_of(8 * ROWS, texts, packer, repeat=False)
+    assert sorted((key for row in rows for key in row.keys), key=int) == [str(i) for i in range(24)]
+    assert rows[-1].keys == ()
+
+
+def steps(rows: Sequence[PackedRow], size: int = ROWS) -> list[collections.Counter]:
+    """What the rows of each step are, whatever their order."""
+    return [collections.Counter(contents(rows[i : i + size])) for i in range(0, len(rows), size)]
+
+
+def test_processes_share_the_rows_of_a_step(texts: str, packer: Packer) -> None:
+    alone = rows_of(4 * ROWS, texts, packer)
+    halves = [rows_of(4 * ROWS // 2, texts, packer, process=process, processes=2) for process in (0, 1)]
+    shared = [a + b for a, b in zip(*(steps(half, ROWS // 2) for half in halves), strict=True)]
+    assert shared == steps(alone)
+
+
+@pytest.mark.parametrize(("before", "waiting"), [(0, 0), (1, 3), (6, 12)])
+def test_rows_go_on_where_they_were(texts: str, packer: Packer, before: int, waiting: int) -> None:
+    rows = open_rows(texts, packer)
+    take(before, rows)
+    state = json.dumps(rows.get_state())
+    expected = take(2 * ROWS, rows)
+    rows.close()
+    again = open_rows(texts, packer)
+    take(3, again)  # what it did before does not matter
+    again.set_state(json.loads(state))
+    assert contents(take(2 * ROWS, again)) == contents(expected)
+    again.close()
+    decoded = sum(len(row["waiting"]) for row in json.loads(state)["iterators_in_use_states"])
+    assert decoded == waiting  # in no row yet
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3, 4, 16])
+def test_rows_continue_with_another_number_of_workers(texts: str, packer: Packer, workers: int) -> None:
+    rows = open_rows(texts, packer, workers=2)
+    first = take(6, rows)
+    state = json.dumps(rows.get_state())
+    expected = contents(take(6, rows))
+    rows.close()
+    assert contents(first) + expected == contents(rows_of(12, texts, packer))
+    again = open_rows(texts, packer, workers=workers)
+    again.set_state(json.loads(state))
+    assert contents(take(6, again)) == expected
+    again.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_states_of_an_earlier_version(texts: str, packer: Packer, workers: int) -> None:
+    """There, each worker had several rows, one state with the states of its rows."""
+    rows = open_rows(texts, packer)
+    take(ROWS, rows)
+    state = json.loads(json.dumps(rows.get_state()))
+    expected = contents(take(ROWS, rows))
+    rows.close()
+    states = state["iterators_in_use_states"]
+    threads = [{"turn": 0, "streams": states[worker::workers]} for worker in range(workers)]
+    indices = {"next_index_in_datasets": workers, "iterators_in_use_indices": list(range(workers))}
+    former = {**state, **indices, "iterators_in_use_states": threads, "exhausted": [0] * workers}
+    again = open_rows(texts, packer)
+    again.set_state(row_states(former))
+    assert contents(take(ROWS, again)) == expected
+    again.close()
+
+
+def test_workers_bound_how_many_rows_are_made_at_once(texts: str, packer: Packer) -> None:
+    running, most, lock = [0], [0], threading.Lock()
+
+    def counted(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.005)
+        with lock:
+            running[0] -= 1
+        return load(sample, rng)
+
+    rows = open_rows(texts, packer, load=counted, workers=3)
+    take(2 * ROWS, rows)
+    rows.close()
+    assert most[0] == 3  # not a divisor of the four rows
+
+
+def test_a_step_of_rows_is_made_ahead(tmp_path: Path, packer: Packer) -> None:
+    """One worker makes all eight while the step before is computed: every row is one long text, with two waiting."""
+    made = []
+
+    def counted(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+        made.append(sample["id"])
+        return load(sample, rng)
+
+    rows = open_rows(write_texts(tmp_path / "long.jsonl", [60] * 24), packer, rows=8, load=counted)
+    take(1, rows)
+    deadline = time.monotonic() + 30
+    while len(made) < 8 * 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    rows.close()
+    assert len(made) >= 8 * 3
+
+
+# Samples that cannot be used
+
+
+def test_bad_lines_are_skipped_and_counted(tmp_path: Path, packer: Packer) -> None:
+    texts = [{"id": str(i), "tokens": 30} for i in range(3)]
+    lines = [
+        texts[0],
+        "{'id': 0}",
+        texts[1],
+        "[1, 2]",
+        {"id": "x", "tokens": 0},
+        {"id": "y", "tokens": 65},
+        "{}",
+        texts[2],
+    ]
+    files = write_lines(tmp_path / "a.jsonl", lines)
+    rows = rows_of(2, files, packer, repeat=False, rows=1)
+    assert [row.keys for row in rows] == [("0", "1"), ("2",)]
+    assert [(row.seen, len(row.bad)) for row in rows] == [(8, 5), (0, 0)]
+    assert {(bad.file, bad.line) for bad in rows[0].bad} == {(files, line) for line in (2, 4, 5, 6, 7)}
+    reasons = [bad.reason for bad in rows[0].bad]
+    assert reasons[0].startswith("The line is no JSON (Expecting property name")
+    assert reasons[1:3] == ["The line is no JSON object.", "Sample x is empty."]
+    assert "1 answers of 65 tokens, with 0 frames" in reasons[3] and "8 answers, 64 tokens" in reasons[3]
+    assert "could not be prepared, because of an unexpected key error: 'tokens'" in reasons[4]
+
+
+def test_a_bad_sample_is_remembered_with_the_state(tmp_path: Path, packer: Packer) -> None:
+    """The share counts from the start of the run, not from where it went on."""
+    files = write_texts(tmp_path / "a.jsonl", [0] * FORGIVEN + [60] * 4 + [0] * 10)
+    rows = open_rows(files, packer, repeat=False, rows=1)
+    take(1, rows)
+    again = open_rows(files, packer, repeat=False, rows=1)
+    again.set_state(rows.get_state())
+    with pytest.raises(InputError, match=f"{FORGIVEN + 1} of 15 samples cannot be used"):
+        take(3, again)
+    rows.close()
+    again.close()
+
+
+def test_too_large_a_share_of_bad_samples() -> None:
+    last = Bad("a.jsonl", 7, "It is broken.")
+    check_share(FORGIVEN, FORGIVEN, 0.0, last)
+    check_share(FORGIVEN + 5, 500, 0.01, last)
+    with pytest.raises(InputError, match=r"16 of 500 .*max_bad_share 0.01 allows. .*: a.jsonl line 7: It is broken\."):
+        check_share(FORGIVEN + 6, 500, 0.01, last)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_share_stops_the_run_wherever_samples_are_made(tmp_path: Path, packer: Packer, workers: int) -> None:
+    files = write_texts(tmp_path / "a.jsonl", [0] * 30)
+    rows = open_rows(files, packer, workers=workers)
+    with pytest.raises(InputError, match=r"^11 of 11 samples .*max_bad_share 0.01 .*a.jsonl line \d+: Sample \d+ is"):
+        next(rows)
+    rows.close()
+
+
+def test_cut_samples_are_counted(tmp_path: Path, packer: Packer) -> None:
+    lines = [{"id": str(i), "tokens": 30, "cut": 5 * (i % 2)} for i in range(4)]
+    rows = rows_of(2, write_lines(tmp_path / "a.jsonl", lines), packer, repeat=False, rows=1)
+    assert [(row.keys, row.cut) for row in rows] == [(("0", "1"), 1), (("2", "3"), 1)]
+
+
+# Media
+
+
+def caption(video: str, text: str) -> dict:
+    question = [{"type": "video", "video": {"video_file": video}}, {"type": "text", "text": "Describe the video."}]
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text}]}
+
+
+@pytest.fixture
+def media_rows(tmp_path: Path, clip: str, processor: Processor) -> Any:
+    """Rows of annotations of real clips, made as in SFT, with frames drawn at random."""
+    job: Job = sft_job(TrainConfig())
+    processor = processor.replace(n_frames=3, max_pixels=3136, max_seq_len=120, video_sampler="v2")
+    shape = RowShape(tokens=160, bins=4, patches=16, frames=2, samples=4)
+    packer = Packer(processor, shape, lookahead=2, max_bad_share=0.0, dtype="bfloat16")
+
+    def rows(lines: Sequence[Any], repeat: bool) -> Iterator[PackedRow]:
+        def load(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+            return job.load(processor, sample, rng)
+
+        files = write_lines(tmp_path / "a.jsonl", lines)
+        return open_rows(files, packer, repeat, load=load, media_root=str(tmp_path), rows=1)
+
+    return rows
+
+
+def test_clips_and_what_is_wrong_with_some(tmp_path: Path, media_rows: Any, processor: Processor) -> None:
+    Image.new("RGB", (640, 640)).save(tmp_path / "large.png")
+    large = caption("clip", "It is large.")
+    large["image_processing_config"] = {"max_pixels": 640 * 640}
+    large["messages"][0]["content"][0] = {"type": "image", "image": {"image_file": "large.png"}}
+    lines = [
+        caption("clip", "It gets brighter."),
+        caption("nowhere.mp4", "It is not there."),
+        caption("clip", "  "),
+        large,
+        caption("clip", "It gets brighter. " * 20),
+    ]
+    rows = media_rows(lines, repeat=False)
+    first, second = take(2, rows)
+    rows.close()
+    reasons = {bad.line: bad.reason for bad in first.bad}
+    assert sorted(reasons) == [2, 3, 4]
+    assert str(tmp_path / "nowhere.mp4") in reasons[2]
+    assert "nothing to train on" in reasons[3]
+    assert "max_seq_len is 120" in reasons[4]
+    assert (first.cut, second.cut, first.seen) == (0, 1, 5)
+    answer = first.batch.labels[0][first.batch.labels[0] >= 0]
+    assert processor.tokenizer.decode(answer) == "It gets brighter.<|im_end|>"
+    assert second.batch.lengths == 120 and first.batch.patches.dtype.name == "bfloat16"
+    assert (first.batch.frame_hw.prod(axis=-1) > 0).sum() == 3
+
+
+def test_drawn_frames_are_the_same_again_after_a_restore(media_rows: Any) -> None:
+    lines = [caption("clip", f"Clip {i}.") for i in range(2)]
+    rows = media_rows(lines, repeat=True)
+    take(1, rows)
+    state = json.dumps(rows.get_state())
+    expected = take(3, rows)
+    again = media_rows(lines, repeat=True)
+    again.set_state(json.loads(state))
+    assert contents(take(3, again)) == contents(expected)
+    frames = {row.batch.patches.tobytes() for row in expected}
+    assert len(frames) == 3  # of one clip, other ones each time
+    rows.close()
+    again.close()
+
+
+def test_a_clip_that_was_decoded_before_a_restart_may_be_gone_after_it(clip: str, media_rows: Any) -> None:
+    lines = [caption("clip", f"Clip {i}.") for i in range(4)]
+    rows = media_rows(lines, repeat=False)
+    take(1, rows)
+    state = rows.get_state()
+    rows.close()
+    Path(clip).rename(Path(clip).with_name("elsewhere"))
+    again = media_rows(lines, repeat=False)
+    again.set_state(state)
+    (row,) = take(1, again)
+    assert row.keys == () and [bad.line for bad in row.bad] == [4]  # lines 2 and 3 were drawn before
+    again.close()

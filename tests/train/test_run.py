@@ -1,0 +1,125 @@
+"""Which settings a resumed run keeps, and which may change."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.recap_7b import get_config
+from tarsier_jax.errors import InputError
+from train.config import parse_config
+from train.dpo import dpo_job
+from train.micro.data import write_clips
+from train.run import Run, open_run
+from train.sft import sft_job
+
+
+def open_debug(workdir: Path, job: Any = sft_job, **over: Any) -> Run:
+    config = get_config("debug")
+    config.update_from_flattened_dict(over)
+    return open_run(parse_config(config), workdir, job)
+
+
+@pytest.fixture(scope="module")
+def started_sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("sft")
+    open_debug(workdir)
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    return workdir
+
+
+@pytest.fixture
+def started(tmp_path: Path, started_sft: Path) -> Path:
+    return Path(shutil.copytree(started_sft, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "was"),
+    [
+        ("seed", 5, "0"),
+        ("data.tokens", 512, "448"),
+        ("data.bins", 9, "8"),
+        ("data.patches", 72, "64"),
+        ("data.frames", 3, "2"),
+        ("data.samples", 3, "4"),
+        ("data.rows", 8, "4"),
+        ("data.shuffle", False, "True"),
+        ("data.lookahead", 5, "4"),
+        ("processor.n_frames", 2, "4"),
+        ("processor.max_pixels", 3136, "12544"),
+        ("processor.video_sampler", "v2", "'v1'"),
+        ("optimizer.freeze", ("vision/.*",), r"\[\]"),
+        ("optimizer.muon", ("decoder/layers/mlp/.*",), r"\[\]"),
+        ("optimizer.mu_dtype", "bfloat16", "'float32'"),
+    ],
+)
+def test_what_decides_the_data_or_the_state_is_kept(started: Path, key: str, value: Any, was: str) -> None:
+    with pytest.raises(InputError, match=rf"belongs to another run: {key} was {was} and is now .*another --workdir"):
+        open_debug(started, **{key: value})
+
+
+def test_what_does_not_is_free_and_named(started: Path) -> None:
+    free = {"data.workers": 1, "log_every": 2, "save_every": 7, "keep": 3, "eval_every": 0, "profile_at": 3}
+    free |= {"steps": 40, "optimizer.peak_lr": 1e-6, "parts": 2, "data.max_bad_share": 0.5}
+    run = open_debug(started, **free)
+    assert {change.split(" was ")[0] for change in run.changes} == free.keys()
+    assert "optimizer.peak_lr was 2e-05 and is now 1e-06" in run.changes
+    assert len((started / "runs.jsonl").read_text().splitlines()) == 2
+
+
+def of_files(*files: Path) -> dict[str, Any]:
+    return {"data.train": ",".join(map(str, files)), "data.eval": "", "data.media_root": str(files[0].parent)}
+
+
+def test_annotations_are_told_by_their_content(tmp_path: Path) -> None:
+    a = write_clips(tmp_path / "clips")
+    b = Path(shutil.copy(a, a.with_name("b.jsonl")))
+    lines = a.read_text().splitlines(keepends=True)
+    b.write_text("".join(lines[::-1]))
+    workdir = tmp_path / "run"
+    open_debug(workdir, **of_files(a, b))
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    open_debug(workdir, **of_files(Path(a.rename(a.with_name("moved.jsonl"))), b))
+    for files in (f"{b},{b.with_name('moved.jsonl')}", f"{b}", f"{b.with_name('moved.jsonl')}=2,{b}=1"):
+        with pytest.raises(InputError, match=r"data.train was \['\d+ bytes, blake2b \w+', .*\] and is now"):
+            open_debug(workdir, **{**of_files(b), "data.train": files})
+    for content in ("".join(lines), "".join([*lines[::-1], lines[0]]), "".join(lines[:0:-1])):
+        b.write_text(content)
+        with pytest.raises(InputError, match=r"data.train was"):
+            open_debug(workdir, **of_files(b.with_name("moved.jsonl"), b))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "fact"),
+    [
+        ("tokenizer.json", '"circle"', '"circles"', "tokenizer"),
+        ("chat_template.jinja", "user", "User", "chat_template"),
+    ],
+)
+def test_tokenizer_and_template_are_kept(started: Path, file: str, old: str, new: str, fact: str) -> None:
+    path = started / "random_model" / file
+    assert path.exists(), sorted(p.name for p in path.parent.iterdir())
+    path.write_text(path.read_text().replace(old, new) + " ")
+    with pytest.raises(InputError, match=f"{fact} was "):
+        open_debug(started)
+
+
+def test_dpo_keeps_its_reference(tmp_path: Path) -> None:
+    open_debug(tmp_path, dpo_job)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"dpo.beta was 0.1 and is now 0.2"):
+        open_debug(tmp_path, dpo_job, **{"dpo.beta": 0.2})
+    other = shutil.copytree(tmp_path / "random_model", tmp_path / "other")
+    with pytest.raises(InputError, match=r"model was 'random' and is now '.*other'"):
+        open_debug(tmp_path, dpo_job, model=str(other))
+    with pytest.raises(InputError, match=r"program was 'dpo' and is now 'sft'"):
+        open_debug(tmp_path, sft_job)
+
+
+def test_the_recorded_configuration_is_the_one_that_was_given(started: Path) -> None:
+    start = json.loads((started / "runs.jsonl").read_text())
+    given = dataclasses.asdict(parse_config(get_config("debug")))
+    assert start["config"] == json.loads(json.dumps(given)) and start["config"]["model"] == "random"

@@ -1,0 +1,245 @@
+"""DPO's reference log-probabilities on disk: computed once, read by the data pipeline."""
+
+import dataclasses
+import glob
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, SupportsIndex, TextIO
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tarsier_jax.errors import InputError
+from tarsier_jax.weights import is_converted
+from tarsier_jax.weights.orbax import PARAMS
+from tarsier_jax.weights.safetensors import open_tensors
+from train.config import TrainConfig
+from train.data.packing import Line, lines_of, read_sample
+from train.data.samples import prepare_pair
+from train.losses import pair_log_probs
+from train.metric_writer import duration
+from train.optimizer import Params
+from train.run import Run, global_batch
+from train.state import StepBatch, build_model, load_reference
+
+
+class ReferenceFile:
+    """JSON lines {"key", "chosen", "rejected"}, one file per process: FILE.0, FILE.1, ...
+
+    A key is a hash of everything that decides a pair's log-probabilities: the pair, the sizes of its media files, and
+    the run's `fingerprint`. So records of another model or of other frames are never found. A media file that is
+    replaced by another one of the same name and size is not noticed.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self._fingerprint, self._n_frames = "", 0
+        self._known: dict[str, tuple[float, float]] = {}
+
+    def open(self, run: Run) -> None:
+        """Reads the records, and what the keys of this run depend on. Comes before every other method."""
+        self._fingerprint, self._n_frames = fingerprint(run), run.config.processor.n_frames
+        self.read()
+
+    def read(self) -> None:
+        """Reads the records of all processes; skips a line that is cut short, damaged or not finite."""
+        self._known = {}
+        for file in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*")):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    record = json.loads(line)
+                    values = float(record["chosen"]), float(record["rejected"])
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue
+                if np.isfinite(values).all():
+                    self._known[record["key"]] = values
+
+    def append(self, process: int) -> TextIO:
+        """A process's file, open for more records after those that it has."""
+        path = self.path.with_name(f"{self.path.name}.{process}")
+        cut_short = path.exists() and not path.read_bytes().endswith(b"\n")
+        file = path.open("a", encoding="utf-8")
+        file.write("\n" if cut_short else "")
+        return file
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def key(self, sample: Mapping[str, Any]) -> str:
+        """The key of a line's pair. Raises InputError for a line that is no pair."""
+        pair = prepare_pair(sample, np.random.default_rng(0), self._n_frames)
+        facts = [self._fingerprint, pair, list(_media_sizes(pair[0]))]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+    def of(self, sample: Mapping[str, Any]) -> np.ndarray:
+        """Log-probabilities of the chosen and the rejected answer, float32 (2,).
+
+        Raises:
+            InputError: the file has no record of the pair.
+        """
+        values = self._known.get(self.key(sample))
+        if values is None:
+            raise InputError(
+                f"{self.path} has no reference log-probabilities of the pair: its line or its media have changed since "
+                "the start. Start the run again."
+            )
+        return np.array(values, np.float32)
+
+
+def _media_sizes(chat: Mapping[str, Any]) -> Iterator[Any]:
+    """The bytes of each file that the visuals of a prepared chat name; of a directory's files with their names."""
+    items = [item for message in chat["messages"] for item in message["content"] if item["type"] != "text"]
+    values = [value for item in items for value in item[item["type"]].values()]
+    paths = [path for value in values for path in (value if isinstance(value, list) else [value])]
+    for path in (Path(path) for path in paths if isinstance(path, str)):
+        if path.is_dir():
+            yield sorted((file.name, file.stat().st_size) for file in path.iterdir())
+        elif path.is_file():
+            yield path.stat().st_size
+
+
+def fingerprint(run: Run) -> str:
+    """A hash of what decides log-probabilities for all pairs of a run: its model, and how it shows samples.
+
+    The weights count by their bytes, the rest by values: sizes and dtype of the model, processor options, image
+    options, tokenizer, chat template. Attention, recomputation, mesh and rows change the numbers by rounding only, and
+    do not count.
+    """
+    model, processor = dataclasses.replace(run.plan.config, attention="", remat=""), run.processor
+    tokenizer: Any = processor.tokenizer
+    facts = {
+        "version": 2,  # of the definition of the log-probabilities: see `train.dpo.mask_shared`
+        "weights": _broadcast(lambda: digest_weights(run.model_directory)).hex(),
+        "model": dataclasses.asdict(model),
+        "options": dataclasses.asdict(processor.options),
+        "image": dataclasses.asdict(processor.image),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "template": processor.chat_template,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def digest_weights(directory: Path) -> bytes:
+    """SHA-256 of every byte of a checkpoint's weights, and of the names of their files; a second for some GiB."""
+    if is_converted(directory):
+        files = [path for path in (directory / PARAMS).glob("*/**/*") if path.is_file()]
+    else:
+        files = list({tensor.file for tensor in open_tensors(directory).values()})
+    total = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+        for file, digest in zip(sorted(files), pool.map(_digest, sorted(files)), strict=True):
+            total.update(str(file.relative_to(directory)).encode() + digest)
+    return total.digest()
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
+def _broadcast(digest: Callable[[], bytes]) -> bytes:
+    """The digest that process 0 computes; the others read no weights for it."""
+    if jax.process_count() == 1:
+        return digest()
+    own = digest() if jax.process_index() == 0 else bytes(hashlib.sha256().digest_size)
+    return multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8)).tobytes()
+
+
+def write_reference(run: Run, reference: ReferenceFile, pairs: int) -> None:
+    """Computes the records that a run's reference file lacks, with the model that the run starts from.
+
+    Every process adds its rows' records to a file of its own as they come; a pass cut short resumes where it was.
+
+    Raises:
+        TarsierError: the annotations or the checkpoint cannot be used.
+    """
+    mesh, config = run.plan.mesh, run.config
+    missing = _Missing(config, reference)
+    if not len(missing):
+        return
+    _report_unused(reference, missing)
+    reference.path.parent.mkdir(parents=True, exist_ok=True)
+    params = load_reference(run.plan, run.model_directory)
+    rows = iter(run.rows(grain.MapDataset.source(missing), config.data.rows, config.data.workers))
+
+    def compute(params: Params, step: StepBatch) -> tuple[jax.Array, jax.Array]:
+        batch = jax.tree.map(lambda x: x[0], step.batch)
+        model = build_model(run.plan.graph, params, run.plan.config.dtype)
+        return pair_log_probs(model, batch, pairs), jnp.sum(jnp.max(batch.segment_ids, axis=1) // 2)
+
+    compute = jax.jit(compute, out_shardings=NamedSharding(mesh, P()))
+    start, done = time.perf_counter(), 0
+    with reference.append(jax.process_index()) as file:
+        while True:
+            local = [next(rows) for _ in range(config.data.rows // run.row_groups)]
+            log_probs, count = (np.asarray(x) for x in compute(params, global_batch(local, 1, mesh)))
+            if not count:  # the lines have run out; all processes see it at once
+                break
+            for row, values in zip(local, log_probs[run.row_group * len(local) :], strict=False):
+                for key, (chosen, rejected) in zip(row.keys, values.tolist(), strict=False):
+                    file.write(json.dumps({"key": key, "chosen": chosen, "rejected": rejected}) + "\n")
+            file.flush()
+            done += int(count)
+            if jax.process_index() == 0:
+                rate = done / (time.perf_counter() - start)
+                left = duration((len(missing) - done) / rate)
+                print(f"reference {done}/{len(missing)}  {rate:.2f} pairs/s  left {left}", flush=True)
+    rows.close()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the reference is whole")
+    reference.read()
+
+
+def _report_unused(reference: ReferenceFile, missing: "_Missing") -> None:
+    unused = len(reference) - missing.found
+    if unused and jax.process_index() == 0:
+        print(
+            f"reference: {unused} of {len(reference)} records in {reference.path}.* are not used: they are of other "
+            "pairs, another model, other frames or another chat template",
+            flush=True,
+        )
+
+
+class _Missing(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportMissingTypeArgument]
+    """The lines of pairs, to train on and held out, that a reference file lacks, each pair once.
+
+    `found` counts the pairs that it has.
+    """
+
+    def __init__(self, config: TrainConfig, reference: ReferenceFile):
+        data = config.data
+        files = [data.train, data.eval] if data.eval and config.eval_every else [data.train]
+        parts = [lines_of(names, config.seed, repeat=False) for names in files]
+        self._lines: Any = grain.MapDataset.concatenate(parts)
+        first: dict[str, int] = {}
+        for i in range(len(self._lines)):
+            key = _key(self._lines[i], data.media_root, reference)
+            if key is not None:
+                first.setdefault(key, i)
+        self._indices = [i for key, i in first.items() if key not in reference]
+        self.found = len(first) - len(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: SupportsIndex) -> Line:
+        return self._lines[self._indices[int(index)]]
+
+
+def _key(line: Line, media_root: str, reference: ReferenceFile) -> str | None:
+    try:
+        return reference.key(read_sample(line.text, media_root))
+    except Exception:  # no pair: `of` raises the same in training, where it counts as a bad sample
+        return None

@@ -1,0 +1,125 @@
+"""Preference pairs for `train.dpo`.
+
+`python -m train.micro.preference_pairs --output DIR [--model CHECKPOINT] [--clips N] [--seed N]`.
+
+Every clip of moving shapes is described twice by sampling: as it is, and with its frames disturbed. The judge of moving
+shapes scores both, and a pair is kept if the first is nowhere worse and clearly better in all: dR >= 0, dP >= 0 and
+dR + dP >= 0.3, of recall and precision. DIR then holds the clips of the kept pairs, and pairs.jsonl.
+Source: Tarsier2 (arXiv 2501.07888), section 3.3, with a rule-based judge in place of AutoDQ.
+"""
+
+import argparse
+import collections
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import tarsier_jax
+from eval.shapes.annotations import ask
+from eval.shapes.clips import Clip, draw_clips
+from eval.shapes.describe import event_sentences
+from eval.shapes.judge import score
+from eval.shapes.render import write_clip
+from infer.engine import Engine, Refusal, Request, fit_shape
+from tarsier_jax.errors import InputError
+from tarsier_jax.files import local_path, locked
+from tarsier_jax.processing.perturb import KINDS
+from tarsier_jax.programs import add_model_flag, prepare_process, resolve_dtype, run
+
+FIRST_SEED = 5 * 10**8  # between the seeds that SFT learns from and those that are held out
+_SLOTS, _MAX_NEW_TOKENS = 32, 96
+_MARGIN = 0.3
+
+
+def preferred(events: Sequence[str], clean: str, disturbed: str) -> bool:
+    """Whether the first description is better than the second by enough, and worse in nothing."""
+    (recall, precision), (other_recall, other_precision) = score(clean, events), score(disturbed, events)
+    more_recall, more_precision = recall - other_recall, precision - other_precision
+    return min(more_recall, more_precision) >= 0 and more_recall + more_precision >= _MARGIN
+
+
+def _asked(clip: Clip, disturb: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"messages": [ask(clip.video | ({"disturb": disturb} if disturb else {}))]}
+
+
+def _pair(path: Path, chosen: str, rejected: str) -> dict[str, Any]:
+    answer = {"type": "text", "text": chosen, "chosen": chosen, "rejected": rejected}
+    messages = [ask({"video_file": path.name}), {"role": "assistant", "content": [answer]}]
+    return {"messages": messages, "task": "video/caption", "idx": int(path.stem)}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.micro.preference_pairs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_flag(parser)
+    parser.add_argument("--output", required=True, type=local_path, help="directory for clips and pairs.jsonl")
+    parser.add_argument("--clips", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the first clip")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.clips < 1 or args.seed < 0 or args.temperature <= 0:
+        raise InputError("--clips has to be at least 1, --seed at least 0, and --temperature more than 0.")
+    prepare_process()
+    with locked(args.output, inside=True):
+        kept = write(args)
+    print(f"{kept} pairs of {args.clips} clips: {args.output / 'pairs.jsonl'}")
+    return 0
+
+
+def write(args: argparse.Namespace) -> int:
+    """Writes the clips and pairs; returns how many there are."""
+    model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
+    engine = Engine(model, processor, fit_shape(processor, _SLOTS, _MAX_NEW_TOKENS))
+    partial, kept = args.output / ".pairs.jsonl.partial", 0
+    with partial.open("w", encoding="utf-8") as file, tqdm(total=args.clips, unit="clip") as bar:
+        for number, clip, clean, disturbed in described(engine, args.seed, args.clips, args.temperature):
+            if preferred(event_sentences(clip.scene), clean, disturbed):
+                path = write_clip(args.output / f"{number}.mp4", clip.video["frames"])
+                file.write(json.dumps(_pair(path, clean, disturbed)) + "\n")
+                kept += 1
+            bar.set_postfix_str(f"{kept} pairs", refresh=False)
+            bar.update()
+    partial.rename(args.output / "pairs.jsonl")
+    return kept
+
+
+def described(engine: Engine, first: int, count: int, temperature: float) -> Iterator[tuple[int, Clip, str, str]]:
+    """For each clip, in the order in which they are done: its seed, itself, and a sampled description of it as it is
+    and one of it disturbed.
+    """
+    clips: dict[int, Clip] = {}
+    told: dict[int, dict[str, str]] = collections.defaultdict(dict)
+
+    def requests() -> Iterator[Request]:
+        for number, clip in enumerate(draw_clips(first, count), first):
+            clips[number] = clip
+            rng = np.random.default_rng(number)
+            shown = {"clean": None, "disturbed": {"kind": str(rng.choice(KINDS)), "seed": number}}
+            for seed, (how, disturb) in enumerate(shown.items(), 2 * number):
+                example = engine.processor(_asked(clip, disturb))
+                yield Request((number, how), example, _MAX_NEW_TOKENS, temperature, seed=seed)
+
+    for answer in engine.run(requests()):
+        if isinstance(answer, Refusal):
+            raise InputError(answer.reason)
+        number, how = answer.key
+        told[number][how] = engine.text(answer)
+        if len(told[number]) == 2:
+            both = told.pop(number)
+            yield number, clips.pop(number), both["clean"], both["disturbed"]
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(parse())))

@@ -1,0 +1,257 @@
+"""From a configuration to everything that a run needs: model, mesh, processor, data, plan."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.errors import InputError
+from tarsier_jax.models.attention import default_implementation
+from tarsier_jax.processing.packing import stack_rows
+from tarsier_jax.processing.processor import Processor, load_processor
+from tarsier_jax.processing.templates import training_template
+from tarsier_jax.programs import resolve_dtype
+from tarsier_jax.sharding import BATCH, make_mesh
+from tarsier_jax.weights import resolve
+from train.config import MeshConfig, TrainConfig
+from train.data.packing import Loaded, PackedRow, Packer, describe_files, make_rows
+from train.micro.data import with_builtin
+from train.processes import compare
+from train.record import claim, flatten, record_start
+from train.state import LossFunction, Plan, StepBatch, batch_shardings, make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What SFT and DPO differ in.
+
+    prepare: an annotation as a plain conversation.  load: the same as a unit to pack.  extra: see `Packer`.
+    before: what has to be done before the first step.
+    """
+
+    name: str
+    loss: LossFunction
+    prepare: Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]
+    load: Callable[[Processor, Mapping[str, Any], np.random.Generator], Loaded]
+    extra: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    with_reference: bool = False
+    before: Callable[["Run"], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, ready to start. changes: the settings that differ from those of the start before, in words."""
+
+    config: TrainConfig
+    workdir: Path
+    model_directory: Path
+    processor: Processor
+    plan: Plan
+    job: Job
+    changes: tuple[str, ...] = ()
+
+    @property
+    def row_group(self) -> int:
+        """Which share of a step's rows this process loads."""
+        return row_share(self.plan.mesh)[0]
+
+    @property
+    def row_groups(self) -> int:
+        """How many shares there are."""
+        return row_share(self.plan.mesh)[1]
+
+    def rows(self, lines: grain.MapDataset, rows: int, workers: int = 1) -> grain.IterDataset:
+        """This process's rows of packed samples, `rows` a step over all processes."""
+        data = self.config.data
+        packer = Packer(
+            processor=self.processor,
+            shape=data.row_shape,
+            lookahead=data.lookahead,
+            max_bad_share=data.max_bad_share,
+            dtype=self.plan.config.dtype,
+            extra=self.job.extra,
+        )
+        return make_rows(
+            lines,
+            functools.partial(self.job.load, self.processor),
+            packer,
+            seed=self.config.seed,
+            media_root=data.media_root,
+            rows=rows,
+            process=self.row_group,
+            processes=self.row_groups,
+            workers=workers,
+        )
+
+
+def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], Job]) -> Run:
+    """Checks all that can be checked before the first batch.
+
+    Raises:
+        TarsierError: the checkpoint, the mesh, the annotations or the workdir do not fit.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--workdir {workdir} cannot be made ({e.strerror}). Choose another one.") from None
+    given = config
+    compare("configuration", {"--workdir": str(workdir), **_common(config)})
+    config = with_builtin(config, workdir)
+    if not config.model:
+        raise InputError("config.model names no checkpoint. Give --config.model=DIRECTORY or a hub id.")
+    mesh = mesh_of(config.mesh)
+    check_rows(config, mesh)
+    directory = resolve(config.model)
+    model_config = run_config(load_config(directory), config, mesh.devices.flat[0].platform)
+    processor = training_processor(directory, model_config, config)
+    job = make_job(config)
+    try:
+        plan = make_plan(model_config, config.optimizer, config.steps, mesh, job.with_reference)
+    except ValueError as e:
+        raise InputError(f"{e} Choose other sizes in config.mesh.") from None
+    facts = _facts(config, given.model, job, processor, directory, mesh)
+    compare("data", {**facts, "data.eval": describe_files(config.data.eval) if config.data.eval else []})
+    changes = []
+    if jax.process_index() == 0:
+        claim(workdir, facts)
+        changes = record_start(workdir, dataclasses.asdict(given))
+    return Run(config, workdir, directory, processor, plan, job, tuple(changes))
+
+
+# Settings that may differ between processes: where a host finds its files, and how it reads them.
+_OF_A_HOST = ("model", "data.train", "data.eval", "data.media_root", "data.workers")
+# Settings of the data that a run keeps; of the others, only how fast rows are made depends on them.
+_OF_ROWS = ("tokens", "bins", "patches", "frames", "samples", "shuffle", "rows", "lookahead")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+
+
+def _common(config: TrainConfig) -> dict[str, Any]:
+    """The settings that all processes have to share."""
+    flat = flatten(dataclasses.asdict(config), "config.")
+    return {key: value for key, value in flat.items() if key.removeprefix("config.") not in _OF_A_HOST}
+
+
+def _facts(
+    config: TrainConfig, name: str, job: Job, processor: Processor, directory: Path, mesh: Mesh
+) -> dict[str, Any]:
+    """The facts that a run keeps when it is resumed: what its checkpoints contain, and what decides its data."""
+    model, optimizer = processor.config, config.optimizer
+    facts = {
+        "program": job.name,
+        "text": dataclasses.asdict(model.text),
+        "vision": dataclasses.asdict(model.vision),
+        "image": dataclasses.asdict(processor.image),
+        "tokenizer": [
+            _digest(file.read_bytes()) for file in map(directory.joinpath, _TOKENIZER_FILES) if file.exists()
+        ],
+        "chat_template": _digest(processor.chat_template.encode()),
+        "processes": jax.process_count(),
+        "row_groups": row_share(mesh)[1],
+        "seed": config.seed,
+        "data.train": describe_files(config.data.train),
+        **{f"data.{key}": getattr(config.data, key) for key in _OF_ROWS},
+        **flatten(dataclasses.asdict(config.processor), "processor."),
+        **{f"optimizer.{key}": getattr(optimizer, key) for key in ("freeze", "muon", "mu_dtype")},
+    }
+    if job.name == "dpo":  # whose reference is the starting model, or a file of its log-probabilities
+        facts |= {"model": name, **flatten(dataclasses.asdict(config.dpo), "dpo.")}
+    return facts
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def run_config(model: ModelConfig, config: TrainConfig, platform: str) -> ModelConfig:
+    """The model's configuration with what the run chooses: dtype, attention, remat.
+
+    Raises:
+        InputError: the platform ("cpu", "gpu" or "tpu") lacks the attention, or rows split a merged patch.
+    """
+    dtype = resolve_dtype(config.dtype, platform)
+    attention = default_implementation(platform, dtype) if config.attention == "auto" else config.attention
+    if attention not in ("xla", default_implementation(platform, dtype)):
+        needs = {"cudnn": "a GPU and bfloat16", "splash": "a TPU"}[attention]
+        raise InputError(f"config.attention={attention} needs {needs}, not {platform} and {dtype}. Choose auto.")
+    if config.data.patches % model.vision.merge_factor:
+        raise InputError(
+            f"config.data.patches is {config.data.patches}, but has to be a multiple of {model.vision.merge_factor}, "
+            "the patches that the model merges into one token."
+        )
+    return dataclasses.replace(model, dtype=dtype, attention=attention, remat=config.remat)
+
+
+def training_processor(directory: Path, model: ModelConfig, config: TrainConfig) -> Processor:
+    """The checkpoint's processor with the run's options.
+
+    A template that does not mark answers (Qwen2-VL's) is replaced by ChatML that does; see `training_template`.
+    """
+    processor = load_processor(directory, model)
+    template = training_template(processor.chat_template)
+    return dataclasses.replace(processor, chat_template=template, options=config.processor)
+
+
+def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh, with -1 filled in.
+
+    Raises:
+        InputError: the axes do not match the devices.
+    """
+    count = len(devices) if devices is not None else jax.device_count()
+    sizes = dataclasses.asdict(config)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    given = int(np.prod([size for size in sizes.values() if size != -1]))
+    negative = min(sizes.values()) < -1
+    if negative or len(open_axes) > 1 or given < 1 or count % given or (not open_axes and given != count):
+        text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise InputError(
+            f"config.mesh {text} does not match {count} devices: the sizes multiply to {given}. Their product has to "
+            f"be {count}; one of them may be -1 for what the others leave."
+        )
+    return make_mesh(**{axis: count // given if size == -1 else size for axis, size in sizes.items()}, devices=devices)
+
+
+def check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises InputError when rows cannot be split into parts and over the mesh."""
+    across = mesh.shape["data"] * mesh.shape["fsdp"]
+    if min(config.parts, config.data.rows) < 1 or config.data.rows % (config.parts * across):
+        raise InputError(
+            f"config.data.rows={config.data.rows} is no multiple of config.parts={config.parts} times the "
+            f"{across} devices along data and fsdp. Choose a multiple of {max(config.parts, 1) * across}."
+        )
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process loads the index-th of `count` equal shares of a step's rows.
+
+    Processes share rows where the tensor axis spans them.
+    """
+    sharding = NamedSharding(mesh, P(BATCH))
+    across = mesh.shape["data"] * mesh.shape["fsdp"]
+    indices = sharding.addressable_devices_indices_map((across,)).values()
+    starts = sorted({index[0].start or 0 for index in indices if index is not None})
+    return starts[0] // len(starts), across // len(starts)
+
+
+def global_batch(rows: Sequence[PackedRow], parts: int, mesh: Mesh) -> StepBatch:
+    """The rows of all processes as one step's arrays on the devices."""
+    n = len(rows) // parts
+    stacked = [
+        StepBatch(
+            stack_rows([row.batch for row in rows[i * n : (i + 1) * n]]),
+            {name: np.concatenate([row.extra[name] for row in rows[i * n : (i + 1) * n]]) for name in rows[0].extra},
+        )
+        for i in range(parts)
+    ]
+    local = jax.tree.map(lambda *x: x[0][None] if parts == 1 else np.stack(x), *stacked)
+    shardings = batch_shardings(local, mesh)
+    return jax.tree.map(lambda s, x: jax.make_array_from_process_local_data(s, x), shardings, local)

@@ -1,0 +1,74 @@
+"""Held-out loss and sample captions of a run in progress."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarsier_jax.generation.decode import generate_batch
+from tarsier_jax.generation.sampling import make_sampling
+from train.data.packing import PackedRow, lines_of, read_sample
+from train.run import Run, global_batch
+from train.state import TrainState, build_model, make_eval_step
+
+_CAPTION_TOKENS = 128
+
+
+class Evaluation:
+    """Of the annotations in config.data.eval. Raises InputError when they cannot be read."""
+
+    def __init__(self, run: Run):
+        self._run, config = run, run.config
+        if config.data.eval and config.eval_every:  # read at the start, as a file may be missing
+            self._lines = lines_of(config.data.eval, config.seed, repeat=False)
+        self._step = make_eval_step(run.plan, run.job.loss)
+
+    def losses(self, state: TrainState) -> dict[str, float]:
+        """The loss over all held-out samples, once each, and what else the job measures; names begin "eval_"."""
+        mesh = self._run.plan.mesh
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        iterator = iter(self._run.rows(self._lines, rows))
+        sums: dict[str, float] = {}
+        while True:
+            batch: list[PackedRow] = [next(iterator) for _ in range(rows // self._run.row_groups)]
+            part = {k: float(v) for k, v in self._step(state, global_batch(batch, 1, mesh)).items()}
+            if part["weight"] == 0:  # the samples have run out; all processes see it at once
+                break
+            sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
+        iterator.close()
+        weight = sums.pop("weight", 0.0)
+        return {f"eval_{name}": value / weight for name, value in sums.items()}
+
+    def captions(self, state: TrainState) -> list[tuple[str, str]]:
+        """(prompt, answer) for the first held-out samples; those that cannot be used are left out."""
+        run, config = self._run, self._run.config
+        lines: Any = self._lines
+        model = build_model(run.plan.graph, {**state.params, **state.frozen}, run.plan.config.dtype)
+        answers = []
+        for i in range(min(config.eval_captions, len(lines))):
+            line = lines[i]
+            try:
+                sample = read_sample(line.text, config.data.media_root)
+                example = run.processor(_question(run.job.prepare(sample, np.random.default_rng(config.seed))))
+            except Exception:  # as `LoadLine` does; a bad sample is counted where the loss is computed
+                continue
+            batch = jax.tree.map(jnp.asarray, run.processor.batch([example]))
+            (answer,) = generate_batch(
+                model,
+                batch,
+                sampling=make_sampling(1),
+                eos_ids=run.processor.eos_token_ids,
+                max_new_tokens=_CAPTION_TOKENS,
+            )
+            answers.append((f"{line.file} line {line.number}", run.processor.decode(answer.tokens)))
+        return answers
+
+
+def _question(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The conversation without its last answer."""
+    messages = list(sample["messages"])
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return {**sample, "messages": messages}
