@@ -2,14 +2,25 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-fast wheel lint types lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m infer.quickstart
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: $(VENV)/.test  # without the tests that are marked slow
+	$(PYTEST) -m "not slow"
+
+wheel: | $(BIN)/python  # builds it, and describes the embedded clip with nothing but the wheel installed
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv --clear build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet --constraint constraints.txt dist/tarsier_jax-*.whl
+	cd build && wheel-venv/bin/python ../tests/installed.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -18,12 +29,16 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+lock: $(VENV)/.test  # local version labels such as +cpu exist on some indexes only
+	{ head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.%: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+$(VENV)/.%: setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	touch $@

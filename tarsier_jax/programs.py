@@ -114,14 +114,15 @@ def _of_a_file(error: OSError) -> str:
 
 
 def prepare_process() -> None:
-    """Keeps compiled programs in the user's cache directory, so that only a machine's first run compiles.
+    """Stores compiled programs in JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory.
 
-    Also spares the user transformers' advice to install PyTorch, which describing does not use.
+    Only the first run on a machine compiles. Programs that take less than a second to compile are not stored, unless
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS sets another limit. The advice of transformers to install PyTorch is
+    turned off, since describing does not use it.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if directory := cache_directory("xla"):
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (directory := cache_directory("xla")):
         jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def add_model_flag(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,20 @@
-"""Tests run on the CPU, in float32 at the highest precision; a machine's accelerator is left alone."""
+"""Tests run on the CPU, in float32 at the highest precision; accelerators are not used.
 
+Compiled programs are shared by all test processes and the programs that tests start, in a directory that is removed
+at the end of the session. JAX_COMPILATION_CACHE_DIR keeps them in a directory of yours instead, for later sessions.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # set in pytest's first process, which starts the workers
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tarsier_jax-xla-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest
@@ -13,5 +24,5 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches go into a temporary home."""
+    """Caches of programs go into a temporary home."""
     monkeypatch.setenv("HOME", str(tmp_path_factory.getbasetemp()))

@@ -17,6 +17,8 @@ from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP, convert_hf, convert_to_hf, resolve
 
+pytestmark = pytest.mark.slow
+
 CLIPS, SLOTS, TOKENS = 50, 16, 96
 
 

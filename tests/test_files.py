@@ -61,6 +61,7 @@ def test_a_lock_inside_a_directory(tmp_path: Path) -> None:
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     program = (
         "import os, sys, signal, pathlib; from tarsier_jax.files import locked\n"

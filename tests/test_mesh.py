@@ -12,6 +12,8 @@ from tarsier_jax.generation.decode import generate_batch
 from tarsier_jax.generation.sampling import make_sampling
 from tests import reference
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("form", ["stacked", "unstacked"])
 def test_generation_over_eight_devices(tmp_path: Path, form: str) -> None:

@@ -5,6 +5,10 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_the_engines_programs_of_the_7b_fit_eight_v5e_chips() -> None:
     """data=2 x tensor=4, splash attention: 32 slots of 12,288 tokens a data-parallel part, below 15 GiB a chip."""

@@ -12,6 +12,8 @@ from convert import verify
 from tests.weights.conftest import bits
 from train.micro.checkpoint import TINY, write_untrained
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

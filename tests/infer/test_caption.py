@@ -138,6 +138,7 @@ def test_shards(clips: Path, tmp_path: Path) -> None:
     assert [sorted(json.loads(line)["idx"] for line in part) for part in parts] == [[0, 2, 4], [1, 3, 5]]
 
 
+@pytest.mark.slow
 def test_processes_that_find_each_other(clips: Path, tmp_path: Path) -> None:
     """As MPI starts them. Each captions its share and ends, whatever the other does."""
     command = [sys.executable, "-m", "infer.caption", "--distributed", "--input", str(clips), *FLAGS]
@@ -154,6 +155,7 @@ def test_processes_that_find_each_other(clips: Path, tmp_path: Path) -> None:
     assert [sorted(json.loads(line)["idx"] for line in part) for part in parts] == [[0, 2, 4], [1, 3, 5]]
 
 
+@pytest.mark.slow
 def test_processes_that_do_not(clips: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"did not find each other.*--num_shards"):
         run(clips, tmp_path / "out.jsonl", "--distributed")
@@ -208,6 +210,7 @@ def test_urls(tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(clips: Path, tmp_path: Path) -> None:
     """Every clip once, whole lines only."""
     source = write_lines(tmp_path / "list.jsonl", [str(clips / f"{i % 6}.mp4") for i in range(120)])

@@ -173,10 +173,11 @@ def test_a_traceback_when_asked_for(checkpoint: Path, tmp_path: Path) -> None:
         describe_main("--model", checkpoint, "--input", tmp_path / "missing.mp4", "--traceback")
 
 
+@pytest.mark.slow
 def test_as_a_process(checkpoint: Path, tmp_path: Path) -> None:
     """Exit statuses, and no traceback, from outside; the compilation cache lands in the home directory."""
     command = [sys.executable, "-m", "infer.describe"]
-    environment = {**os.environ, "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": ""}
 
     def call(*flags: object) -> subprocess.CompletedProcess[str]:
         words = [*command, *map(str, flags)]

@@ -21,7 +21,7 @@ EOS = [2]
 SIZES = {"tiny": TINY, "true widths": TRUE_WIDTHS}
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=["tiny", pytest.param("true widths", marks=pytest.mark.slow)])
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tarsier]:
     directory = tmp_path_factory.mktemp("reference")
     theirs = reference.make_reference(directory, SIZES[request.param])

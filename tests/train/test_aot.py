@@ -18,6 +18,7 @@ def run_aot(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
     """One sequence of 16,384 tokens a chip, on 256 chips."""
     done = run_aot("--config=configs/recap_7b.py", "--config.data.rows=256", "--topology=v5e:16x16")
@@ -31,6 +32,7 @@ def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
     assert "8 splash kernels" in done.stdout  # two towers: forward, again for the backward pass, and its two kernels
 
 
+@pytest.mark.slow
 def test_a_step_that_the_compiler_refuses() -> None:
     done = run_aot("--config=configs/recap_7b.py:debug", "--config.data.rows=65536", "--topology=v5e:2x2")
     assert done.returncode == 1 and done.stderr == ""

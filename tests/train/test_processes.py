@@ -10,6 +10,8 @@ import pytest
 
 from tests.train.programs import free_port
 
+pytestmark = pytest.mark.slow
+
 
 def both(what: str, workdir: Path) -> list[tuple[int, str]]:
     """Exit status and output of each."""

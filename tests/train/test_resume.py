@@ -13,6 +13,8 @@ import pytest
 from tests.train.programs import curve, finish, start, weights
 from tests.train.test_checkpoints import flip, largest_file
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:

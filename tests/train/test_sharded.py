@@ -7,6 +7,8 @@ import pytest
 
 from tests.train.programs import curve, finish, free_port, start
 
+pytestmark = pytest.mark.slow
+
 MESH = ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")
 
 

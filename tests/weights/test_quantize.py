@@ -75,6 +75,7 @@ def test_converted_directories_give_the_same(saved: Path, tmp_path: Path) -> Non
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_over_eight_devices(saved: Path) -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.weights.quantized", str(saved)]

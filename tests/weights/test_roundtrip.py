@@ -180,6 +180,7 @@ def test_a_full_disk_leaves_nothing(write: Write, tmp_path: Path, monkeypatch: p
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_is_never_taken_for_whole(write: Write, tmp_path: Path) -> None:
     source = write()
     code = (
@@ -219,6 +220,7 @@ def test_a_damaged_converted_directory_is_named(write: Write, tmp_path: Path) ->
         reference.load_ours(tmp_path / "orbax")
 
 
+@pytest.mark.slow
 def test_sharded_loading(write: Write, tmp_path: Path) -> None:
     """On eight simulated devices, from both kinds of directory: the rules' shardings, and the values of one device."""
     source = write()

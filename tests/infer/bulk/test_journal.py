@@ -41,6 +41,7 @@ def captioned(names: Sequence[str], tmp_path: Path, times: int) -> tuple[list[in
     return json.loads(done.stdout), {line["input"].removesuffix(".mp4"): line for line in lines}
 
 
+@pytest.mark.slow
 def test_a_clip_that_crashes_the_decoder_gets_an_error_line(tmp_path: Path) -> None:
     """All others get captions, also those that were in progress at both crashes in other threads."""
     names = ["a", "slow-1", "crash", "slow-2", "b"]

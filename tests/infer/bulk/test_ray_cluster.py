@@ -77,6 +77,7 @@ def at_work(cluster: Any) -> list[int]:
     return [int(pid) for pid in children if "Captioner)).submit" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
+@pytest.mark.slow
 def test_every_clip_once_whatever_dies(cluster: Any, source: Path, tmp_path: Path) -> None:
     """The program itself is killed; started again, one of its two actors. Captions are those without Ray."""
     alone, output = tmp_path / "alone.jsonl", tmp_path / "out.jsonl"
@@ -103,12 +104,14 @@ def test_every_clip_once_whatever_dies(cluster: Any, source: Path, tmp_path: Pat
     assert read(output) == lines
 
 
+@pytest.mark.slow
 def test_what_an_actor_cannot_load(cluster: Any, source: Path, tmp_path: Path) -> None:
     with start(*flags(source, tmp_path / "out.jsonl", "--ray", cluster.address, "--model", "nowhere")) as process:
         told, _ = process.communicate()
     assert process.returncode == 1 and "error: There is no directory nowhere" in told and "Traceback" not in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("others", "message"),
     [

@@ -5,10 +5,14 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 import tarsier_jax
 from infer.engine import Engine, fit_shape
 from tarsier_jax.weights import EMBEDDED
 from tests.infer.engine import mesh
+
+pytestmark = pytest.mark.slow
 
 
 def test_over_eight_devices() -> None:
