@@ -1,4 +1,7 @@
-"""Installs the library, `tarsier_jax`. The programs in convert, infer and their neighbours run from a checkout."""
+"""Installs the library, `tarsier_jax`. The programs in convert, infer, eval and train run from a clone."""
+
+import re
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -7,14 +10,32 @@ INT8 = ["qwix>=0.1.8,<0.2"]
 RAY = ["ray[data]>=2.53,<2.64"]  # 2.64 takes away the flag that bounds retries
 TRAIN = [*EVAL, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"]
 
+VERSION = re.search(r'__version__ = "(.+)"', Path("tarsier_jax/__init__.py").read_text(encoding="utf-8"))
+assert VERSION is not None
+
 setup(
     name="tarsier_jax",
-    version="0.1.0",
-    description="Tarsier video-description models in JAX",
+    version=VERSION[1],
+    description="Tarsier2 and Qwen2-VL video description in JAX and Flax NNX, for TPUs, GPUs and CPUs",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="jax flax tpu video captioning vision-language-model qwen2-vl tarsier",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["tarsier_jax", "tarsier_jax.*"]),
-    package_data={"tarsier_jax": ["embedded/*", "embedded/tarsier2-micro/*"]},
+    package_data={"tarsier_jax": ["py.typed", "embedded/*", "embedded/tarsier2-micro/*"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12",
