@@ -3,7 +3,8 @@
     python -m benchmarks.tpu_memory                                                        # 7B, v5e:2x4
     python -m benchmarks.tpu_memory --size 34b --topology v5e:4x4 --tensor 8 --tokens 10240 --slots 16
 
-`see` (the vision tower), `insert` (prefill of a row of prompts into free slots) and `advance` (decoding) of
+`encode_frames` (the vision tower), `prefill_into_slots` (prefill of a row of prompts into free slots) and
+`decode_slots` (decoding) of
 `tarsier_jax.generation.slots`, in bfloat16, at the shapes that `infer.caption` gives them for clips of 16 frames. Needs
 the extra `tpu` (libtpu compiles on any machine). The compiler's flop and time estimates ignore loop counts, so they are
 not shown.
@@ -25,7 +26,14 @@ from jax.sharding import PartitionSpec as P
 from infer.engine import EngineShape, fit_shape
 from tarsier_jax.config import ModelConfig, TextConfig
 from tarsier_jax.generation.decode import DecodeState
-from tarsier_jax.generation.slots import Prompts, advance, empty_slots, insert, see, slot_shardings
+from tarsier_jax.generation.slots import (
+    SlotAssignment,
+    decode_slots,
+    empty_slots,
+    encode_frames,
+    prefill_into_slots,
+    slot_shardings,
+)
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.processor import Processor
@@ -73,18 +81,18 @@ def programs(model: Tarsier, state: DecodeState, shape: EngineShape, mesh: Mesh)
         patches = array(G, row.bins, row.patches, config.vision.patch_dim, dtype=jnp.bfloat16)
         frames = array(G, row.bins, row.frames, 2)
         step, room = shape.step(len(shape.rows) - 1), shape.features
-        program = see.lower(model, patches, frames, number, step=step, room=room)
-        yield "see", program, decoder + shard_bytes(state)
+        program = encode_frames.lower(model, patches, frames, number, step=step, room=room)
+        yield "encode_frames", program, decoder + shard_bytes(state)
 
         ids = array(G, row.tokens)
         positions = array(3, G, row.tokens, axes=(None, BATCH))
-        rows = Batch(ids, None, positions, array(G), None, None, visual_index=ids, segment_ids=ids)
+        rows = Batch(ids, None, positions, array(G), None, None, vision_token_index=ids, segment_ids=ids)
         features = array(G, room, config.text.hidden_size, dtype=jnp.bfloat16)
-        prompts = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), Prompts.none(G, row.samples))
-        yield "insert", insert.lower(model, state, rows, features, prompts), vision
+        prompts = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), SlotAssignment.none(G, row.samples))
+        yield "prefill_into_slots", prefill_into_slots.lower(model, state, rows, features, prompts), vision
 
         cancelled = array(shape.slots, dtype=bool, axes=())
-        yield "advance", advance.lower(model, state, cancelled, eos, number, number), vision
+        yield "decode_slots", decode_slots.lower(model, state, cancelled, eos, number, number), vision
 
 
 def report(name: str, lowered: Any, beside: int, room: int) -> int:
@@ -96,7 +104,7 @@ def report(name: str, lowered: Any, beside: int, room: int) -> int:
     total = arguments + temporaries + outputs + beside
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     print(
-        f"{name:<8} arguments {arguments / GIB:6.2f}  temporaries {temporaries / GIB:6.2f}  "
+        f"{name:<18} arguments {arguments / GIB:6.2f}  temporaries {temporaries / GIB:6.2f}  "
         f"outputs {outputs / GIB:6.2f}  beside {beside / GIB:6.2f}  total {total / GIB:6.2f} GiB a chip, "
         f"{'FITS' if total <= room else 'TOO MUCH'}  ({kernels} splash kernels; compiled in {seconds:.0f} s)",
         flush=True,

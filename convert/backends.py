@@ -58,7 +58,7 @@ class Ours:
     def vision(self, example: Example) -> np.ndarray:
         batch = self.processor.batch([example])
         features = np.asarray(self._run(self._vision, batch), np.float32)
-        return features.reshape(-1, features.shape[-1])[batch.visual_index[batch.visual_index >= 0]]
+        return features.reshape(-1, features.shape[-1])[batch.vision_token_index[batch.vision_token_index >= 0]]
 
     def hidden(self, example: Example) -> np.ndarray:
         x = self._run(self._hidden, self.processor.batch([example]))

@@ -94,7 +94,7 @@ def abstract_step_batch(config: TrainConfig, plan: Plan, job: Job) -> StepBatch:
         lengths=array(B),
         patches=array(B, F, shape.patches, C, dtype=dtype),
         frame_hw=array(B, F, shape.frames, 2),
-        visual_index=array(B, S),
+        vision_token_index=array(B, S),
         segment_ids=array(B, S),
     )
     step = StepBatch(batch, {name: array(B, *dims, dtype=jnp.float32) for name, dims in job.extra.items()})

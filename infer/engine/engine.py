@@ -1,7 +1,9 @@
 """Continuous batching: prompts enter free slots while other answers go on.
 
-The host packs waiting prompts into rows, and the device runs three programs in turn: `see` looks at the rows' frames,
-`insert` runs the prompts into free slots, `advance` decodes all slots until some end. While it decodes, the host packs
+The host packs waiting prompts into rows, and the device runs three programs in turn: `encode_frames` looks at the
+rows' frames,
+`prefill_into_slots` runs the prompts into free slots, `decode_slots` decodes all slots until some end. While it
+decodes, the host packs
 the next rows, so that the device waits for nobody. All shapes are in EngineShape: they are compiled at the start, and
 nothing is compiled later.
 """
@@ -23,8 +25,8 @@ from infer.engine.requests import Answer, Refusal, Request
 from infer.engine.scheduler import Rows, Waiting, cut
 from infer.engine.stats import BusyClock, Report
 from tarsier_jax.api import mesh_of, use_mesh_of
-from tarsier_jax.generation.decode import finished
-from tarsier_jax.generation.slots import Prompts, advance, empty_slots, insert, see
+from tarsier_jax.generation.decode import trim_at_eos
+from tarsier_jax.generation.slots import SlotAssignment, decode_slots, empty_slots, encode_frames, prefill_into_slots
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.processor import Processor
@@ -110,11 +112,13 @@ class Engine:
         """The features of the rows' frames."""
         with use_mesh_of(self.model):
             patches, frame_hw = self._placed(rows.batch.patches), self._placed(rows.batch.frame_hw)
-            return see(self.model, patches, frame_hw, jnp.int32(rows.steps), step=rows.step, room=self.shape.features)
+            return encode_frames(
+                self.model, patches, frame_hw, jnp.int32(rows.steps), step=rows.step, room=self.shape.features
+            )
 
     def _insert(self, rows: Rows, features: jax.Array) -> None:
         now = time.perf_counter()
-        prompts = Prompts.none(self.shape.groups, self.shape.rows[0].samples)
+        prompts = SlotAssignment.none(self.shape.groups, self.shape.rows[0].samples)
         for group, placed in enumerate(rows.prompts):
             prompts.count[group] = len(placed)
             for n, (request, start) in enumerate(placed):
@@ -131,10 +135,12 @@ class Engine:
         self.report.patches += self.shape.groups * rows.steps * rows.step * rows.batch.patches.shape[2]
         self.report.valid_patches += int(rows.batch.frame_hw.prod(axis=-1).sum())
 
-    def _run_insert(self, batch: Batch, features: jax.Array, prompts: Prompts) -> None:
+    def _run_insert(self, batch: Batch, features: jax.Array, prompts: SlotAssignment) -> None:
         batch = dataclasses.replace(batch, patches=None, frame_hw=None, labels=None)
         with use_mesh_of(self.model):
-            self._state = insert(self.model, self._state, self._placed(batch), features, self._placed(prompts))
+            self._state = prefill_into_slots(
+                self.model, self._state, self._placed(batch), features, self._placed(prompts)
+            )
 
     def _advance(self, ready: tuple[Rows, Any] | None, ended: bool) -> tuple[jax.Array, jax.Array]:
         """Decodes on; gives which slots are done, and all tokens."""
@@ -151,8 +157,8 @@ class Engine:
 
     def _run_advance(self, cancelled: np.ndarray, steps: int, wanted: int, span: int) -> tuple[jax.Array, jax.Array]:
         with use_mesh_of(self.model):
-            self._state, progress = advance(
-                self.model, self._state, cancelled, self._eos, jnp.int32(steps), jnp.int32(wanted), span=span
+            self._state, progress = decode_slots(
+                self.model, self._state, cancelled, self._eos, jnp.int32(steps), jnp.int32(wanted), read_length=span
             )
         return progress
 
@@ -163,7 +169,7 @@ class Engine:
         for (group, slot), running in list(self._running.items()):
             at = self._slot(group, slot)
             request, row = running.request, tokens[at]
-            generation = finished(row, self.processor.eos_token_ids)
+            generation = trim_at_eos(row, self.processor.eos_token_ids)
             running.length = len(request.example.input_ids) + len(generation.tokens)
             if request.on_tokens and generation.tokens[running.told :]:
                 request.on_tokens(generation.tokens[running.told :])
@@ -197,7 +203,7 @@ class Engine:
                 rows = Waiting(self.shape, self.processor).empty_rows(kind)
                 features = self._look(rows)
             for length in self.shape.lengths:
-                self._run_insert(cut(rows.batch, length), features, Prompts.none(self.shape.groups, samples))
+                self._run_insert(cut(rows.batch, length), features, SlotAssignment.none(self.shape.groups, samples))
             for span in self.shape.spans:
                 self._run_advance(np.zeros(self.shape.slots, bool), 1, 1, span)
         jax.block_until_ready(self._state)
@@ -229,15 +235,15 @@ class Engine:
         return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def _fill(prompts: Prompts, at: tuple[int, int], request: Request, start: int, slot: int) -> None:
+def _fill(prompts: SlotAssignment, at: tuple[int, int], request: Request, start: int, slot: int) -> None:
     example = request.example
     values = {
         "start": start,
         "slot": slot,
         "length": len(example.input_ids) - 1,
-        "last": example.input_ids[-1],
-        "position": example.position_ids[:, -1].max(),
-        "limit": request.max_new_tokens,
+        "last_token": example.input_ids[-1],
+        "last_position": example.position_ids[:, -1].max(),
+        "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
         "top_k": request.top_k,
         "temperature": request.temperature,

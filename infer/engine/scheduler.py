@@ -130,7 +130,7 @@ class Waiting:
 
 def cut(rows: Batch, length: int) -> Batch:
     """The rows without their tokens from `length` on, which are padding."""
-    names = ("input_ids", "labels", "position_ids", "segment_ids", "visual_index")
+    names = ("input_ids", "labels", "position_ids", "segment_ids", "vision_token_index")
     return dataclasses.replace(rows, **{name: getattr(rows, name)[..., :length] for name in names})
 
 

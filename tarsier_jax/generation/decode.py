@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.generation.sampling import Sampling, next_tokens
+from tarsier_jax.generation.sampling import Sampling, sample_tokens
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
@@ -23,20 +23,21 @@ _BLOCK = 128  # answers get room in whole blocks, so that other values of max_ne
 class DecodeState:
     """Everything that changes from token to token, of B answers; donated to each call of `decode`.
 
-    tokens: the answers, -1 where nothing is written yet.  counts: how many tokens each has, and limits: may have.
-    last: each row's newest token.  position: its M-RoPE position.
+    tokens: the answers, -1 where nothing is written yet.  num_generated: tokens of each answer.
+    max_new_tokens: limit of each answer.
+    last_token: each row's newest token.  last_position: its M-RoPE position.
     done: the answer has ended, or there is none; nothing of such a row changes.
-    seen: tokens of prompt and answer, for the repetition penalty; no columns when there is none.
+    seen_tokens: tokens of prompt and answer, for the repetition penalty; no columns when there is none.
     keys: one random key a row.
     """
 
     tokens: Int[Array, "B max_new"]
-    counts: Int[Array, " B"]
-    limits: Int[Array, " B"]
-    last: Int[Array, " B"]
-    position: Int[Array, " B"]
+    num_generated: Int[Array, " B"]
+    max_new_tokens: Int[Array, " B"]
+    last_token: Int[Array, " B"]
+    last_position: Int[Array, " B"]
     done: Bool[Array, " B"]
-    seen: Bool[Array, "B V"]
+    seen_tokens: Bool[Array, "B V"]
     keys: Array
     sampling: Sampling
     cache: KVCache
@@ -57,10 +58,11 @@ def prefill(
     sampling: Sampling,
     eos_ids: Int[Array, " E"],
     keys: Array,
-    limit: Int[Array, ""],
+    max_new_tokens: Int[Array, ""],
     max_new: int,
 ) -> DecodeState:
-    """Runs the prompts and takes the first token of each answer, of at most `limit`; `max_new` is their room."""
+    """Runs the prompts and takes the first token of each answer, of at most `max_new_tokens`; `max_new` is their
+    capacity."""
     B, S = batch.input_ids.shape
     logits, cache = model.prefill(batch, cache_size=S + max_new)
     valid = jnp.arange(S) < batch.lengths[:, None]
@@ -69,13 +71,13 @@ def prefill(
         seen = seen.at[jnp.arange(B)[:, None], batch.input_ids].max(valid)
     state = DecodeState(
         tokens=jnp.full((B, max_new), -1, jnp.int32),
-        counts=jnp.zeros(B, jnp.int32),
-        limits=jnp.full(B, limit, jnp.int32),
-        last=jnp.zeros(B, jnp.int32),
+        num_generated=jnp.zeros(B, jnp.int32),
+        max_new_tokens=jnp.full(B, max_new_tokens, jnp.int32),
+        last_token=jnp.zeros(B, jnp.int32),
         # Text goes on one after the largest id on any axis; `_emit` steps onto it.
-        position=jnp.max(jnp.where(valid, batch.position_ids, -1), axis=(0, 2)),
+        last_position=jnp.max(jnp.where(valid, batch.position_ids, -1), axis=(0, 2)),
         done=jnp.zeros(B, bool),
-        seen=seen,
+        seen_tokens=seen,
         keys=keys,
         sampling=sampling,
         cache=cache,
@@ -83,52 +85,52 @@ def prefill(
     return _emit(state, logits, eos_ids)
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="span")
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="read_length")
 def decode(
     model: Tarsier,
     state: DecodeState,
     eos_ids: Int[Array, " E"],
     steps: Int[Array, ""],
-    wanted: Int[Array, ""],
-    span: int | None = None,
+    stop_after: Int[Array, ""],
+    read_length: int | None = None,
 ) -> DecodeState:
-    """Goes on for `steps` tokens a row, or until `wanted` answers have ended since, or all.
+    """Goes on for `steps` tokens a row, or until `stop_after` answers have ended since, or all.
 
-    span: of the cache's slots that are read, if not all; it also ends where an answer would need more.
+    read_length: of the cache's slots that are read, if not all; it also ends where an answer would need more.
     """
-    begun, room = jnp.sum(~state.done), span or state.cache.k.shape[2]
-    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, span=span))
+    active_at_start, capacity = jnp.sum(~state.done), read_length or state.cache.k.shape[2]
+    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, read_length=read_length))
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
         step, state = carry
         running = jnp.sum(~state.done)
-        longest = jnp.max(jnp.where(state.done, 0, state.cache.lengths))
-        return (step < steps) & (running > 0) & (begun - running < wanted) & (longest < room)
+        max_length = jnp.max(jnp.where(state.done, 0, state.cache.lengths))
+        return (step < steps) & (running > 0) & (active_at_start - running < stop_after) & (max_length < capacity)
 
     def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         step, state = carry
-        logits, cache = model.step(state.last, state.position, state.cache)
+        logits, cache = model.step(state.last_token, state.last_position, state.cache)
         cache = dataclasses.replace(cache, lengths=jnp.where(state.done, state.cache.lengths, cache.lengths))
         return step + 1, _emit(dataclasses.replace(state, cache=cache), logits, eos_ids)
 
     _, state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, span=None))
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, read_length=None))
 
 
 def _emit(state: DecodeState, logits: Array, eos_ids: Array) -> DecodeState:
     """Takes one token a row from `logits` and writes it down."""
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.counts)
-    token = next_tokens(logits, state.sampling, state.seen, keys).astype(jnp.int32)
-    rows, counts = jnp.arange(token.shape[0]), state.counts + ~state.done
-    place = jnp.where(state.done, state.tokens.shape[1], state.counts)  # out of reach for rows that are done
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_generated)
+    token = sample_tokens(logits, state.sampling, state.seen_tokens, keys).astype(jnp.int32)
+    rows, num_generated = jnp.arange(token.shape[0]), state.num_generated + ~state.done
+    place = jnp.where(state.done, state.tokens.shape[1], state.num_generated)  # out of reach for rows that are done
     return dataclasses.replace(
         state,
         tokens=state.tokens.at[rows, place].set(token, mode="drop"),
-        counts=counts,
-        last=token,
-        position=state.position + 1,
-        done=state.done | jnp.isin(token, eos_ids) | (counts >= state.limits),
-        seen=state.seen.at[rows, token].set(True) if state.sampling.penalised else state.seen,
+        num_generated=num_generated,
+        last_token=token,
+        last_position=state.last_position + 1,
+        done=state.done | jnp.isin(token, eos_ids) | (num_generated >= state.max_new_tokens),
+        seen_tokens=state.seen_tokens.at[rows, token].set(True) if state.sampling.penalised else state.seen_tokens,
     )
 
 
@@ -156,16 +158,16 @@ def generate_batch(
     rows = batch.input_ids.shape[0]
     eos = jnp.asarray(sorted(eos_ids), jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
-    room = -(-max_new_tokens // _BLOCK) * _BLOCK
-    state = prefill(model, batch, sampling, eos, keys, jnp.int32(max_new_tokens), max_new=room)
+    capacity = -(-max_new_tokens // _BLOCK) * _BLOCK
+    state = prefill(model, batch, sampling, eos, keys, jnp.int32(max_new_tokens), max_new=capacity)
     if on_tokens is None:
         state = decode(model, state, eos, jnp.int32(max_new_tokens), jnp.int32(rows))
     else:
-        state = _decode_aloud(model, state, eos, max_new_tokens, on_tokens)
-    return [finished(row, set(eos_ids)) for row in np.asarray(state.tokens)]
+        state = _decode_streaming(model, state, eos, max_new_tokens, on_tokens)
+    return [trim_at_eos(row, set(eos_ids)) for row in np.asarray(state.tokens)]
 
 
-def _decode_aloud(
+def _decode_streaming(
     model: Tarsier,
     state: DecodeState,
     eos: Array,
@@ -180,7 +182,7 @@ def _decode_aloud(
     return state
 
 
-def finished(row: Int[np.ndarray, " max_new"], eos_ids: Collection[int]) -> Generation:
+def trim_at_eos(row: Int[np.ndarray, " max_new"], eos_ids: Collection[int]) -> Generation:
     """The answer in a row of `DecodeState.tokens`."""
     tokens = row[row >= 0].tolist()
     if tokens and tokens[-1] in eos_ids:

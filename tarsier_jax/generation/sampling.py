@@ -81,7 +81,7 @@ def filter_sorted(logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: F
     return jnp.where(kept, logits, -jnp.inf)
 
 
-def next_tokens(
+def sample_tokens(
     logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"], keys: Array
 ) -> Int[Array, " B"]:
     """One token a row; each row has a key of its own, so that its draw does not depend on its neighbours."""

@@ -30,12 +30,13 @@ CACHE_AXES = (None, BATCH, None, HEADS, None)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class SlotAssignment:
     """Where the prompts in packed rows stand, and which slots they are for; int32 (G, N) unless said otherwise.
 
     count: (G,), how many of the N there are.  row, start: of the group's rows.  slot: of the group's slots.
-    length: without the last token.  last, position: the last token and its M-RoPE position.
-    limit: of new tokens.  seed: uint32, of a sampled answer.  temperature, top_p: float32.  top_k: as in Sampling.
+    length: without the last token.  last_token, last_position: the last token and its M-RoPE position.
+    max_new_tokens: limit of the answer.  seed: uint32, of a sampled answer.  temperature, top_p: float32.  top_k: as
+    in Sampling.
     """
 
     count: HostOrDeviceArray
@@ -43,16 +44,16 @@ class Prompts:
     start: HostOrDeviceArray
     slot: HostOrDeviceArray
     length: HostOrDeviceArray
-    last: HostOrDeviceArray
-    position: HostOrDeviceArray
-    limit: HostOrDeviceArray
+    last_token: HostOrDeviceArray
+    last_position: HostOrDeviceArray
+    max_new_tokens: HostOrDeviceArray
     seed: HostOrDeviceArray
     top_k: HostOrDeviceArray
     temperature: HostOrDeviceArray
     top_p: HostOrDeviceArray
 
     @classmethod
-    def none(cls, groups: int, room: int) -> "Prompts":
+    def none(cls, groups: int, room: int) -> "SlotAssignment":
         """Arrays to be filled in."""
         dtypes = {"seed": np.uint32, "temperature": np.float32, "top_p": np.float32}
         names = [field.name for field in dataclasses.fields(cls)[1:]]
@@ -64,11 +65,14 @@ def empty_slots(config: ModelConfig, slots: int, size: int, max_new: int, mesh: 
     """No answer under way in any of the slots, each with room for `size` tokens, `max_new` of them new."""
 
     def make() -> DecodeState:
-        integers = {name: jnp.zeros(slots, jnp.int32) for name in ("counts", "limits", "last", "position")}
+        integers = {
+            name: jnp.zeros(slots, jnp.int32)
+            for name in ("num_generated", "max_new_tokens", "last_token", "last_position")
+        }
         return DecodeState(
             tokens=jnp.full((slots, max_new), -1, jnp.int32),
             done=jnp.ones(slots, bool),
-            seen=jnp.zeros((slots, 0), bool),
+            seen_tokens=jnp.zeros((slots, 0), bool),
             keys=jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32)),
             sampling=make_sampling(slots),
             cache=KVCache.empty(config.text, slots, size, config.dtype),
@@ -88,7 +92,7 @@ def slot_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
 
 
 @functools.partial(jax.jit, static_argnames=("step", "room"))
-def see(
+def encode_frames(
     model: Tarsier,
     patches: Float[Array, "G F P C"],
     frame_hw: Int[Array, "G F M 2"],
@@ -104,15 +108,15 @@ def see(
     features = jnp.zeros((patches.shape[0], room, model.config.text.hidden_size), model.config.dtype)
 
     def one(i: Int[Array, ""], features: Array) -> Array:
-        seen = model.see(*(lax.dynamic_slice_in_dim(x, i * step, step, axis=1) for x in (patches, frame_hw)))
+        seen = model.encode_frames(*(lax.dynamic_slice_in_dim(x, i * step, step, axis=1) for x in (patches, frame_hw)))
         return lax.dynamic_update_slice_in_dim(features, seen.astype(features.dtype), i * merged, axis=1)
 
     return lax.fori_loop(0, steps, one, constrain(features, BATCH, None, None))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def insert(
-    model: Tarsier, state: DecodeState, rows: Batch, features: Float[Array, "G M D"], prompts: Prompts
+def prefill_into_slots(
+    model: Tarsier, state: DecodeState, rows: Batch, features: Float[Array, "G M D"], prompts: SlotAssignment
 ) -> DecodeState:
     """Runs packed prompts, and begins their answers in the slots they are for."""
     R, T = rows.input_ids.shape
@@ -120,7 +124,7 @@ def insert(
     G, N = prompts.slot.shape
     window = min(S, T)  # copied from a prompt's start on; what follows the prompt is overwritten or never read
     fresh = KVCache.empty(model.config.text, R, T + window, model.config.dtype)
-    x = model.place(rows, features)
+    x = model.merge_vision_embeddings(rows, features)
     _, fresh = model.decoder.with_cache(x, rows.position_ids, fresh, rows.segment_ids)
     copy = functools.partial(_copy_prompts, window=window)
     k, v = (_over_groups(copy, *pair, prompts) for pair in ((state.cache.k, fresh.k), (state.cache.v, fresh.v)))
@@ -140,10 +144,10 @@ def insert(
     return dataclasses.replace(
         state,
         tokens=put(state.tokens, -1),
-        counts=put(state.counts, 0),
-        limits=put(state.limits, prompts.limit),
-        last=put(state.last, prompts.last),
-        position=put(state.position, prompts.position),
+        num_generated=put(state.num_generated, 0),
+        max_new_tokens=put(state.max_new_tokens, prompts.max_new_tokens),
+        last_token=put(state.last_token, prompts.last_token),
+        last_position=put(state.last_position, prompts.last_position),
         done=put(state.done, False),
         keys=put(state.keys, keys),
         sampling=sampling,
@@ -151,25 +155,27 @@ def insert(
     )
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="span")
-def advance(
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="read_length")
+def decode_slots(
     model: Tarsier,
     state: DecodeState,
     cancelled: Bool[Array, " B"],
     eos_ids: Int[Array, " E"],
     steps: Int[Array, ""],
-    wanted: Int[Array, ""],
-    span: int | None = None,
+    stop_after: Int[Array, ""],
+    read_length: int | None = None,
 ) -> tuple[DecodeState, tuple[Array, Array]]:
     """`decode`, after cancelled answers were ended; and what the host reads: `done` and `tokens`."""
-    state = decode(model, dataclasses.replace(state, done=state.done | cancelled), eos_ids, steps, wanted, span)
+    state = decode(
+        model, dataclasses.replace(state, done=state.done | cancelled), eos_ids, steps, stop_after, read_length
+    )
     return state, (state.done, state.tokens)
 
 
 _CHOSEN = ("temperature", "top_k", "top_p")
 
 
-def _over_groups(copy, cache: Array, fresh: Array, prompts: Prompts) -> Array:
+def _over_groups(copy, cache: Array, fresh: Array, prompts: SlotAssignment) -> Array:
     """Runs `copy` on each group's own slots and rows, where they lie."""
     where = prompts.count, prompts.row, prompts.start, prompts.slot
     mesh = current_mesh()

@@ -16,13 +16,14 @@ class KVCache:
     """Keys and values of all layers, and how many entries of each row are valid. Every update returns a new cache.
 
     Row b's token i lies in slot i; whatever stands at or beyond `lengths[b]` is never read.
-    span: how many slots of each row a query reads, of whom the caller knows that no more are in use; all when None.
+    read_length: how many slots of each row a query reads, of whom the caller knows that no more are in use; all when
+    None.
     """
 
     k: Float[Array, "L B S K H"]
     v: Float[Array, "L B S K H"]
     lengths: Int[Array, " B"]
-    span: int | None = dataclasses.field(default=None, metadata={"static": True})
+    read_length: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def empty(cls, config: TextConfig, batch: int, size: int, dtype: str) -> Self:
@@ -38,10 +39,12 @@ class KVCache:
             v=jax.lax.dynamic_update_slice(self.v, v[None].astype(self.v.dtype), start),
         )
 
-    def read(self, layer: Int[Array, ""]) -> tuple[Float[Array, "B span K H"], Float[Array, "B span K H"]]:
+    def read(
+        self, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "B read_length K H"], Float[Array, "B read_length K H"]]:
         """One layer's keys and values."""
         _, B, S, K, H = self.k.shape
-        sizes = (1, B, self.span or S, K, H)
+        sizes = (1, B, self.read_length or S, K, H)
         k, v = (jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), sizes)[0] for x in (self.k, self.v))
         return k, v
 

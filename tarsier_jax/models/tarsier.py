@@ -27,21 +27,24 @@ class Tarsier(nnx.Module):
         """Token embeddings, with the vision tower's features where the visual tokens stand."""
         if batch.patches.shape[1] == 0:  # text only: a shape, known when tracing
             return self.decoder.embed(batch.input_ids).astype(self.config.dtype)
-        return self.place(batch, self.see(batch.patches, batch.frame_hw))
+        return self.merge_vision_embeddings(batch, self.encode_frames(batch.patches, batch.frame_hw))
 
-    def see(self, patches: Float[Array, "G F P C"], frame_hw: Int[Array, "G F M 2"]) -> Float[Array, "G F*P/4 D"]:
+    def encode_frames(
+        self, patches: Float[Array, "G F P C"], frame_hw: Int[Array, "G F M 2"]
+    ) -> Float[Array, "G F*P/4 D"]:
         """The vision tower's features of each group's frames."""
         G, F, P, C = patches.shape
         features = self.vision(patches.reshape(G * F, P, C), frame_hw.reshape(G * F, -1, 2))
         return constrain(features.reshape(G, -1, features.shape[-1]), BATCH, None, None)
 
-    def place(self, batch: Batch, features: Float[Array, "G M D"]) -> Float[Array, "B S D"]:
-        """Token embeddings, with each group's features where `batch.visual_index` says; its frames are not read."""
+    def merge_vision_embeddings(self, batch: Batch, features: Float[Array, "G M D"]) -> Float[Array, "B S D"]:
+        """Token embeddings, with each group's features where `batch.vision_token_index` says; its frames are not
+        read."""
         x = self.decoder.embed(batch.input_ids).astype(self.config.dtype)
         G = features.shape[0]
-        index = jnp.maximum(batch.visual_index, 0).reshape(G, -1, 1)  # [G, B/G * S, 1]
+        index = jnp.maximum(batch.vision_token_index, 0).reshape(G, -1, 1)  # [G, B/G * S, 1]
         placed = jnp.take_along_axis(features, index, axis=1).reshape(x.shape)
-        return jnp.where((batch.visual_index >= 0)[..., None], placed, x)
+        return jnp.where((batch.vision_token_index >= 0)[..., None], placed, x)
 
     def hidden(self, batch: Batch) -> Float[Array, "B S D"]:
         """Final hidden states, from which `decoder.logits` makes logits; those at padding are arbitrary."""

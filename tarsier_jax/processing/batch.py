@@ -19,7 +19,7 @@ class Example:
     input_ids: int32 (S,).  labels: int32 (S,), -100 where not trained on.
     pixel_values: float32 (N, C*T*14*14), in the patch order of Hugging Face's Qwen2VLImageProcessor.
     grid_thw: int32 (visuals, 3), in patches.  position_ids: int32 (3, S), the M-RoPE ids.
-    cut: tokens of text that were left out at the end, being beyond max_seq_len.
+    num_truncated: tokens of text that were left out at the end, being beyond max_seq_len.
     frames: frames and images shown; a temporal patch may hold two of them.
     """
 
@@ -28,7 +28,7 @@ class Example:
     pixel_values: np.ndarray
     grid_thw: np.ndarray
     position_ids: np.ndarray
-    cut: int = 0
+    num_truncated: int = 0
     frames: int = 0
 
 
@@ -47,7 +47,8 @@ class Batch:
     input_ids, labels: int32 (B, S).  position_ids: int32 (3, B, S).  lengths: int32 (B,), valid tokens of each row.
     patches: float32 (G, F, P, C).  frame_hw: int32 (G, F, M, 2), each frame's height and width in patches; (0, 0) for
     none. Without visuals F is 0.
-    visual_index: int32 (B, S), which merged patch stands at a token, counted through the padded array (F * P/4,) of
+    vision_token_index: int32 (B, S), which merged patch stands at a token, counted through the padded array (F *
+    P/4,) of
     the row's group; -1 for text.
     segment_ids: int32 (B, S), the sample in a row of several that a token belongs to, from 1 on; 0 for padding. None
     where every row is one sample.
@@ -59,7 +60,7 @@ class Batch:
     lengths: HostOrDeviceArray
     patches: HostOrDeviceArray
     frame_hw: HostOrDeviceArray
-    visual_index: HostOrDeviceArray
+    vision_token_index: HostOrDeviceArray
     segment_ids: HostOrDeviceArray = None
 
 
@@ -140,12 +141,12 @@ def make_batch(
         position_ids[:, row, :n] = example.position_ids
         position_ids[:, row, n:] = example.position_ids.max(initial=-1) + 1 + np.arange(S - n)
     patches, frame_hw = _pad_frames(examples, config.vision.patch_dim, buckets)
-    visual_index = np.full((len(examples), S), -1, np.int32)
+    vision_token_index = np.full((len(examples), S), -1, np.int32)
     # Frames and placeholders come in the same order: by row, and in a row by place.
     valid = np.arange(S) < lengths[:, None]
     placeholders = valid & np.isin(input_ids, (config.image_token_id, config.video_token_id))
-    visual_index[placeholders] = _feature_index(frame_hw, patches.shape[1], config.vision.merge_factor)
-    return Batch(input_ids, labels, position_ids, lengths, patches[None], frame_hw[None, :, None], visual_index)
+    vision_token_index[placeholders] = _feature_index(frame_hw, patches.shape[1], config.vision.merge_factor)
+    return Batch(input_ids, labels, position_ids, lengths, patches[None], frame_hw[None, :, None], vision_token_index)
 
 
 def _pad_frames(examples: Sequence[Example], patch_dim: int, buckets: Buckets) -> tuple[np.ndarray, np.ndarray]:

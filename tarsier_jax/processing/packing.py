@@ -71,14 +71,14 @@ class Row:
         shape, S = self.shape, self.shape.tokens
         input_ids, labels = np.full((1, S), pad_id, np.int32), np.full((1, S), -100, np.int32)
         position_ids, segment_ids = np.zeros((3, 1, S), np.int32), np.zeros((1, S), np.int32)
-        visual_index = np.full((1, S), -1, np.int32)
+        vision_token_index = np.full((1, S), -1, np.int32)
         start = 0
         for segment, (example, index) in enumerate(self.examples, 1):
             at = slice(start, start := start + len(example.input_ids))
             input_ids[0, at], labels[0, at] = example.input_ids, example.labels
             position_ids[:, 0, at], segment_ids[0, at] = example.position_ids, segment
             placeholders = np.isin(example.input_ids, (self.config.image_token_id, self.config.video_token_id))
-            visual_index[0, at][placeholders] = index
+            vision_token_index[0, at][placeholders] = index
         patches = np.zeros((1, shape.bins, shape.patches, self.config.vision.patch_dim), dtype)
         frame_hw = np.zeros((1, shape.bins, shape.frames, 2), np.int32)
         count = np.zeros(shape.bins, np.int64)
@@ -89,7 +89,7 @@ class Row:
                 frame_hw[0, bin_, count[bin_]] = h, w
                 first, count[bin_] = first + h * w, count[bin_] + 1
         lengths = np.array([self.tokens], np.int32)
-        return Batch(input_ids, labels, position_ids, lengths, patches, frame_hw, visual_index, segment_ids)
+        return Batch(input_ids, labels, position_ids, lengths, patches, frame_hw, vision_token_index, segment_ids)
 
     def _place(self, sizes: np.ndarray) -> list[tuple[int, int]] | None:
         """Bin and offset for frames of these sizes, first fit, and takes the room; None if there is not enough."""

@@ -117,8 +117,8 @@ def test_a_span_of_the_cache(model: Tarsier) -> None:
         return decode_module.prefill(model, batch, sampling, eos, keys, np.int32(24), max_new=24)
 
     whole = decode_module.decode(model, begin(), eos, np.int32(24), np.int32(rows))
-    stopped = decode_module.decode(model, begin(), eos, np.int32(24), np.int32(rows), span=longest + 8)
-    assert int(stopped.counts.max()) == 9  # the prefill's, and one for each place in the span
-    gone_on = decode_module.decode(model, stopped, eos, np.int32(24), np.int32(rows), span=longest + 23)
+    stopped = decode_module.decode(model, begin(), eos, np.int32(24), np.int32(rows), read_length=longest + 8)
+    assert int(stopped.num_generated.max()) == 9  # the prefill's, and one for each place in the span
+    gone_on = decode_module.decode(model, stopped, eos, np.int32(24), np.int32(rows), read_length=longest + 23)
     np.testing.assert_array_equal(gone_on.tokens, whole.tokens)
     assert gone_on.done.all()

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.generation.sampling import filter_sorted, make_sampling, next_tokens, penalise
+from tarsier_jax.generation.sampling import filter_sorted, make_sampling, penalise, sample_tokens
 
 V = 50
 LOGITS = np.random.default_rng(0).standard_normal((3, V)).astype(np.float32) * 3
@@ -54,7 +54,7 @@ def test_draws_follow_the_warped_distribution() -> None:
     n = 20_000
     sampling = make_sampling(n, temperature=0.7, top_k=8, top_p=0.9)
     keys = jax.random.split(jax.random.key(0), n)
-    tokens = next_tokens(jnp.tile(LOGITS[:1], (n, 1)), sampling, jnp.zeros((n, 0), bool), keys)
+    tokens = sample_tokens(jnp.tile(LOGITS[:1], (n, 1)), sampling, jnp.zeros((n, 0), bool), keys)
     frequencies = np.bincount(tokens, minlength=V) / n
     assert (frequencies[expected == 0] == 0).all()
     np.testing.assert_allclose(frequencies, expected, atol=4 * np.sqrt(0.25 / n))  # four standard deviations
@@ -63,7 +63,7 @@ def test_draws_follow_the_warped_distribution() -> None:
 def test_temperature_zero_is_greedy_in_a_batch_that_samples() -> None:
     sampling = dataclasses.replace(make_sampling(3, temperature=5.0), temperature=jnp.array([5.0, 0.0, 5.0]))
     keys = jax.random.split(jax.random.key(0), 3)
-    assert next_tokens(LOGITS, sampling, jnp.zeros((3, 0), bool), keys)[1] == LOGITS[1].argmax()
+    assert sample_tokens(LOGITS, sampling, jnp.zeros((3, 0), bool), keys)[1] == LOGITS[1].argmax()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def example(n_text: int, *grids: tuple[int, int, int]) -> Example:
 def test_a_padded_batch() -> None:
     first, second = example(2, (2, 2, 4), (1, 4, 4)), example(3, (1, 2, 2))
     batch = make_batch([first, second], CONFIG, BUCKETS, pad_id=3)
-    assert batch.input_ids.shape == batch.labels.shape == batch.visual_index.shape == (2, 16)
+    assert batch.input_ids.shape == batch.labels.shape == batch.vision_token_index.shape == (2, 16)
     assert (batch.patches.shape, batch.frame_hw.shape) == ((1, 4, 16, 1176), (1, 4, 1, 2))
     np.testing.assert_array_equal(batch.lengths, [12, 5])
     np.testing.assert_array_equal(batch.input_ids[1], [5, 91, 7, 7, 7, *[3] * 11])
@@ -37,13 +37,13 @@ def test_a_padded_batch() -> None:
     assert dtypes == {name: "float32" if name == "patches" else "int32" for name in dtypes}
 
 
-def test_visual_index_finds_each_merged_patch() -> None:
+def test_vision_token_index_finds_each_merged_patch() -> None:
     batch = make_batch([example(1, (2, 2, 4), (1, 4, 4)), example(1, (1, 2, 2))], CONFIG, BUCKETS)
     # Four merged patches fit into a padded frame of 16 patches.
-    np.testing.assert_array_equal(batch.visual_index[0, :12], [-1, 0, 1, 4, 5, -1, 8, 9, 10, 11, -1, -1])
-    np.testing.assert_array_equal(batch.visual_index[1, :4], [-1, 12, -1, -1])
+    np.testing.assert_array_equal(batch.vision_token_index[0, :12], [-1, 0, 1, 4, 5, -1, 8, 9, 10, 11, -1, -1])
+    np.testing.assert_array_equal(batch.vision_token_index[1, :4], [-1, 12, -1, -1])
     merged = batch.patches[..., 0].reshape(-1, 4)[:, 0]  # first patch of each merged one
-    np.testing.assert_array_equal(merged[batch.visual_index[0, 6:10]], [16, 20, 24, 28])
+    np.testing.assert_array_equal(merged[batch.vision_token_index[0, 6:10]], [16, 20, 24, 28])
 
 
 def test_positions_count_on_through_the_padding() -> None:
@@ -56,13 +56,13 @@ def test_positions_count_on_through_the_padding() -> None:
 def test_batches_of_text_have_one_shape() -> None:
     batch = make_batch([example(3), example(8)], CONFIG, BUCKETS)
     assert (batch.patches.shape, batch.frame_hw.shape, batch.input_ids.shape) == ((1, 0, 0, 1176), (1, 0, 1, 2), (2, 8))
-    assert (batch.visual_index == -1).all()
+    assert (batch.vision_token_index == -1).all()
 
 
 def test_text_and_videos_in_one_batch() -> None:
     batch = make_batch([example(3), example(1, (1, 2, 2))], CONFIG, BUCKETS)
-    assert (batch.visual_index[0] == -1).all()
-    assert batch.visual_index[1, 1] == 0
+    assert (batch.vision_token_index[0] == -1).all()
+    assert batch.vision_token_index[1, 1] == 0
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,9 @@ def filled(*units: list[Example], shape: RowShape = SHAPE) -> Row:
 
 
 def merged_patches(batch: Batch, segment: int) -> np.ndarray:
-    """The pixels that visual_index finds for a sample: (visual tokens, 4 patches of 1176)."""
+    """The pixels that vision_token_index finds for a sample: (visual tokens, 4 patches of 1176)."""
     merged = batch.patches[0].reshape(-1, 4 * 1176)
-    index = batch.visual_index[0, batch.segment_ids[0] == segment]
+    index = batch.vision_token_index[0, batch.segment_ids[0] == segment]
     return merged[index[index >= 0]]
 
 
@@ -52,7 +52,7 @@ def test_two_samples_in_a_row() -> None:
     np.testing.assert_array_equal(batch.input_ids, [[*first.input_ids, *second.input_ids, *[3] * 18]])
     np.testing.assert_array_equal(batch.labels, [[*first.labels, *second.labels, *[-100] * 18]])
     np.testing.assert_array_equal(batch.segment_ids, [[*[1] * 8, *[2] * 6, *[0] * 18]])
-    np.testing.assert_array_equal(batch.visual_index, [[-1, 0, 1, 2, 3, *[-1] * 27]])
+    np.testing.assert_array_equal(batch.vision_token_index, [[-1, 0, 1, 2, 3, *[-1] * 27]])
     np.testing.assert_array_equal(batch.position_ids[:, 0, :8], first.position_ids)
     np.testing.assert_array_equal(batch.position_ids[:, 0, 8:14], second.position_ids)  # from 0 again
     np.testing.assert_array_equal(batch.lengths, [14])
@@ -71,10 +71,10 @@ def test_every_row_has_one_shape_and_its_dtypes() -> None:
 def test_an_empty_row_is_padding() -> None:
     batch = filled().build(pad_id=3)
     assert batch.lengths == 0 and (batch.input_ids == 3).all() and (batch.labels == -100).all()
-    assert not batch.segment_ids.any() and not batch.frame_hw.any() and (batch.visual_index == -1).all()
+    assert not batch.segment_ids.any() and not batch.frame_hw.any() and (batch.vision_token_index == -1).all()
 
 
-def test_visual_index_finds_each_merged_patch() -> None:
+def test_vision_token_index_finds_each_merged_patch() -> None:
     """Frames of different sizes and samples share bins, a frame goes into the first bin that has room."""
     first, second = example(2, (2, 2, 6), (1, 2, 4), seed=1), example(3, (2, 4, 2), (1, 4, 4), seed=2)
     batch = filled([first], [second]).build(0)
@@ -82,7 +82,7 @@ def test_visual_index_finds_each_merged_patch() -> None:
     np.testing.assert_array_equal(batch.frame_hw, [bins])
     for segment, sample in ((1, first), (2, second)):
         np.testing.assert_array_equal(merged_patches(batch, segment), sample.pixel_values.reshape(-1, 4 * 1176))
-        placeholders = batch.visual_index[0, batch.segment_ids[0] == segment] >= 0
+        placeholders = batch.vision_token_index[0, batch.segment_ids[0] == segment] >= 0
         np.testing.assert_array_equal(placeholders, sample.input_ids == IMAGE)
 
 
@@ -174,7 +174,9 @@ def test_rows_become_a_batch_with_a_group_each() -> None:
     np.testing.assert_array_equal(batch.lengths, [13, 6 + 1])
     for i, row in enumerate(rows):
         np.testing.assert_array_equal(batch.position_ids[:, i], row.position_ids[:, 0])
-        np.testing.assert_array_equal(batch.visual_index[i], row.visual_index[0])  # counted within its group
+        np.testing.assert_array_equal(
+            batch.vision_token_index[i], row.vision_token_index[0]
+        )  # counted within its group
         np.testing.assert_array_equal(batch.patches[i], row.patches[0])
 
 

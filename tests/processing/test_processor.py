@@ -25,7 +25,9 @@ def test_an_example(processor: Processor, mp4: Path) -> None:
     )
     assert (example.labels == -100).all()
     assert example.position_ids.shape == (3, len(example.input_ids))
-    dtypes = {name: str(value.dtype) for name, value in vars(example).items() if name not in ("cut", "frames")}
+    dtypes = {
+        name: str(value.dtype) for name, value in vars(example).items() if name not in ("num_truncated", "frames")
+    }
     assert dtypes == {name: "float32" if name == "pixel_values" else "int32" for name in dtypes}
 
 
@@ -154,7 +156,7 @@ def test_batches_pad_with_the_tokenizers_token(processor: Processor) -> None:
     batch = processor.batch([processor(short), processor(long)])
     assert batch.input_ids.shape == (2, 144)
     assert (batch.input_ids[0, batch.lengths[0] :] == 256).all()
-    assert (batch.visual_index[0] >= 0).sum() == 4
+    assert (batch.vision_token_index[0] >= 0).sum() == 4
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def load(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
     ids = np.array([*[7] * (n - 1), rng.integers(8, 200)], np.int32)
     positions = np.tile(np.arange(n, dtype=np.int32), (3, 1))
     no_visuals = np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32)
-    text = Example(ids, ids, *no_visuals, positions, cut=sample.get("cut", 0))
+    text = Example(ids, ids, *no_visuals, positions, num_truncated=sample.get("cut", 0))
     return Loaded([text], {"weight": np.array([n], np.float32)}, key=sample["id"])
 
 

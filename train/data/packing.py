@@ -310,7 +310,7 @@ class _RowIterator(grain.DatasetIterator):
             taken.append(self._waiting.pop(fits)[1])
         extra = {name: self._extra(name, shape, taken) for name, shape in packer.extra.items()}
         batch = row.build(packer.processor.pad_token_id, packer.dtype)
-        cut = sum(any(example.cut for example in loaded.unit) for loaded in taken)
+        cut = sum(any(example.num_truncated for example in loaded.unit) for loaded in taken)
         keys = tuple(loaded.key for loaded in taken)
         return PackedRow(batch, extra, self._seen - before, cut, tuple(bad), keys)
 
