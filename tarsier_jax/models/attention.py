@@ -36,14 +36,17 @@ def attend(
     causal: bool = False,
     kv_lengths: Int[Array, " B"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    query_starts: Int[Array, " B"] | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v with grouped queries: query head n reads key-value head n // (N // K).
 
     Args:
-        causal: query t sees keys 0..t only (T must equal S).
+        causal: query t sees keys 0..t only (T must equal S, except with query_starts).
         kv_lengths: how many leading keys of each row are valid; all of them when None.
         segment_ids: a query sees the keys with its own id only (T must equal S); all of them when None.
+        query_starts: index of each row's first query among the keys: with `causal`, query t sees keys
+            0..query_starts + t. Zero when None.
         implementation: one of IMPLEMENTATIONS. A single query (T = 1) always runs as xla: it is bound by reading the
             cache, and fused kernels do not help.
 
@@ -57,27 +60,30 @@ def attend(
     if q.shape[1] == 1:
         return _single_query(q, k, v, kv_lengths)
     if implementation == "cudnn":
-        # cuDNN has no segments; its mask is T x S booleans a row, read by every head.
+        # cuDNN has neither segments nor offsets; its mask is T x S booleans per row, read by every head.
         mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        if query_starts is not None:
+            queries = query_starts[:, None] + jnp.arange(q.shape[1])
+            mask, causal = jnp.arange(k.shape[1]) <= queries[:, None, :, None], False
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=kv_lengths, implementation="cudnn"
         )
-    local = functools.partial(_splash if implementation == "splash" else _xla, causal=causal)
-    return _over_mesh(local, q, k, v, kv_lengths, segment_ids)
+    # The splash kernel takes static masks only, so it cannot start at another key in each row.
+    fused = implementation == "splash" and query_starts is None
+    local = functools.partial(_splash if fused else _xla, causal=causal)
+    return _over_mesh(local, q, k, v, kv_lengths, segment_ids, query_starts)
 
 
-def _over_mesh(
-    local: Callable[..., Array], q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | None
-) -> Array:
+def _over_mesh(local: Callable[..., Array], q: Array, k: Array, v: Array, *per_row: Array | None) -> Array:
     """Runs `local` on each device's rows and heads."""
     mesh = current_mesh()
     if mesh is None:
-        return local(q, k, v, kv_lengths, segment_ids)
+        return local(q, k, v, *per_row)
     # The keys' spec serves the queries too: an axis that divides the key-value heads divides the query heads.
     spec = fit_spec(k.shape, (BATCH, None, HEADS, None), mesh)
-    specs = (spec, spec, spec, P(spec[0]), P(spec[0]))
+    specs = (spec, spec, spec, *(P(spec[0]) for _ in per_row))
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return sharded(q, k, v, kv_lengths, segment_ids)
+    return sharded(q, k, v, *per_row)
 
 
 def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array) -> Array:
@@ -90,7 +96,15 @@ def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array) -> Array:
     return out.reshape(B, 1, N, H)
 
 
-def _xla(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | None, causal: bool) -> Array:
+def _xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    kv_lengths: Array,
+    segment_ids: Array | None,
+    query_starts: Array | None,
+    causal: bool,
+) -> Array:
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     G = N // K
@@ -99,17 +113,20 @@ def _xla(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | N
     k, v = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k, v))
     lengths = jnp.repeat(kv_lengths, K)  # [B * K]
     segments = None if segment_ids is None else jnp.repeat(segment_ids, K, axis=0)  # [B * K, S]
+    offsets = jnp.zeros_like(lengths) if query_starts is None else jnp.repeat(query_starts, K)  # [B * K]
 
     # q: [rows, H]; k, v: [S, H]; segments: [T]. The backward pass computes the scores anew, piece by piece, within the
     # cache: that takes a CPU half as long as to write them all to memory and read them again.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def attend_rows(q: Array, k: Array, v: Array, length: Array, segments: Array | None, start: Any) -> Array:
+    def attend_rows(
+        q: Array, k: Array, v: Array, length: Array, segments: Array | None, offset: Array, start: Any
+    ) -> Array:
         scores = jnp.einsum("rh,sh->rs", q, k, preferred_element_type=jnp.float32)
         keys = jnp.arange(k.shape[0])
         queries = (start + jnp.arange(q.shape[0])[:, None]) // G
         visible = keys < length
         if causal:
-            visible &= keys <= queries
+            visible &= keys <= offset + queries
         if segments is not None:
             visible &= segments[keys] == segments[queries]
         scores = jnp.where(visible, scores, _MASKED)
@@ -118,29 +135,33 @@ def _xla(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | N
         return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
 
     if q.shape[0] * q.shape[1] * S <= _MAX_SCORES:
-        out = jax.vmap(attend_rows, (0, 0, 0, 0, 0, None))(q, k, v, lengths, segments, 0)
+        out = jax.vmap(attend_rows, (0, 0, 0, 0, 0, 0, None))(q, k, v, lengths, segments, offsets, 0)
     else:
-        spans = 4 if causal and T % 4 == 0 else 1  # a query in one span sees no key of the next
+        spans = (
+            4 if causal and query_starts is None and T % 4 == 0 else 1
+        )  # a query in one span sees no key of the next
         rows = T * G // spans
         pieces = math.gcd(T // spans, 2 ** max(0, math.ceil(math.log2(rows * S / _MAX_SCORES))))
         starts = jnp.arange(0, rows, rows // pieces)
 
         def attend_head(_: None, x: tuple[Any, ...]) -> tuple[None, Array]:
-            q, k, v, length, segments = x
+            q, k, v, length, segments, offset = x
             out = []
             for span in range(spans):
                 seen = (span + 1) * S // spans
-                visible = functools.partial(attend_rows, k=k[:seen], v=v[:seen], length=length, segments=segments)
+                visible = functools.partial(
+                    attend_rows, k=k[:seen], v=v[:seen], length=length, segments=segments, offset=offset
+                )
                 blocks = q[span * rows : (span + 1) * rows].reshape(pieces, -1, H)
                 out.append(lax.map(lambda x, f=visible: f(x[0], start=x[1]), (blocks, starts + span * rows)))
             return None, jnp.concatenate(out)  # [spans * pieces, rows / pieces, H]
 
-        heads = q, k, v, lengths, segments
+        heads = q, k, v, lengths, segments, offsets
         _, out = lax.scan(attend_head, None, heads, unroll=4)  # four at a time keep two cores busy
     return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-def _splash(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | None, causal: bool) -> Array:
+def _splash(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | None, _: None, causal: bool) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

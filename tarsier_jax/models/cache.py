@@ -48,11 +48,15 @@ class KVCache:
         k, v = (jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), sizes)[0] for x in (self.k, self.v))
         return k, v
 
-    def append(self, layer: Int[Array, ""], k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"]) -> Self:
-        """Writes one token of one layer into each row's next free slot; `lengths` is advanced by the caller, once."""
-        rows = jnp.arange(k.shape[0])
+    def append(self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> Self:
+        """Writes T tokens of one layer after each row's valid ones. The caller advances `lengths`, once.
+
+        Tokens beyond the cache's size are dropped.
+        """
+        rows = jnp.arange(k.shape[0])[:, None]
+        slots = self.lengths[:, None] + jnp.arange(k.shape[1])
         return dataclasses.replace(
             self,
-            k=self.k.at[layer, rows, self.lengths].set(k[:, 0].astype(self.k.dtype)),
-            v=self.v.at[layer, rows, self.lengths].set(v[:, 0].astype(self.v.dtype)),
+            k=self.k.at[layer, rows, slots].set(k.astype(self.k.dtype)),
+            v=self.v.at[layer, rows, slots].set(v.astype(self.v.dtype)),
         )

@@ -35,6 +35,7 @@ class Attention(nnx.Module):
         segment_ids: Array | None,
         cache: KVCache | None,
         layer: Int[Array, ""],
+        extend: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         B, T, _ = x.shape
         q, k, v = (f(x).reshape(B, T, -1, self.head_dim) for f in (self.q, self.k, self.v))  # [B, T, N or K, H]
@@ -43,6 +44,15 @@ class Attention(nnx.Module):
         if cache is not None and T == 1:
             cache = cache.append(layer, k, v)
             out = attend(q, *cache.read(layer), kv_lengths=cache.lengths + 1)
+        elif cache is not None and extend:
+            cache = cache.append(layer, k, v)
+            out = attend(
+                q,
+                *cache.read(layer),
+                causal=True,
+                query_starts=cache.lengths,
+                implementation=self.implementation,
+            )
         else:
             cache = cache.fill(layer, k, v) if cache is not None else None
             out = attend(q, k, v, causal=True, segment_ids=segment_ids, implementation=self.implementation)
@@ -81,9 +91,10 @@ class DecoderLayer(nnx.Module):
         segment_ids: Array | None,
         cache: KVCache | None,
         layer: Int[Array, ""],
+        extend: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         with jax.named_scope("attn"):
-            out, cache = self.attn(self.input_norm(x), cos, sin, segment_ids, cache, layer)
+            out, cache = self.attn(self.input_norm(x), cos, sin, segment_ids, cache, layer, extend)
             x = x + out
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_norm(x)), cache
@@ -118,18 +129,29 @@ class Decoder(nnx.Module):
         """Final hidden states, and the cache with the tokens' keys and values written; the caller sets its lengths.
 
         With T > 1 the tokens are the rows' first ones and attend among themselves, within their segment. With T = 1 the
-        token follows what the cache holds.
+        token follows the tokens in the cache.
         """
         return self._apply(x, position_ids, segment_ids, cache)
 
-    def _apply(self, x: Array, position_ids: Array, segment_ids: Array | None, cache: Any) -> tuple[Array, Any]:
+    def extend_cache(
+        self, x: Float[Array, "B T D"], position_ids: Int[Array, "3 B T"], cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Final hidden states of T >= 1 tokens that follow the cache, and the cache; the caller sets its lengths.
+
+        A token attends to the cache and to the new tokens up to itself.
+        """
+        return self._apply(x, position_ids, None, cache, extend=True)
+
+    def _apply(
+        self, x: Array, position_ids: Array, segment_ids: Array | None, cache: Any, extend: bool = False
+    ) -> tuple[Array, Any]:
         text = self.config.text
         cos, sin = mrope_tables(position_ids, text.head_dim, text.rope_theta, text.mrope_section)
 
         # The cache travels in the carry: as scanned input and output it would be copied whole at every layer.
         def block(carry: tuple, layer: DecoderLayer) -> tuple:
             x, cache, i = carry
-            x, cache = layer(x, cos, sin, segment_ids, cache, i)
+            x, cache = layer(x, cos, sin, segment_ids, cache, i, extend)
             return constrain(x, BATCH, None, None), cache, i + 1
 
         carry = (constrain(x, BATCH, None, None), cache, jnp.int32(0))

@@ -62,6 +62,26 @@ class Tarsier(nnx.Module):
         last = jnp.take_along_axis(x, (batch.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
         return self.decoder.logits(last)[:, 0], dataclasses.replace(cache, lengths=jnp.asarray(batch.lengths))
 
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        position_ids: Int[Array, "3 B T"],
+        cache: KVCache,
+        num_new: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Continues a cache with the embeddings of further tokens.
+
+        Args:
+            num_new: valid tokens of each row, at most T; those after them are padding. The cache must have free
+                positions for the valid ones.
+
+        Returns:
+            The logits after each row's last valid token (arbitrary for a row without any), and the longer cache.
+        """
+        x, cache = self.decoder.extend_cache(x, position_ids, cache)
+        last = jnp.take_along_axis(x, jnp.maximum(num_new - 1, 0)[:, None, None], axis=1)  # [B, 1, D]
+        return self.decoder.logits(last)[:, 0], dataclasses.replace(cache, lengths=cache.lengths + num_new)
+
     def step(
         self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:

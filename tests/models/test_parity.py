@@ -158,3 +158,30 @@ def test_bfloat16_is_as_close_as_the_references_own(tmp_path: Path) -> None:
 def _kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
     p, q = (jax.nn.log_softmax(x, axis=-1) for x in (p_logits, q_logits))
     return np.asarray(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+
+
+@pytest.mark.parametrize("chunk", [64, 128, 500])
+def test_a_cache_continued_in_chunks_equals_the_full_forward_pass(tiny: tuple[Any, Tarsier, Path], chunk: int) -> None:
+    """A video of 16 frames, then 500 tokens of text in chunks; the second row has fewer of both."""
+    _, ours, _ = tiny
+    samples = [[5, (16, 6, 8), 509], [3, (4, 6, 8), 7 + 301]]
+    suffixes = np.array([500, 301])
+    examples = [reference.make_example(sample, ours.config, seed) for seed, sample in enumerate(samples)]
+    starts = np.array([len(e.input_ids) for e in examples]) - suffixes
+    prompts = [_first(example, n) for example, n in zip(examples, starts, strict=True)]
+    batch = reference.make_batch(prompts, ours.config)
+    whole = jax.jit(lambda m, b: m(b))(ours, reference.make_batch(examples, ours.config))
+    size = batch.input_ids.shape[1] + 512
+    _, cache = jax.jit(lambda m, b: m.prefill(b, cache_size=size))(ours, batch)
+    extend = jax.jit(lambda m, ids, *x: m.extend(m.decoder.embed(ids), *x))
+    for first in range(0, 500, chunk):
+        num_new = np.clip(suffixes - first, 0, chunk)
+        ids, positions = np.zeros((2, chunk), np.int32), np.zeros((3, 2, chunk), np.int32)
+        for row, (example, start, n) in enumerate(zip(examples, starts + first, num_new, strict=True)):
+            ids[row, :n] = example.input_ids[start : start + n]
+            positions[:, row, :n] = example.position_ids[:, start : start + n]
+        logits, cache = extend(ours, ids, positions, cache, jnp.asarray(num_new))
+        for row in np.flatnonzero(num_new):
+            expected = whole[row, starts[row] + first + num_new[row] - 1]
+            np.testing.assert_allclose(logits[row], expected, atol=ATOL, rtol=0)
+    np.testing.assert_array_equal(cache.lengths, starts + suffixes)
