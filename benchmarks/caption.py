@@ -30,7 +30,7 @@ from benchmarks.describe import make_example, make_reference
 from convert.backends import HuggingFace
 from eval.shapes.annotations import ask
 from eval.shapes.clips import draw_clips
-from infer.engine import Answer, Engine, EngineShape, Request, fit_shape
+from infer.engine import Completion, Engine, EngineConfig, Request, fit_config
 from tarsier_jax.config import load_config
 from tarsier_jax.models.tarsier import unstack
 from tarsier_jax.processing.batch import Example
@@ -76,9 +76,9 @@ def random_case(clips: int, tokens: int, slots: int, directory: Path) -> tuple[E
     examples = [make_example(model.config, seed) for seed in range(clips)]
     limits = [tokens * (4 + 12 * (7 * i % clips) // max(clips - 1, 1)) for i in range(clips)]  # mixed, 4 to 16 times
     rows = RowShape(tokens=len(examples[0].input_ids) * 2, bins=10, patches=264, frames=1, samples=2)
-    shape = EngineShape(slots, len(examples[0].input_ids), max(limits), (rows,))
+    config = EngineConfig(slots, len(examples[0].input_ids), max(limits), (rows,))
     processor: Any = _NoTexts(model.config)
-    return Engine(model, processor, shape), Reference(theirs, []), examples, limits
+    return Engine(model, processor, config), Reference(theirs, []), examples, limits
 
 
 class _NoTexts:
@@ -94,7 +94,7 @@ def embedded_case(clips: int, slots: int) -> tuple[Engine, Reference, list, list
     model, processor = tarsier_jax.load(EMBEDDED)
     examples = [processor({"messages": [ask(clip.video)]}) for clip in draw_clips(2 * 10**9, clips)]
     theirs = HuggingFace(resolve(EMBEDDED), model.config, processor.eos_token_ids)
-    engine = Engine(model, processor, fit_shape(processor, slots, 96))
+    engine = Engine(model, processor, fit_config(processor, slots, 96))
     return engine, Reference(theirs.model, processor.eos_token_ids), examples, [96] * clips
 
 
@@ -131,7 +131,7 @@ def main() -> int:
         for answer in engine.run(
             Request(i, e, limit) for i, (e, limit) in enumerate(zip(examples, limits, strict=True))
         ):
-            assert isinstance(answer, Answer), answer
+            assert isinstance(answer, Completion), answer
             found[answer.key] = answer.tokens
         return [found[i] for i in range(n)]
 
@@ -147,7 +147,7 @@ def main() -> int:
         lambda: [a for i in range(0, n, batch) for a in theirs.answer(examples[i : i + batch], limits[i : i + batch])],
         n,
     )
-    report = engine.report
+    report = engine.stats
     lengths = sorted(map(len, ours_told))
     same = sum(a == b for a, b in zip(ours_told, theirs_told, strict=True))
     print(f"answers of {lengths[0]} to {lengths[-1]} tokens; {same} of {n} equal Hugging Face's one by one")

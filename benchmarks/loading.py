@@ -31,7 +31,7 @@ from PIL import Image
 import tarsier_jax
 from benchmarks.bulk import write_clips
 from infer.bulk.inputs import Item
-from infer.bulk.loading import LoadReport, load_requests
+from infer.bulk.loading import LoadStats, load_requests
 from infer.engine import Request
 from tarsier_jax.processing.frame_sampling import sample_uniform
 from tarsier_jax.processing.image import ImageOptions, fit_budget
@@ -105,7 +105,7 @@ def original(paths: Sequence[Path], max_pixels: int) -> int:
 
 
 def ours(paths: Sequence[Path], processor: Processor, workers: int) -> int:
-    report = LoadReport()
+    report = LoadStats()
     items = [Item(i, i, str(path), {}) for i, path in enumerate(paths)]
     for loaded in load_requests(items, processor, PROMPT, Request, workers, report):
         assert isinstance(loaded, Request), loaded

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from infer.engine import EngineShape, fit_shape
+from infer.engine import EngineConfig, fit_config
 from tarsier_jax.config import ModelConfig, TextConfig
 from tarsier_jax.generation.decode import DecodeState
 from tarsier_jax.generation.slots import (
@@ -58,7 +58,7 @@ def abstract_model(config: ModelConfig, mesh: Mesh) -> Tarsier:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def abstract_slots(config: ModelConfig, shape: EngineShape, mesh: Mesh) -> DecodeState:
+def abstract_slots(config: ModelConfig, shape: EngineConfig, mesh: Mesh) -> DecodeState:
     """The state of all slots, laid out as the engine does."""
     state = jax.eval_shape(lambda: empty_slots(config, shape.slots, shape.size, shape.new_tokens))
     return jax.tree.map(_placed, state, slot_shardings(state, mesh))
@@ -68,9 +68,9 @@ def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def programs(model: Tarsier, state: DecodeState, shape: EngineShape, mesh: Mesh) -> Iterator[tuple[str, Any, int]]:
+def programs(model: Tarsier, state: DecodeState, shape: EngineConfig, mesh: Mesh) -> Iterator[tuple[str, Any, int]]:
     """(name, lowered program, bytes a chip of what lies beside it), for the largest frames and the longest rows."""
-    G, row, config = shape.groups, shape.rows[-1], model.config
+    G, row, config = shape.groups, shape.buckets[-1], model.config
     vision, decoder = (shard_bytes(nnx.state(part)) for part in (model.vision, model.decoder))
 
     def array(*sizes: int, dtype: Any = jnp.int32, axes: tuple[Any, ...] = (BATCH,)) -> Any:
@@ -80,7 +80,7 @@ def programs(model: Tarsier, state: DecodeState, shape: EngineShape, mesh: Mesh)
     with jax.set_mesh(mesh):
         patches = array(G, row.bins, row.patches, config.vision.patch_dim, dtype=jnp.bfloat16)
         frames = array(G, row.bins, row.frames, 2)
-        step, room = shape.step(len(shape.rows) - 1), shape.features
+        step, room = shape.step(len(shape.buckets) - 1), shape.features
         program = encode_frames.lower(model, patches, frames, number, step=step, room=room)
         yield "encode_frames", program, decoder + shard_bytes(state)
 
@@ -136,11 +136,11 @@ def main() -> int:
     mesh = make_mesh(data=groups, tensor=args.tensor, devices=devices)
     config = ModelConfig(text=SIZES[args.size], dtype="bfloat16", param_dtype="bfloat16", attention="splash")
     sizes = args.slots * groups, args.max_new_tokens, groups, args.tokens - args.max_new_tokens
-    shape = fit_shape(Processor(None, config), *sizes)  # pyright: ignore[reportArgumentType]  (sizes need no tokenizer)
+    shape = fit_config(Processor(None, config), *sizes)  # pyright: ignore[reportArgumentType]  (sizes need no tokenizer)
     model, state = abstract_model(config, mesh), abstract_slots(config, shape, mesh)
     print(
         f"{args.size}, {args.topology}, data={groups} tensor={args.tensor}: {args.slots} slots of {args.tokens} tokens "
-        f"a data-parallel part, {shard_bytes(state) / GIB:.2f} GiB a chip; rows of {shape.rows[0].tokens} tokens"
+        f"a data-parallel part, {shard_bytes(state) / GIB:.2f} GiB a chip; rows of {shape.buckets[0].tokens} tokens"
     )
     room = ROOM[args.topology.partition(":")[0]]
     totals = [report(*program, room) for program in programs(model, state, shape, mesh)]

@@ -24,7 +24,7 @@ from eval.shapes.judge import corpus_scores
 from eval.shapes.questions import a_question, letter_in
 from eval.shapes.render import write_clip
 from eval.shapes.world import reverse
-from infer.engine import Engine, answer_samples, fit_shape
+from infer.engine import Engine, answer_samples, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path
 from tarsier_jax.models.tarsier import Tarsier
@@ -86,7 +86,7 @@ class Scorer:
 
 def score(model: Tarsier, processor: Processor, clips: int, seed: int) -> dict[str, float]:
     """All scores, 0 to 1, by name; prints each as it is known."""
-    scorer = Scorer(Engine(model, processor, fit_shape(processor, _SLOTS, _MAX_NEW_TOKENS)))
+    scorer = Scorer(Engine(model, processor, fit_config(processor, _SLOTS, _MAX_NEW_TOKENS)))
     scores = {}
 
     def note(name: str, value: float, detail: str = "") -> None:

@@ -22,13 +22,13 @@ from typing import Any
 
 import jax
 
+from infer.bulk.config import CaptionConfig
 from infer.bulk.inputs import Item, find_items, is_list
-from infer.bulk.job import Job
 from infer.bulk.journal import Journal
-from infer.bulk.loading import LoadReport
+from infer.bulk.loading import LoadStats
 from infer.bulk.outputs import finished_lines, lines_of, write_lines, write_parquet
 from infer.bulk.ray_cluster import lines_from_ray
-from infer.engine import Report
+from infer.engine import EngineStats
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path, locked, path_text
 from tarsier_jax.processing.clip import MEDIA_SUFFIXES
@@ -67,20 +67,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    job = Job.of(args)
+    config = CaptionConfig.of(args)
     prepare_process()
     if args.ray:
         _check_ray_flags(args)
     output, items = share_of(args, *(_find_processes() if args.distributed else (1, 0)))
     lines = lines_of(output)
     with locked(lines):
-        failed = caption_missing(items, job, output, args)
+        failed = caption_missing(items, config, output, args)
         if output != lines:
             write_parquet(lines, output)
     return 1 if failed else 0
 
 
-def caption_missing(items: Sequence[Item], job: Job, output: Path, args: argparse.Namespace) -> int:
+def caption_missing(items: Sequence[Item], config: CaptionConfig, output: Path, args: argparse.Namespace) -> int:
     """Captions the items that have no line yet; returns how many have no caption in the end."""
     lines = lines_of(output)
     # Files are known by their names, as others may have come; lines of a list by their index too.
@@ -91,7 +91,7 @@ def caption_missing(items: Sequence[Item], job: Job, output: Path, args: argpars
     _log(f"{len(items)} clips, {len(items) - len(todo)} of them done before, into {output}")
     if todo:
         caption = caption_on_ray if args.ray else caption_here
-        failed += caption(todo, job, lines, args)
+        failed += caption(todo, config, lines, args)
     return failed
 
 
@@ -121,18 +121,18 @@ def missing_items(
     return missing
 
 
-def caption_here(todo: Sequence[Item], job: Job, lines: Path, args: argparse.Namespace) -> int:
+def caption_here(todo: Sequence[Item], config: CaptionConfig, lines: Path, args: argparse.Namespace) -> int:
     """Writes a line for each item, with an engine over this process's devices; gives how many have no caption."""
-    engine, loading = job.start(), LoadReport()
+    engine, loading = config.start(), LoadStats()
     with signals_end(), Compilations() as compilations, Journal(lines, args.overwrite) as journal:
-        tally = write_lines(job.lines(engine, todo, loading, journal), len(todo), lines, args.overwrite)
-    _log(f"{tally}\n{summary(engine.report, loading, compilations.count)}")
+        tally = write_lines(config.lines(engine, todo, loading, journal), len(todo), lines, args.overwrite)
+    _log(f"{tally}\n{summary(engine.stats, loading, compilations.count)}")
     return tally.errors
 
 
-def caption_on_ray(todo: Sequence[Item], job: Job, lines: Path, args: argparse.Namespace) -> int:
+def caption_on_ray(todo: Sequence[Item], config: CaptionConfig, lines: Path, args: argparse.Namespace) -> int:
     """As `caption_here`, with engines on a Ray cluster."""
-    tally = write_lines(lines_from_ray(todo, job, args.ray, args.ray_actors), len(todo), lines, args.overwrite)
+    tally = write_lines(lines_from_ray(todo, config, args.ray, args.ray_actors), len(todo), lines, args.overwrite)
     _log(f"{tally}, the actors' start among them")
     return tally.errors
 
@@ -154,10 +154,10 @@ def signals_end() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def summary(report: Report, loading: LoadReport, compilations: int) -> str:
+def summary(stats: EngineStats, loading: LoadStats, compilations: int) -> str:
     return (
-        f"device busy {report.busy_share:.0%}, {compilations} compilations after warm-up\n"
-        f"padding: {report.patch_padding:.1%} of patches, {report.token_padding:.1%} of prompt tokens\n"
+        f"device busy {stats.busy_share:.0%}, {compilations} compilations after warm-up\n"
+        f"padding: {stats.patch_padding:.1%} of patches, {stats.token_padding:.1%} of prompt tokens\n"
         f"loading: {loading.frames / max(loading.seconds, 1e-9):.0f} frames/s a thread"
     )
 

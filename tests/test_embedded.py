@@ -12,7 +12,7 @@ from eval.shapes.annotations import ask
 from eval.shapes.clips import HELD_OUT, Clip, draw_clips
 from eval.shapes.describe import event_sentences
 from eval.shapes.judge import corpus_scores
-from infer.engine import Engine, answer_samples, fit_shape
+from infer.engine import Engine, answer_samples, fit_config
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP, convert_hf, convert_to_hf, resolve
@@ -34,7 +34,7 @@ def question(clip: Clip) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     model, processor = tarsier_jax.load(EMBEDDED)
-    return Engine(model, processor, fit_shape(processor, SLOTS, TOKENS))
+    return Engine(model, processor, fit_config(processor, SLOTS, TOKENS))
 
 
 @pytest.fixture(scope="module")

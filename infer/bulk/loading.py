@@ -9,7 +9,7 @@ import grain
 
 from infer.bulk.inputs import Item
 from infer.bulk.journal import Journal
-from infer.engine import Refusal, Request
+from infer.engine import Request, RequestError
 from tarsier_jax.errors import reason_of
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
@@ -26,7 +26,7 @@ class Prepared:
 
 
 @dataclasses.dataclass
-class LoadReport:
+class LoadStats:
     """frames: decoded and patchified.  seconds: that threads took for it, all together."""
 
     frames: int = 0
@@ -55,9 +55,9 @@ def load_requests(
     prompt: str,
     make: Callable[[int, Example], Request],
     workers: int,
-    report: LoadReport,
+    stats: LoadStats,
     journal: Journal | None = None,
-) -> Iterator[Request | Refusal]:
+) -> Iterator[Request | RequestError]:
     """Requests for the items in turn, as `make` makes them of an item's number and prompt; refusals for bad ones.
 
     Args:
@@ -72,8 +72,8 @@ def load_requests(
     ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
     for prepared in grain.MapDataset.source(list(items)).map(prepare).to_iter_dataset(ahead):
         if prepared.example is None:
-            yield Refusal(prepared.number, prepared.error)
+            yield RequestError(prepared.number, prepared.error)
             continue
-        report.seconds += prepared.seconds
-        report.frames += prepared.example.frames
+        stats.seconds += prepared.seconds
+        stats.frames += prepared.example.frames
         yield make(prepared.number, prepared.example)

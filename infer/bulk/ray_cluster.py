@@ -16,9 +16,9 @@ from typing import Any
 
 import infer
 import tarsier_jax
+from infer.bulk.config import CaptionConfig, mesh_sizes
 from infer.bulk.inputs import Item
-from infer.bulk.job import Job, mesh_sizes
-from infer.bulk.loading import LoadReport
+from infer.bulk.loading import LoadStats
 from infer.engine import SharedEngine
 from tarsier_jax.errors import InputError, TarsierError
 from tarsier_jax.programs import prepare_process
@@ -29,8 +29,10 @@ _RETRIES = 30  # of a share: a clip of it may be what kills actors; a few go by 
 _PATIENCE = 10  # seconds in which a cluster has to answer
 
 
-def lines_from_ray(items: Sequence[Item], job: Job, address: str, actors: int | None) -> Iterator[dict[str, Any]]:
-    """The lines of a job's items, each once, as shares of them end on the cluster.
+def lines_from_ray(
+    items: Sequence[Item], config: CaptionConfig, address: str, actors: int | None
+) -> Iterator[dict[str, Any]]:
+    """The lines of a run's items, each once, as shares of them end on the cluster.
 
     Args:
         address: of the cluster as `ray.init` takes it.
@@ -38,17 +40,17 @@ def lines_from_ray(items: Sequence[Item], job: Job, address: str, actors: int | 
 
     Raises:
         InputError: there is no Ray, no cluster, or no room on it; or an actor dies over and over.
-        CheckpointError: see `Job.start`.
+        CheckpointError: see `CaptionConfig.start`.
     """
     ray = _connect(address)
     try:
-        room, needs = find_room(ray.nodes(), math.prod(mesh_sizes(job.mesh).values()))
+        room, needs = find_room(ray.nodes(), math.prod(mesh_sizes(config.mesh).values()))
         actors = room if actors is None else actors
-        size = max(1, min(_SHARE * job.slots, math.ceil(len(items) / (_SHARES * actors))))
+        size = max(1, min(_SHARE * config.slots, math.ceil(len(items) / (_SHARES * actors))))
         shares = [{"items": pickle.dumps(items[i : i + size])} for i in range(0, len(items), size)]
         lines = ray.data.from_items(shares, override_num_blocks=len(shares)).map(
             Captioner,
-            fn_constructor_args=(job, os.getcwd()),
+            fn_constructor_args=(config, os.getcwd()),
             compute=ray.data.ActorPoolStrategy(
                 size=actors, max_tasks_in_flight_per_actor=_SHARES, enable_true_multi_threading=True
             ),
@@ -73,20 +75,20 @@ class Captioner:
     A share, {"items": pickled Items}, comes back as {"lines": pickled lines, or the error for which there are none}.
     """
 
-    def __init__(self, job: Job, directory: str):
+    def __init__(self, config: CaptionConfig, directory: str):
         prepare_process()
         if os.path.isdir(directory):
             os.chdir(directory)  # where the names of clips and checkpoints begin
-        self._job = job
+        self._config = config
         try:
-            self._engine = SharedEngine(job.start())
+            self._engine = SharedEngine(config.start())
         except TarsierError as error:  # comes out of the calls: Ray would tell it with a traceback, and try again
             self._engine = error
 
     def __call__(self, share: dict[str, bytes]) -> dict[str, bytes]:
         if isinstance(self._engine, TarsierError):
             return {"lines": pickle.dumps(self._engine)}
-        lines = self._job.lines(self._engine, pickle.loads(share["items"]), LoadReport())
+        lines = self._config.lines(self._engine, pickle.loads(share["items"]), LoadStats())
         return {"lines": pickle.dumps(list(lines))}
 
 

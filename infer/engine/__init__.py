@@ -1,20 +1,20 @@
 """The engine: many prompts in, answers out as they end, the device always busy. See `infer.engine.engine`."""
 
-from infer.engine.config import EngineShape, fit_shape
+from infer.engine.config import EngineConfig, fit_config
 from infer.engine.engine import Engine
-from infer.engine.requests import Answer, Refusal, Request
+from infer.engine.requests import Completion, Request, RequestError
 from infer.engine.shared import SharedEngine
-from infer.engine.stats import Report
+from infer.engine.stats import EngineStats
 from infer.engine.texts import answer_samples
 
 __all__ = [
-    "Answer",
+    "Completion",
     "Engine",
-    "EngineShape",
-    "Refusal",
-    "Report",
+    "EngineConfig",
+    "RequestError",
+    "EngineStats",
     "Request",
     "SharedEngine",
     "answer_samples",
-    "fit_shape",
+    "fit_config",
 ]

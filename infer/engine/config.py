@@ -19,10 +19,10 @@ _STEPS = 8  # in which a row's bins are run, about: those at its end that are no
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineShape:
+class EngineConfig:
     """slots: answers under way at once.  prompt_tokens, new_tokens: of the longest prompt and the longest answer.
-    rows: kinds of rows of prompts that are run at once, which differ in their bins: the patches of a bin are what a
-    frame of this kind, or a few of them, fill.  groups: of slots and rows, one a data-parallel part of the mesh.
+    buckets: shapes of prompt rows that are run at once, which differ in their bins: the patches of a bin are what a
+    frame of this bucket, or a few of them, fill.  groups: of slots and rows, one a data-parallel part of the mesh.
 
     Raises:
         InputError: the slots cannot be split into groups, or something is below 1.
@@ -31,7 +31,7 @@ class EngineShape:
     slots: int
     prompt_tokens: int
     new_tokens: int
-    rows: tuple[RowShape, ...]
+    buckets: tuple[RowShape, ...]
     groups: int = 1
 
     def __post_init__(self) -> None:
@@ -47,35 +47,35 @@ class EngineShape:
         return self.prompt_tokens + self.new_tokens
 
     @property
-    def spans(self) -> tuple[int, ...]:
+    def read_lengths(self) -> tuple[int, ...]:
         """How many of a slot's tokens decoding reads, ascending: the first that all answers under way fit."""
         return tuple(sorted({min(_round_up(self.size * share, 64), self.size) for share in _SPANS}))
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """The tokens to which rows are cut, ascending."""
-        longest = self.rows[0].tokens
+        longest = self.buckets[0].tokens
         return tuple(sorted({min(_round_up(longest * share, 64), longest) for share in _LENGTHS}))
 
-    def step(self, kind: int) -> int:
-        """How many bins of a row of this kind are run at a time: a divisor of all of them."""
-        bins = self.rows[kind].bins
+    def step(self, bucket: int) -> int:
+        """How many bins of a row of this bucket are run at a time: a divisor of all of them."""
+        bins = self.buckets[bucket].bins
         return max(n for n in range(1, max(bins // _STEPS, 1) + 1) if bins % n == 0)
 
     @property
     def features(self) -> int:
-        """Merged patches that a row of any kind has."""
-        return max(row.bins * row.patches for row in self.rows) // 4
+        """Merged patches that a row of any bucket has."""
+        return max(row.bins * row.patches for row in self.buckets) // 4
 
-    def kind_of(self, frame: int) -> int:
-        """Which kind of row leaves least unused in bins full of frames of so many patches."""
-        unused = [row.patches % frame / row.patches if row.patches >= frame else 1.0 for row in self.rows]
+    def bucket_of(self, frame: int) -> int:
+        """Which bucket of row leaves least unused in bins full of frames of so many patches."""
+        unused = [row.patches % frame / row.patches if row.patches >= frame else 1.0 for row in self.buckets]
         return min(range(len(unused)), key=unused.__getitem__)
 
 
-def fit_shape(
+def fit_config(
     processor: Processor, slots: int, new_tokens: int, groups: int = 1, prompt_tokens: int | None = None
-) -> EngineShape:
+) -> EngineConfig:
     """A shape for what the processor's options let through: n_frames of the largest frame, and text."""
     options, merge = processor.options, processor.config.vision.merge_factor
     area = min(options.max_pixels * _ROUNDING, processor.image.max_pixels)
@@ -95,7 +95,7 @@ def fit_shape(
         )
         for size in sorted({max(_round_up(frame * 2 ** (-i / _KINDS), 4), _SMALLEST_FRAME) for i in range(_KINDS)})
     )
-    return EngineShape(slots, prompt_tokens, new_tokens, rows, groups)
+    return EngineConfig(slots, prompt_tokens, new_tokens, rows, groups)
 
 
 def _round_up(x: float, step: int) -> int:

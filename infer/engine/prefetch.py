@@ -8,7 +8,7 @@ from typing import Any
 _END = object()
 
 
-class Source:
+class Prefetcher:
     """An iterator that never makes its reader wait unless asked to.
 
     ended: everything has been read.  An error of the iterator is raised to the reader, at its place.

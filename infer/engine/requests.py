@@ -33,7 +33,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Completion:
     """tokens: without the end-of-sequence token.  finish_reason: "eos", "length" or "cancelled".
     seconds: from the prompt's prefill to the answer's end.
     """
@@ -50,7 +50,7 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Refusal:
+class RequestError:
     """A request that cannot be answered, and why."""
 
     key: Any

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 
 from infer.engine.engine import Engine
-from infer.engine.requests import Answer, Refusal, Request
+from infer.engine.requests import Completion, Request, RequestError
 
 
 class SharedEngine:
@@ -23,13 +23,13 @@ class SharedEngine:
         self._requests: queue.Queue[Request] = queue.Queue(1)  # the engine itself draws ahead
         threading.Thread(target=self._run, daemon=True).start()
 
-    def run(self, requests: Iterable[Request | Refusal]) -> Iterator[Answer | Refusal]:
+    def run(self, requests: Iterable[Request | RequestError]) -> Iterator[Completion | RequestError]:
         """As `Engine.run`, but all requests are drawn first."""
-        results: queue.SimpleQueue[Answer | Refusal] = queue.SimpleQueue()
+        results: queue.SimpleQueue[Completion | RequestError] = queue.SimpleQueue()
         asked = 0
         for request in requests:
             asked += 1
-            if isinstance(request, Refusal):
+            if isinstance(request, RequestError):
                 results.put(request)
             else:
                 self._requests.put(dataclasses.replace(request, key=(results, request.key)))
@@ -40,7 +40,7 @@ class SharedEngine:
         try:
             for result in self._engine.run(iter(self._requests.get, None)):
                 results, key = result.key
-                if isinstance(result, Refusal):
+                if isinstance(result, RequestError):
                     results.put(dataclasses.replace(result, key=key))
                 else:
                     results.put(dataclasses.replace(result, request=dataclasses.replace(result.request, key=key)))

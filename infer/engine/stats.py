@@ -10,7 +10,7 @@ import jax
 
 
 @dataclasses.dataclass
-class Report:
+class EngineStats:
     """Counts since the engine's warm-up.
 
      prompts, answers, new_tokens: begun, ended, and written.  tokens, patches: in rows, and of these valid ones.
@@ -44,14 +44,14 @@ class Report:
         return 1 - self.valid_patches / max(self.patches, 1)
 
 
-class BusyClock:
+class DeviceTimer:
     """Adds up the time for which something that was handed to the device had not ended yet.
 
     A thread waits for one program after the other; they run in the order in which they are handed over.
     """
 
-    def __init__(self, report: Report):
-        self._report = report
+    def __init__(self, stats: EngineStats):
+        self._stats = stats
         self._given: queue.SimpleQueue[tuple[float, Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -70,5 +70,5 @@ class BusyClock:
             begin, result = given
             jax.block_until_ready(result)
             end = time.perf_counter()
-            self._report.busy += end - max(begin, last)
+            self._stats.busy += end - max(begin, last)
             last = end

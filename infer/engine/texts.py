@@ -6,7 +6,7 @@ from typing import Any
 from tqdm import tqdm
 
 from infer.engine.engine import Engine
-from infer.engine.requests import Refusal, Request
+from infer.engine.requests import Request, RequestError
 from tarsier_jax.errors import InputError
 
 
@@ -33,7 +33,7 @@ def answer_samples(
 
     texts: dict[int, str] = {}
     for answer in tqdm(engine.run(requests()), desc=name, unit="clip", disable=name is None):
-        if isinstance(answer, Refusal):
+        if isinstance(answer, RequestError):
             raise InputError(answer.reason)
         texts[answer.key] = engine.text(answer)
     return [texts[i] for i in range(len(texts))]

@@ -16,15 +16,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from infer import caption
-from infer.bulk.job import Job
-from infer.engine import Answer, Refusal, Report
+from infer.bulk.config import CaptionConfig
+from infer.engine import Completion, EngineStats, RequestError
 from tarsier_jax.programs import run
 
 
 class Namer:
     """In an engine's place."""
 
-    report = Report()
+    stats = EngineStats()
 
     def processor(self, sample: Any) -> Any:
         name = sample["messages"][0]["content"][0]["video"]["video_file"]
@@ -37,14 +37,14 @@ class Namer:
 
     def run(self, requests: Any) -> Any:
         for request in requests:
-            yield request if isinstance(request, Refusal) else Answer(request, [], "eos", 0.0)
+            yield request if isinstance(request, RequestError) else Completion(request, [], "eos", 0.0)
 
     def text(self, answer: Any) -> str:
         return answer.request.example.name
 
 
 def caption_once(source: str, output: str) -> None:
-    Job.start = lambda self: Namer()  # pyright: ignore[reportAttributeAccessIssue]
+    CaptionConfig.start = lambda self: Namer()  # pyright: ignore[reportAttributeAccessIssue]
     args = caption.parse(["--input", source, "--output", output, "--workers", "2"])
     sys.exit(run(lambda: caption.main(args)))
 

@@ -25,7 +25,7 @@ from eval.shapes.clips import Clip, draw_clips
 from eval.shapes.describe import event_sentences
 from eval.shapes.judge import score
 from eval.shapes.render import write_clip
-from infer.engine import Engine, Refusal, Request, fit_shape
+from infer.engine import Engine, Request, RequestError, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path, locked
 from tarsier_jax.processing.perturb import KINDS
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
 def write(args: argparse.Namespace) -> int:
     """Writes the clips and pairs; returns how many there are."""
     model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
-    engine = Engine(model, processor, fit_shape(processor, _SLOTS, _MAX_NEW_TOKENS))
+    engine = Engine(model, processor, fit_config(processor, _SLOTS, _MAX_NEW_TOKENS))
     partial, kept = args.output / ".pairs.jsonl.partial", 0
     with partial.open("w", encoding="utf-8") as file, tqdm(total=args.clips, unit="clip") as bar:
         for number, clip, clean, disturbed in described(engine, args.seed, args.clips, args.temperature):
@@ -112,7 +112,7 @@ def described(engine: Engine, first: int, count: int, temperature: float) -> Ite
                 yield Request((number, how), example, _MAX_NEW_TOKENS, temperature, seed=seed)
 
     for answer in engine.run(requests()):
-        if isinstance(answer, Refusal):
+        if isinstance(answer, RequestError):
             raise InputError(answer.reason)
         number, how = answer.key
         told[number][how] = engine.text(answer)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from infer.bulk.inputs import Item, find_items, find_media, open_answer, with_prediction
-from infer.bulk.loading import LoadReport, load_requests
+from infer.bulk.loading import LoadStats, load_requests
 from infer.bulk.outputs import LineWriter, finished_lines, write_parquet
 from infer.caption import missing_items
-from infer.engine import Refusal
+from infer.engine import RequestError
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.sample import open_visuals, read_messages
 from tests.infer.conftest import write_gif
@@ -172,8 +172,8 @@ def test_reasons_are_in_words() -> None:
         raise KeyError("tokens") if sample["messages"][0]["content"][1]["text"] == "key" else RecursionError
 
     found = [Item(i, i, "a.mp4", {"prompt": prompt}) for i, prompt in enumerate(("key", "deep"))]
-    first, second = load_requests(found, processor, "", pytest.fail, 0, LoadReport())  # pyright: ignore
-    assert isinstance(first, Refusal) and isinstance(second, Refusal)
+    first, second = load_requests(found, processor, "", pytest.fail, 0, LoadStats())  # pyright: ignore
+    assert isinstance(first, RequestError) and isinstance(second, RequestError)
     assert "could not be prepared, because of an unexpected key error: 'tokens'" in first.reason
     assert "nested too deeply" in second.reason
 

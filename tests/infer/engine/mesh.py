@@ -8,7 +8,7 @@ import jax
 import tarsier_jax
 from eval.shapes.annotations import GROUNDED_PROMPT, PROMPT, ask
 from eval.shapes.clips import draw_clips
-from infer.engine import Answer, Engine, Request, fit_shape
+from infer.engine import Completion, Engine, Request, fit_config
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.programs import Compilations
@@ -27,16 +27,16 @@ def examples(processor: Processor) -> list[Example]:
 
 def answers(engine: Engine) -> list[list[int]]:
     requests = [Request(i, e, 8 + i % 17) for i, e in enumerate(examples(engine.processor))]
-    got = {answer.request.key: answer.tokens for answer in engine.run(requests) if isinstance(answer, Answer)}
+    got = {answer.request.key: answer.tokens for answer in engine.run(requests) if isinstance(answer, Completion)}
     return [got[i] for i in range(CLIPS)]
 
 
 def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     model, processor = tarsier_jax.load(EMBEDDED, dtype="float32", mesh=make_mesh(data=2, fsdp=2, tensor=2))
-    shape = fit_shape(processor, 8, TOKENS, groups=4)
-    shape = dataclasses.replace(shape, rows=shape.rows[::5])  # two kinds of six, as each is compiled
-    engine = Engine(model, processor, shape)
+    config = fit_config(processor, 8, TOKENS, groups=4)
+    config = dataclasses.replace(config, buckets=config.buckets[::5])  # two kinds of six, as each is compiled
+    engine = Engine(model, processor, config)
     with Compilations() as compilations:
         told = answers(engine)
     print(json.dumps({"answers": told, "compilations": compilations.count}))

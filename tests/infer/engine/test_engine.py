@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import pytest
 import tarsier_jax
 from eval.shapes.annotations import GROUNDED_PROMPT, PROMPT, ask
 from eval.shapes.clips import Clip, draw_clips
-from infer.engine import Answer, Engine, Refusal, Request, SharedEngine, fit_shape
+from infer.engine import Completion, Engine, Request, RequestError, SharedEngine, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Example
@@ -31,7 +31,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tarsier, Processor
 
 @pytest.fixture(scope="module")
 def engine(loaded: tuple[Tarsier, Processor]) -> Engine:
-    return Engine(*loaded, fit_shape(loaded[1], SLOTS, TOKENS))
+    return Engine(*loaded, fit_config(loaded[1], SLOTS, TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def examples(loaded: tuple[Tarsier, Processor], samples: list[dict]) -> list[Exa
     return [loaded[1](sample) for sample in samples]
 
 
-def answers(engine: Engine, requests: list[Request | Refusal]) -> dict[int, Answer]:
-    got = {a.request.key: a for a in engine.run(requests) if isinstance(a, Answer)}
+def answers(engine: Engine, requests: Sequence[Request | RequestError]) -> dict[int, Completion]:
+    got = {a.request.key: a for a in engine.run(requests) if isinstance(a, Completion)}
     assert len(got) == len(requests)
     return got
 
@@ -58,7 +58,7 @@ def test_pairs_of_frames_need_half_the_room(loaded: tuple[Tarsier, Processor]) -
     """16 frames of 84 x 112 pixels are 12 tokens each, or 8 pairs of them; beside 256 of text, in whole 64s."""
     paired = loaded[1]
     doubled = dataclasses.replace(paired, image=dataclasses.replace(paired.image, double_frames=True))
-    assert [fit_shape(p, SLOTS, TOKENS).prompt_tokens for p in (paired, doubled)] == [384, 448]
+    assert [fit_config(p, SLOTS, TOKENS).prompt_tokens for p in (paired, doubled)] == [384, 448]
 
 
 def test_whatever_shares_its_batch(engine: Engine, loaded: tuple, samples: list[dict], examples: list[Example]) -> None:
@@ -77,9 +77,9 @@ def test_whatever_shares_its_batch(engine: Engine, loaded: tuple, samples: list[
 
 def test_an_end_of_sequence_frees_the_slot(loaded: tuple[Tarsier, Processor], examples: list[Example]) -> None:
     model, processor = loaded
-    free = answers(Engine(model, processor, fit_shape(processor, SLOTS, TOKENS)), _greedy(examples[:4]))
+    free = answers(Engine(model, processor, fit_config(processor, SLOTS, TOKENS)), _greedy(examples[:4]))
     eos = free[0].tokens[3]
-    ending = Engine(model, _with_eos(processor, eos), fit_shape(processor, SLOTS, TOKENS))
+    ending = Engine(model, _with_eos(processor, eos), fit_config(processor, SLOTS, TOKENS))
     for i, answer in answers(ending, _greedy(examples[:4])).items():
         whole = free[i].tokens
         end = whole.index(eos) if eos in whole else TOKENS
@@ -126,7 +126,7 @@ def test_requests_may_come_slowly(engine: Engine, examples: list[Example]) -> No
         yield Request(1, examples[1], TOKENS)
 
     for answer in engine.run(slowly()):
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, Completion)
         answered.set()
     assert answered.is_set()
 
@@ -134,18 +134,18 @@ def test_requests_may_come_slowly(engine: Engine, examples: list[Example]) -> No
 def test_several_threads_share_it(loaded: tuple[Tarsier, Processor], engine: Engine, examples: list[Example]) -> None:
     """Each gets the answers to what it asked, refusals among them, though keys are the same."""
     expected = answers(engine, _greedy(examples))
-    shared, asked, got = SharedEngine(Engine(*loaded, engine.shape)), threading.Event(), [dict(), dict()]
+    shared, asked, got = SharedEngine(Engine(*loaded, engine.config)), threading.Event(), [dict(), dict()]
 
-    def requests(part: int) -> Iterator[Request | Refusal]:
+    def requests(part: int) -> Iterator[Request | RequestError]:
         assert part == 0 or asked.wait(60)
-        yield Refusal("broken", f"part {part}")
+        yield RequestError("broken", f"part {part}")
         yield Request("long", examples[0], TOKENS + 1)
         yield from _greedy(examples[part::2])
         asked.set()
 
     def run(part: int) -> None:
         for result in shared.run(requests(part)):
-            got[part][result.key if isinstance(result, Refusal) else result.request.key] = result
+            got[part][result.key if isinstance(result, RequestError) else result.request.key] = result
 
     threads = [threading.Thread(target=run, args=(part,)) for part in range(2)]
     for thread in threads:
@@ -164,12 +164,12 @@ def test_refusals(engine: Engine, examples: list[Example]) -> None:
     long = np.concatenate([examples[0].input_ids] * 4)
     positions = np.concatenate([examples[0].position_ids] * 4, axis=1)
     large = Example(long, long, examples[0].pixel_values, examples[0].grid_thw, positions)
-    items = [Refusal("a", "broken"), Request("b", large, 4), Request("c", examples[0], TOKENS + 1)]
+    items = [RequestError("a", "broken"), Request("b", large, 4), Request("c", examples[0], TOKENS + 1)]
     got = list(engine.run([*items, Request("d", examples[0], 4)]))
-    reasons = {r.key: r.reason for r in got if isinstance(r, Refusal)}
+    reasons = {r.key: r.reason for r in got if isinstance(r, RequestError)}
     assert reasons["a"] == "broken" and set(reasons) == {"a", "b", "c"}
     assert "there is room for" in reasons["b"] and f"may have {TOKENS + 1}" in reasons["c"]
-    assert [a.request.key for a in got if isinstance(a, Answer)] == ["d"]
+    assert [a.request.key for a in got if isinstance(a, Completion)] == ["d"]
 
 
 def test_an_error_of_the_source_is_raised(engine: Engine, examples: list[Example]) -> None:
@@ -183,10 +183,10 @@ def test_an_error_of_the_source_is_raised(engine: Engine, examples: list[Example
 
 
 def test_the_report(loaded: tuple[Tarsier, Processor], examples: list[Example]) -> None:
-    engine = Engine(*loaded, fit_shape(loaded[1], SLOTS, TOKENS))
+    engine = Engine(*loaded, fit_config(loaded[1], SLOTS, TOKENS))
     start = time.perf_counter()
     answers(engine, _greedy(examples))
-    report, seconds = engine.report, time.perf_counter() - start
+    report, seconds = engine.stats, time.perf_counter() - start
     assert report.prompts == report.answers == len(examples) and report.new_tokens == TOKENS * len(examples)
     assert report.valid_tokens == sum(len(e.input_ids) - 1 for e in examples) < report.tokens
     assert report.valid_patches == sum(len(e.pixel_values) for e in examples) < report.patches
@@ -195,7 +195,7 @@ def test_the_report(loaded: tuple[Tarsier, Processor], examples: list[Example]) 
 
 def test_sizes_that_do_not_fit(loaded: tuple[Tarsier, Processor], examples: list[Example]) -> None:
     with pytest.raises(InputError, match="5 slots cannot be shared by 2 parts"):
-        fit_shape(loaded[1], 5, TOKENS, groups=2)
+        fit_config(loaded[1], 5, TOKENS, groups=2)
     with pytest.raises(InputError, match="temperature is -1"):
         Request(0, examples[0], temperature=-1.0)
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import tarsier_jax
-from infer.engine import Engine, fit_shape
+from infer.engine import Engine, fit_config
 from tarsier_jax.weights import EMBEDDED
 from tests.infer.engine import mesh
 
@@ -22,5 +22,5 @@ def test_over_eight_devices() -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     model, processor = tarsier_jax.load(EMBEDDED, dtype="float32")
-    assert told["answers"] == mesh.answers(Engine(model, processor, fit_shape(processor, 8, mesh.TOKENS)))
+    assert told["answers"] == mesh.answers(Engine(model, processor, fit_config(processor, 8, mesh.TOKENS)))
     assert told["compilations"] == 0

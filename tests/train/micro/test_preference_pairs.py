@@ -11,7 +11,7 @@ import pytest
 import tarsier_jax
 from eval.shapes.clips import HELD_OUT, draw_clips
 from eval.shapes.describe import describe
-from infer.engine import Answer, Engine, Request, fit_shape
+from infer.engine import Completion, Engine, Request, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked
 from tarsier_jax.processing.perturb import KINDS
@@ -40,14 +40,14 @@ class Seer:
     def __init__(self, *_: object):
         self.processor = lambda sample: sample
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Answer]:
+    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
         for request in sorted(requests, key=lambda request: request.key[1]):  # both answers of a clip far apart
             sample: Any = request.example
             way = sample["messages"][0]["content"][0]["video"].get("disturb")
             assert (way is not None and way["kind"] in KINDS) == (request.key[1] == "disturbed")
-            yield Answer(request, [], "eos", 0.0)
+            yield Completion(request, [], "eos", 0.0)
 
-    def text(self, answer: Answer) -> str:
+    def text(self, answer: Completion) -> str:
         number, how = answer.request.key
         (clip,) = draw_clips(number, 1)
         return describe(clip.scene) if how == "clean" else "Nothing."
@@ -74,7 +74,7 @@ def test_pairs_of_clean_and_disturbed_clips(tmp_path: Path, monkeypatch: pytest.
 def test_they_are_sampled(tmp_path: Path) -> None:
     """By the engine: another description of each clip, the same ones in every run."""
     model, processor = tarsier_jax.load(write_untrained(tmp_path / "model", MICRO))
-    engine = Engine(model, processor, fit_shape(processor, 4, 96))
+    engine = Engine(model, processor, fit_config(processor, 4, 96))
 
     def told() -> list[tuple[int, str, str]]:
         return sorted(

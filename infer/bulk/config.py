@@ -10,8 +10,8 @@ import jax
 import tarsier_jax
 from infer.bulk.inputs import Item, with_prediction
 from infer.bulk.journal import Journal
-from infer.bulk.loading import LoadReport, load_requests
-from infer.engine import Answer, Engine, Refusal, Request, SharedEngine, fit_shape
+from infer.bulk.loading import LoadStats, load_requests
+from infer.engine import Completion, Engine, Request, RequestError, SharedEngine, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import check_sampling
 from tarsier_jax.processing.batch import Example
@@ -21,7 +21,7 @@ from tarsier_jax.sharding import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class CaptionConfig:
     """What every engine of a run is made of and told; the fields are the flags of `infer.caption`.
 
     Raises:
@@ -70,14 +70,14 @@ class Job:
         processor = dataclasses.replace(processor, options=self.options)
         groups = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         return Engine(
-            model, processor, fit_shape(processor, self.slots, self.max_new_tokens, groups, self.prompt_tokens)
+            model, processor, fit_config(processor, self.slots, self.max_new_tokens, groups, self.prompt_tokens)
         )
 
     def lines(
         self,
         engine: Engine | SharedEngine,
         items: Sequence[Item],
-        loading: LoadReport,
+        loading: LoadStats,
         journal: Journal | None = None,
     ) -> Iterator[dict[str, Any]]:
         """A line for each item, in the order in which they end: its caption, or why there is none."""
@@ -121,9 +121,9 @@ def _unfit_mesh(flag: str, what: str) -> InputError:
     )
 
 
-def _line(item: Item, result: Answer | Refusal, engine: Engine | SharedEngine, prompt: str) -> dict[str, Any]:
+def _line(item: Item, result: Completion | RequestError, engine: Engine | SharedEngine, prompt: str) -> dict[str, Any]:
     known = {"idx": item.idx, "input": item.input}
-    if isinstance(result, Refusal):
+    if isinstance(result, RequestError):
         return {**known, "error": result.reason}
     text, example = engine.text(result), result.request.example
     told = {
