@@ -36,7 +36,7 @@ from train.data.packing import PackedRow
 from train.losses import sft_loss
 from train.optimizer import OptimizerConfig
 from train.run import global_batch
-from train.state import Plan, StepBatch, TrainState, init_state, make_plan, make_train_step
+from train.state import StateSpec, StepBatch, TrainState, init_state, make_state_spec, make_train_step
 from train.throughput import Work, peak_flops, step_flops, work_of
 
 OPTIMIZER = OptimizerConfig(warmup_steps=0)
@@ -65,9 +65,9 @@ def pack(examples: list[Example], shape: RowShape, config: ModelConfig) -> list[
     return [PackedRow(row.build(0, config.dtype), {}, 0, 0, (), ()) for row in rows]
 
 
-def time_steps(plan: Plan, state: TrainState, batch: StepBatch, steps: int, profile: str | None) -> list[float]:
+def time_steps(spec: StateSpec, state: TrainState, batch: StepBatch, steps: int, profile: str | None) -> list[float]:
     """Seconds of each step, after two that compile and warm up."""
-    step_function, times = make_train_step(plan, sft_loss), []
+    step_function, times = make_train_step(spec, sft_loss), []
     for i in range(steps + 2):
         if i == 2 and profile:
             jax.profiler.start_trace(profile)
@@ -80,13 +80,13 @@ def time_steps(plan: Plan, state: TrainState, batch: StepBatch, steps: int, prof
     return times[2:]
 
 
-def random_state(plan: Plan) -> TrainState:
+def random_state(spec: StateSpec) -> TrainState:
     def make() -> TrainState:
-        keys = iter(jax.random.split(jax.random.key(0), len(plan.shapes.params)))
-        params = {p: 0.02 * jax.random.normal(next(keys), x.shape, x.dtype) for p, x in plan.shapes.params.items()}
-        return TrainState(jnp.int32(0), params, {}, plan.tx.init(params))
+        keys = iter(jax.random.split(jax.random.key(0), len(spec.shapes.params)))
+        params = {p: 0.02 * jax.random.normal(next(keys), x.shape, x.dtype) for p, x in spec.shapes.params.items()}
+        return TrainState(jnp.int32(0), params, {}, spec.tx.init(params))
 
-    return jax.jit(make, out_shardings=plan.shardings)()
+    return jax.jit(make, out_shardings=spec.shardings)()
 
 
 def benchmark_2b(steps: int, tokens: int, profile: str | None) -> None:
@@ -96,14 +96,14 @@ def benchmark_2b(steps: int, tokens: int, profile: str | None) -> None:
     vision = VisionConfig(out_dim=TEXT_2B.hidden_size)
     config = ModelConfig(TEXT_2B, vision, dtype="bfloat16", attention=attention, remat="full")
     mesh = make_mesh(fsdp=count)
-    plan = make_plan(config, OPTIMIZER, 100, mesh)
+    spec = make_state_spec(config, OPTIMIZER, 100, mesh)
     shape = RowShape(tokens, bins=tokens * 28 // 16_384, patches=2432, frames=4, samples=16)
     a_video = 16 * 26 * 46 // 4 + 322  # 16 frames of 26 x 46 patches, a question and an answer of 300 tokens
     videos = [make_example(config, 16, 26, 46, 300, i) for i in range(count * (tokens // a_video))]
     rows = pack(videos, shape, config)
     work = sum((work_of(row.batch) for row in rows), Work())
     with jax.set_mesh(mesh):
-        times = time_steps(plan, random_state(plan), global_batch(rows, 1, mesh), steps, profile)
+        times = time_steps(spec, random_state(spec), global_batch(rows, 1, mesh), steps, profile)
     step, device = statistics.median(times), jax.devices()[0]
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     peak = peak_flops(device)
@@ -123,13 +123,13 @@ def benchmark_small(steps: int) -> None:
         theirs = make_reference(Path(directory), tied=True)
         config = dataclasses.replace(load_config(directory), remat="dots")
         frozen = dataclasses.replace(OPTIMIZER, freeze=("vision/.*",))
-        plan = make_plan(config, frozen, 100, make_mesh(devices=jax.devices()[:1]))
-        state = init_state(plan, Path(directory))
+        spec = make_state_spec(config, frozen, 100, make_mesh(devices=jax.devices()[:1]))
+        state = init_state(spec, Path(directory))
     examples = [make_example(config, frames, 12, 22, 24 + 8 * i, i) for i, frames in enumerate(FRAMES)]
     rows = pack(examples, RowShape(1024, 16, 272, 1, 8), config)
     work = sum((work_of(row.batch) for row in rows), Work())
-    batch = global_batch(rows, 1, plan.mesh)
-    step_function = make_train_step(plan, sft_loss)
+    batch = global_batch(rows, 1, spec.mesh)
+    step_function = make_train_step(spec, sft_loss)
     theirs.model.visual.requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [p for p in theirs.parameters() if p.requires_grad], lr=OPTIMIZER.peak_lr, eps=OPTIMIZER.eps

@@ -12,11 +12,11 @@ from train.config import default_config
 
 def get_config(size: str = "full") -> ConfigDict:
     config = default_config()
-    config.steps = 1000
-    config.data.rows = 64
-    config.data.samples = 2
-    config.data.tokens = 20_480
-    config.data.bins = 16
+    config.num_train_steps = 1000
+    config.data.global_batch_size = 64
+    config.data.max_samples_per_seq = 2
+    config.data.seq_len = 20_480
+    config.data.vision_bins = 16
     config.optimizer.peak_lr = 1e-6
     config.optimizer.warmup_steps = 100
     config.dpo.beta = 0.1

@@ -11,12 +11,17 @@ def get_config(size: str = "full") -> ConfigDict:
     config.model = "untrained"
     config.data.train = config.data.eval = "shapes"
     config.data.shuffle = False  # short clips come first
-    config.steps = 9800
+    config.num_train_steps = 9800
     config.remat = "none"
     config.score_clips = 100
-    config.log_every, config.save_every, config.eval_every, config.keep = 50, 1000, 1000, 1
-    config.data.tokens, config.data.bins, config.data.patches, config.data.frames = 320, 20, 48, 1
-    config.data.rows, config.data.samples, config.data.workers = 4, 24, 1
+    config.log_every, config.save_every, config.eval_every, config.max_to_keep = 50, 1000, 1000, 1
+    config.data.seq_len, config.data.vision_bins, config.data.patches_per_bin, config.data.frames_per_bin = (
+        320,
+        20,
+        48,
+        1,
+    )
+    config.data.global_batch_size, config.data.max_samples_per_seq, config.data.num_workers = 4, 24, 1
     config.optimizer.peak_lr = 1e-3
     config.optimizer.final_lr = 2e-5
     config.optimizer.warmup_steps = 100
@@ -28,6 +33,6 @@ def get_config(size: str = "full") -> ConfigDict:
         r"vision/blocks/(attn|mlp)/.*/weight",
         r"vision/merger/fc[12]/weight",
     )
-    config.optimizer.muon = matrices
+    config.optimizer.muon_params = matrices
     config.optimizer.lr_groups = tuple((pattern, 4.0) for pattern in matrices)
     return sized(config, size)

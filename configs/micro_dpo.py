@@ -16,9 +16,9 @@ def get_config(size: str = "full") -> ConfigDict:
     config = micro.get_config()
     config.model = config.data.train = config.data.eval = ""
     config.data.shuffle = True
-    config.data.samples = 4
-    config.steps, config.save_every = 300, 100
-    config.optimizer.muon = config.optimizer.lr_groups = ()
+    config.data.max_samples_per_seq = 4
+    config.num_train_steps, config.save_every = 300, 100
+    config.optimizer.muon_params = config.optimizer.lr_groups = ()
     config.optimizer.peak_lr, config.optimizer.final_lr = 2e-5, 0.0
     config.optimizer.warmup_steps = 20
     config.optimizer.weight_decay = 0.0

@@ -12,9 +12,9 @@ from train.config import default_config
 def get_config(size: str = "full") -> ConfigDict:
     config = default_config()
     config.model = "Qwen/Qwen2-VL-7B-Instruct"
-    config.steps = 200_000
+    config.num_train_steps = 200_000
     config.processor.max_n_frames = 128
-    config.data.rows = 384
+    config.data.global_batch_size = 384
     config.optimizer.peak_lr = 2e-5
     config.optimizer.warmup_steps = 1000
     return sized(config, size)

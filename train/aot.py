@@ -36,15 +36,15 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.programs import run
 from train.config import TrainConfig, define_flags, read_flags
-from train.dpo import dpo_job
-from train.run import Job, check_rows, mesh_of, run_config
-from train.sft import sft_job
-from train.state import Plan, StepBatch, batch_shardings, make_plan, make_train_step
+from train.dpo import dpo_objective
+from train.run import Objective, check_rows, mesh_of, run_config
+from train.sft import sft_objective
+from train.state import StateSpec, StepBatch, batch_shardings, make_state_spec, make_train_step
 
 GIB = 2**30
 # What a program may use of a chip's memory; the runtime keeps some for itself.
 ROOM = {"v5e": 15 * GIB, "v5p": 94 * GIB, "v4": 31 * GIB, "v6e": 31 * GIB}
-JOBS = {"sft": sft_job, "dpo": dpo_job}
+OBJECTIVES = {"sft": sft_objective, "dpo": dpo_objective}
 COLLECTIVES = ("all-gather", "all-reduce-scatter", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -78,11 +78,11 @@ def topology_devices(name: str) -> list[Any]:
         ) from None
 
 
-def abstract_step_batch(config: TrainConfig, plan: Plan, job: Job) -> StepBatch:
+def abstract_step_batch(config: TrainConfig, spec: StateSpec, objective: Objective) -> StepBatch:
     """The shapes of one step's rows."""
-    shape, parts = config.data.row_shape, config.parts
-    B, S, F = config.data.rows // parts, shape.tokens, shape.bins
-    C, dtype = plan.config.vision.patch_dim, jnp.dtype(plan.config.dtype)
+    shape, parts = config.data.row_shape, config.grad_accum_steps
+    B, S, F = config.data.global_batch_size // parts, shape.tokens, shape.bins
+    C, dtype = spec.config.vision.patch_dim, jnp.dtype(spec.config.dtype)
 
     def array(*dims: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct((parts, *dims), dtype)
@@ -97,20 +97,20 @@ def abstract_step_batch(config: TrainConfig, plan: Plan, job: Job) -> StepBatch:
         vision_token_index=array(B, S),
         segment_ids=array(B, S),
     )
-    step = StepBatch(batch, {name: array(B, *dims, dtype=jnp.float32) for name, dims in job.extra.items()})
-    place = batch_shardings(step, plan.mesh)
+    step = StepBatch(batch, {name: array(B, *dims, dtype=jnp.float32) for name, dims in objective.extra.items()})
+    place = batch_shardings(step, spec.mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), step, place)
 
 
-def compile_step(config: TrainConfig, model: ModelConfig, job: Job, mesh: Mesh) -> Footprint:
+def compile_step(config: TrainConfig, model: ModelConfig, objective: Objective, mesh: Mesh) -> Footprint:
     """Compiles the step that `train.loop` runs."""
     check_rows(config, mesh)
-    plan = make_plan(model, config.optimizer, config.steps, mesh, job.with_reference)
+    spec = make_state_spec(model, config.optimizer, config.num_train_steps, mesh, objective.with_reference)
     with jax.set_mesh(mesh):
-        lowered = make_train_step(plan, job.loss).lower(plan.shapes, abstract_step_batch(config, plan, job))
+        lowered = make_train_step(spec, objective.loss).lower(spec.shapes, abstract_step_batch(config, spec, objective))
         compiled = lowered.compile()
     text = _text(compiled)
-    name, largest = _largest_replicated(plan)
+    name, largest = _largest_replicated(spec)
     return Footprint(
         *bytes_of(compiled),
         largest_replicated=largest,
@@ -138,10 +138,10 @@ def _text(compiled: Any) -> str | None:
         return None
 
 
-def _largest_replicated(plan: Plan) -> tuple[str, int]:
+def _largest_replicated(spec: StateSpec) -> tuple[str, int]:
     """Of the state's arrays, the largest that every device holds whole."""
     whole = [("none", 0)]
-    for path, x in jax.tree_util.tree_flatten_with_path(plan.shapes)[0]:
+    for path, x in jax.tree_util.tree_flatten_with_path(spec.shapes)[0]:
         if x.sharding.is_fully_replicated:
             whole.append((jax.tree_util.keystr(path), int(np.prod(x.shape)) * x.dtype.itemsize))
     return max(whole, key=lambda named: named[1])
@@ -174,7 +174,7 @@ def _wires(f: Footprint) -> str:
 def main() -> int:
     values = define_flags()
     flags.DEFINE_string("topology", "v5e:16x16", "KIND:SIZE of the slice.", flag_values=values)
-    flags.DEFINE_enum("program", "sft", list(JOBS), "Whose step is compiled.", flag_values=values)
+    flags.DEFINE_enum("program", "sft", list(OBJECTIVES), "Whose step is compiled.", flag_values=values)
     config = read_flags(values)
     kind = values.topology.partition(":")[0]
     if kind not in ROOM:
@@ -183,16 +183,17 @@ def main() -> int:
     model = load_config(directory) if (directory / "config.json").exists() else ModelConfig()
     mesh = mesh_of(config.mesh, topology_devices(values.topology))
     model = run_config(model, config, "tpu")
-    job = JOBS[values.program](config)
+    objective = OBJECTIVES[values.program](config)
     text, data = model.text, config.data
     print(
-        f"{job.name}, {text.num_layers} x {text.hidden_size}, {values.topology} ({dict(mesh.shape)}), {data.rows} rows "
-        f"of {data.tokens} tokens and {data.bins} x {data.patches} patches in {config.parts} parts",
+        f"{objective.name}, {text.num_layers} x {text.hidden_size}, {values.topology} ({dict(mesh.shape)}), "
+        f"{data.global_batch_size} rows of {data.seq_len} tokens and {data.vision_bins} x {data.patches_per_bin} "
+        f"patches, {config.grad_accum_steps} accumulation steps",
         flush=True,
     )
     start = time.perf_counter()
     try:
-        footprint = compile_step(config, model, job, mesh)
+        footprint = compile_step(config, model, objective, mesh)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping
@@ -20,10 +21,34 @@ from train.checks import check, check_at_least, check_choice, check_dtype
 from train.data.packing import DataConfig
 from train.optimizer import OptimizerConfig, make_schedule
 
+# Keys of earlier versions and their names in this one.
+FORMER_KEYS = {
+    "steps": "num_train_steps",
+    "parts": "grad_accum_steps",
+    "keep": "max_to_keep",
+    "profile_at": "profile_step",
+    "data.rows": "data.global_batch_size",
+    "data.tokens": "data.seq_len",
+    "data.samples": "data.max_samples_per_seq",
+    "data.lookahead": "data.packing_buffer",
+    "data.bins": "data.vision_bins",
+    "data.patches": "data.patches_per_bin",
+    "data.frames": "data.frames_per_bin",
+    "data.workers": "data.num_workers",
+    "data.max_bad_share": "data.max_bad_fraction",
+    "optimizer.muon": "optimizer.muon_params",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 (for one of them) takes what the others leave."""
+    """Number of devices along each mesh axis. One axis may be -1: it takes the devices that remain.
+
+    Attributes:
+        data: Replicas of the parameters; rows are split over them.
+        fsdp: Devices that split parameters, optimizer state and rows.
+        tensor: Devices that split each layer.
+    """
 
     data: int = 1
     fsdp: int = -1
@@ -32,9 +57,15 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DpoConfig:
-    """beta: of the loss. reference: "weights" keeps the starting model beside the trained one; a file name holds the
-    reference's log-probabilities, which are computed before the first step if the file does not hold them all.
-    Raises InputError when beta is not above 0, or reference is empty."""
+    """Options of `train.dpo`.
+
+    Attributes:
+        beta: Factor of the log-probability margin in the loss.
+        reference: "weights" keeps the starting model in memory; a file name stores its log-probabilities instead.
+
+    Raises:
+        InputError: beta is not above 0, or reference is empty.
+    """
 
     beta: float = 0.1
     reference: str = "weights"
@@ -46,35 +77,46 @@ class DpoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A whole run.
+    """Configuration of a training run.
 
-    model: the checkpoint to start from: a Hugging Face directory, a hub id, a converted directory; "random" makes a
-    tiny one in the workdir.  parts: in how many parts the rows of a step are computed, one after the other.
-    dtype: of matrix products, "auto" for bfloat16 on accelerators.  attention: "auto" or one of
-    `tarsier_jax.models.attention.IMPLEMENTATIONS`.  remat: "none", "dots" or "full".
-    log_every, save_every, eval_every: steps; 0 never.  keep: checkpoints.  eval_captions: held-out samples that are
-    captioned at each evaluation.  score_clips: held-out clips of moving shapes on which the trained model is scored at
-    the end, see `eval.micro`; 0 where it is trained on something else.  profile_at: the step whose following three are
-    traced; 0 none.
+    Attributes:
+        model: Starting checkpoint: a Hugging Face directory, hub id or converted directory; "random" for a tiny one.
+        num_train_steps: Optimizer steps.
+        seed: Seed of the data order and of every random choice.
+        grad_accum_steps: Parts of a step's rows that are computed one after the other; their gradients are summed.
+        dtype: Dtype of matrix products: float32, bfloat16, or auto (bfloat16 on accelerators).
+        attention: auto, xla, cudnn or splash.
+        remat: Activations that the backward pass recomputes: none, dots or full.
+        log_every: Steps between two log lines; 0 never logs.
+        save_every: Steps between two checkpoints; 0 saves only at the end.
+        max_to_keep: Checkpoints that are kept.
+        eval_every: Steps between two evaluations on data.eval; 0 never evaluates.
+        eval_captions: Held-out samples that are captioned at each evaluation.
+        profile_step: First of the three steps that are traced; 0 traces none.
+        mesh: Devices.
+        data: Annotations and packing.
+        optimizer: Optimizer and learning rates.
+        dpo: Preference optimisation, `train.dpo` only.
+        processor: Frames, pixels and tokens per sample.
 
     Raises:
         InputError: a value is out of its range, or is not one of its choices.
     """
 
     model: str = ""
-    steps: int = 1000
+    num_train_steps: int = 1000
     seed: int = 0
-    parts: int = 1
+    grad_accum_steps: int = 1
     dtype: str = "auto"
     attention: str = "auto"
     remat: str = "full"
     log_every: int = 10
     save_every: int = 500
-    keep: int = 2
+    max_to_keep: int = 2
     eval_every: int = 500
     eval_captions: int = 2
     score_clips: int = 0
-    profile_at: int = 0
+    profile_step: int = 0
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -85,10 +127,10 @@ class TrainConfig:
         check_dtype(self, "dtype", "auto")
         check_choice(self, "attention", ("auto", *IMPLEMENTATIONS))
         check_choice(self, "remat", ("none", "dots", "full"))
-        check_at_least(self, 0, "steps", "seed", "log_every", "save_every", "eval_every", "eval_captions")
-        check_at_least(self, 0, "score_clips", "profile_at")
-        check_at_least(self, 1, "keep")
-        make_schedule(self.optimizer, self.steps)  # checks the warm-up
+        check_at_least(self, 0, "num_train_steps", "seed", "log_every", "save_every", "eval_every", "eval_captions")
+        check_at_least(self, 0, "score_clips", "profile_step")
+        check_at_least(self, 1, "max_to_keep")
+        make_schedule(self.optimizer, self.num_train_steps)  # checks the warm-up
 
 
 def default_config() -> ConfigDict:
@@ -110,6 +152,7 @@ def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     built = {}
     for key, value in values.items():
         if key not in hints:
+            _check_former(f"{where}.{key}")
             close = difflib.get_close_matches(key, hints, 1)
             hint = f"Did you mean {close[0]}?" if close else f"It has {', '.join(hints)}."
             raise InputError(f"{where}.{key} does not exist. {hint}")
@@ -118,6 +161,13 @@ def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
         return cls(**built)
     except InputError as e:  # begins with the field's name
         raise InputError(f"{where}.{e}") from None
+
+
+def _check_former(key: str) -> None:
+    """Raises InputError for a key of an earlier version, such as "config.parts"."""
+    former = FORMER_KEYS.get(key.removeprefix("config."))
+    if former:
+        raise InputError(f"{key} is now config.{former}. Use the new name on the command line and in recipes.")
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -169,6 +219,8 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
         raise InputError(f"--{e.flagname} does not exist. {_hint(e.flagname, values)} Other flags: {names}.") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         unknown = [key for key in _given_keys() if key not in _keys()]
+        for key in (*unknown, *_recipe_keys(e)):
+            _check_former(key)
         reason = str(e).strip().splitlines()[-1].strip()  # ml_collections quotes a recipe's whole traceback
         problem = f"--{unknown[0]} does not exist. {_hint(unknown[0])}" if unknown else reason
         raise InputError(f"{problem} Recipes are in configs/; every key is explained in train/config.py.") from None
@@ -195,8 +247,14 @@ def with_local_paths(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=checked("model", config.model), data=data, dpo=dpo)
 
 
+def _recipe_keys(error: Exception) -> list[str]:
+    """Keys that may be the one that a recipe sets and that does not exist; ml_collections names only its last part."""
+    name = re.search(r"""Key ["'](\w+)["'] does not exist""", str(error))
+    return [f"config.{key}" for key in FORMER_KEYS if name and key.rpartition(".")[2] == name[1]]
+
+
 def _given_keys() -> list[str]:
-    """ "config.data.rows" for --config.data.rows=64, and so on."""
+    """ "config.data.seq_len" for --config.data.seq_len=64, and so on."""
     names = (argument.lstrip("-").partition("=")[0] for argument in sys.argv[1:])
     return [name for name in names if name.startswith("config.")]
 

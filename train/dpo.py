@@ -22,36 +22,38 @@ from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.programs import run
 from train.config import TrainConfig
-from train.data.packing import Loaded
+from train.data.packing import PackUnit
 from train.data.reference_logprobs import ReferenceFile, write_reference
 from train.data.samples import prepare_pair
 from train.losses import dpo_loss
 from train.main import launch
-from train.run import Job, Run
+from train.run import Objective, TrainRun
 
 
-def dpo_job(config: TrainConfig) -> Job:
+def dpo_objective(config: TrainConfig) -> Objective:
     """Trains the chosen answers' log-probabilities up, and the rejected ones' down, against the reference's.
 
     Raises:
         InputError: a row cannot hold a pair, or the reference is a file and the frames are random.
     """
-    if config.data.samples < 2:
-        raise InputError("config.data.samples is 1, but a row of DPO has to hold the 2 answers of a pair at least.")
-    n_frames, pairs = config.processor.n_frames, config.data.samples // 2
+    if config.data.max_samples_per_seq < 2:
+        raise InputError(
+            "config.data.max_samples_per_seq is 1, but a row of DPO has to hold the 2 answers of a pair at least."
+        )
+    n_frames, pairs = config.processor.n_frames, config.data.max_samples_per_seq // 2
     loss = functools.partial(dpo_loss, beta=config.dpo.beta, pairs=pairs)
 
     def chosen(sample: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return prepare_pair(sample, rng, n_frames)[0]
 
-    def load(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+    def load(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
         seed = int(rng.integers(2**63))  # both answers are about the same frames
         chats = prepare_pair(sample, rng, n_frames)
         pair = [processor(chat, training=True, rng=np.random.default_rng(seed)) for chat in chats]
-        return Loaded(mask_shared(pair), {})
+        return PackUnit(mask_shared(pair), {})
 
     if config.dpo.reference == "weights":
-        return Job("dpo", loss, chosen, load, with_reference=True)
+        return Objective("dpo", loss, chosen, load, with_reference=True)
     if config.processor.video_sampler == "v2":
         raise InputError(
             "dpo.reference is a file, but processor.video_sampler v2 shows other frames at every turn. Choose sampler "
@@ -59,19 +61,21 @@ def dpo_job(config: TrainConfig) -> Job:
         )
     stored = ReferenceFile(config.dpo.reference)
 
-    def load_with_key(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+    def load_with_key(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
         return dataclasses.replace(load(processor, sample, rng), key=stored.key(sample))
 
-    def load_with_reference(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+    def load_with_reference(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
         return dataclasses.replace(load(processor, sample, rng), extra={"reference": stored.of(sample)})
 
-    def before(run: Run) -> None:
+    def before(run: TrainRun) -> None:
         stored.open(run)
         # Process 0 has the lock for all, as in train.launch; runs with other workdirs may share the file.
         with locked(stored.path) if jax.process_index() == 0 else contextlib.nullcontext():
-            write_reference(dataclasses.replace(run, job=Job("reference", loss, chosen, load_with_key)), stored, pairs)
+            write_reference(
+                dataclasses.replace(run, objective=Objective("reference", loss, chosen, load_with_key)), stored, pairs
+            )
 
-    return Job("dpo", loss, chosen, load_with_reference, {"reference": (pairs, 2)}, before=before)
+    return Objective("dpo", loss, chosen, load_with_reference, {"reference": (pairs, 2)}, before=before)
 
 
 def mask_shared(pair: Sequence[Example]) -> list[Example]:
@@ -93,4 +97,4 @@ def mask_shared(pair: Sequence[Example]) -> list[Example]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: launch(dpo_job)))
+    sys.exit(run(lambda: launch(dpo_objective)))

@@ -6,11 +6,11 @@ from pathlib import Path
 import jax
 
 from tarsier_jax.weights.orbax import write_converted
-from train.run import Run
+from train.run import TrainRun
 from train.state import TrainState, build_model
 
 
-def export_trained(run: Run, state: TrainState) -> Path:
+def export_trained(run: TrainRun, state: TrainState) -> Path:
     """Writes WORKDIR/model, a converted directory in the model's dtype, in place of what stood there.
 
     Raises:
@@ -19,8 +19,8 @@ def export_trained(run: Run, state: TrainState) -> Path:
     out = run.workdir / "model"
     if jax.process_index() == 0:
         shutil.rmtree(out, ignore_errors=True)  # of an earlier, shorter run
-    dtype = run.plan.config.dtype
+    dtype = run.spec.config.dtype
     cast = jax.jit(lambda state: {p: x.astype(dtype) for p, x in {**state.params, **state.frozen}.items()})
-    model = build_model(run.plan.graph, cast(state), dtype)
+    model = build_model(run.spec.graph, cast(state), dtype)
     write_converted(out, model, run.model_directory, run.processor.chat_template)
     return out

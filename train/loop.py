@@ -21,7 +21,7 @@ from train.data.packing import PackedRow, check_share, lines_of
 from train.export import export_trained
 from train.metric_writer import BadSamples, Log, console_line, duration
 from train.optimizer import make_schedule
-from train.run import Job, Run, global_batch, open_run
+from train.run import Objective, TrainRun, global_batch, open_run
 from train.state import TrainState, init_state, load_reference, make_train_step
 from train.throughput import Meter, Work, work_of
 from train.validation import Evaluation
@@ -47,16 +47,16 @@ class Summary:
     data_wait: float
 
 
-def train(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], Job]) -> Summary:
-    """Runs from the start, or from the workdir's last checkpoint, to config.steps.
+def train(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], Objective]) -> Summary:
+    """Runs from the start, or from the workdir's last checkpoint, to config.num_train_steps.
 
     Raises:
         TarsierError: something of the configuration, the data or the disk cannot be used; the message says what.
     """
     run = open_run(config, workdir, make_job)
-    with jax.set_mesh(run.plan.mesh):
-        if run.job.before:
-            run.job.before(run)
+    with jax.set_mesh(run.spec.mesh):
+        if run.objective.before:
+            run.objective.before(run)
         loop = _Loop(run)
         try:
             return loop.run_to_the_end()
@@ -65,21 +65,21 @@ def train(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], 
 
 
 class _Loop:
-    def __init__(self, run: Run):
+    def __init__(self, run: TrainRun):
         self.run, self.config, self.workdir = run, run.config, run.workdir
-        self.checkpoints = Checkpoints(run.workdir, run.config.keep)
+        self.checkpoints = Checkpoints(run.workdir, run.config.max_to_keep)
         data = run.config.data
         lines = lines_of(data.train, run.config.seed, repeat=True, shuffle=data.shuffle)
-        self.rows = iter(run.rows(lines, data.rows, data.workers))
+        self.rows = iter(run.rows(lines, data.global_batch_size, data.num_workers))
         self.evaluation = Evaluation(run)
-        self.train_step = make_train_step(run.plan, run.job.loss)
-        self.schedule = make_schedule(run.config.optimizer, run.config.steps)
+        self.train_step = make_train_step(run.spec, run.objective.loss)
+        self.schedule = make_schedule(run.config.optimizer, run.config.num_train_steps)
         self.state, self.before = self._start()
         self.first = self.step = int(self.state.step)
         self.log = Log(run.workdir, self.first)
         self.bad_samples = BadSamples(run.workdir)
-        vision_trained = any(path.startswith("vision/") for path in run.plan.shapes.params)
-        self.meter, self.whole = (Meter(run.plan.config, vision_trained) for _ in range(2))
+        vision_trained = any(path.startswith("vision/") for path in run.spec.shapes.params)
+        self.meter, self.whole = (Meter(run.spec.config, vision_trained) for _ in range(2))
         self.counted = Progress()  # of this process, since the start
         self.pending: tuple[int, dict[str, jax.Array], list[PackedRow]] | None = None
         self.recent: list[dict[str, float]] = []
@@ -88,15 +88,15 @@ class _Loop:
 
     def _start(self) -> tuple[TrainState, Progress]:
         if self.checkpoints.latest() is None:
-            return init_state(self.run.plan, self.run.model_directory), Progress()
-        state, progress = self.checkpoints.restore(self.run.plan.shapes, self.rows)
-        if self.run.job.with_reference:
-            state = dataclasses.replace(state, reference=load_reference(self.run.plan, self.run.model_directory))
+            return init_state(self.run.spec, self.run.model_directory), Progress()
+        state, progress = self.checkpoints.restore(self.run.spec.shapes, self.rows)
+        if self.run.objective.with_reference:
+            state = dataclasses.replace(state, reference=load_reference(self.run.spec, self.run.model_directory))
         return state, progress
 
     def run_to_the_end(self) -> Summary:
         self._say_hello()
-        steps, stop = self.config.steps, Terminator(self.checkpoints)
+        steps, stop = self.config.num_train_steps, Terminator(self.checkpoints)
         with stop, self.compilations:
             while self.step < steps and not stop.asked(self.step):
                 self._advance()
@@ -117,7 +117,7 @@ class _Loop:
         rows = [next(self.rows) for _ in range(self._local_rows)]
         waited = time.perf_counter() - start
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
-            batch = global_batch(rows, self.config.parts, self.run.plan.mesh)
+            batch = global_batch(rows, self.config.grad_accum_steps, self.run.spec.mesh)
             self.state, metrics = self.train_step(self.state, batch)
         self._check_pending()
         if self.step >= self.first + _WARM_UP:
@@ -133,7 +133,7 @@ class _Loop:
 
     @property
     def _local_rows(self) -> int:
-        return self.config.data.rows // self.run.row_groups
+        return self.config.data.global_batch_size // self.run.row_groups
 
     def _count(self, rows: list[PackedRow], work: Work) -> None:
         bad = [sample for row in rows for sample in row.bad]
@@ -146,7 +146,7 @@ class _Loop:
         )
         if bad:
             self.bad_samples.write(bad)
-            check_share(self.counted.bad, self.counted.seen, self.config.data.max_bad_share, bad[-1])
+            check_share(self.counted.bad, self.counted.seen, self.config.data.max_bad_fraction, bad[-1])
 
     def _check_pending(self) -> None:
         """Fetches the last step's metrics, which waits for it."""
@@ -176,7 +176,7 @@ class _Loop:
 
     @property
     def _last(self) -> bool:
-        return self.step == self.config.steps
+        return self.step == self.config.num_train_steps
 
     def _report_if_due(self) -> None:
         if self._due(self.config.log_every) or self._last:
@@ -186,7 +186,7 @@ class _Loop:
             self.recent.clear()
             self.meter.reset()
             self.log.scalars(self.step, values)
-            self.log.line(console_line(self.step, self.config.steps, values))
+            self.log.line(console_line(self.step, self.config.num_train_steps, values))
 
     def _evaluate_if_due(self) -> None:
         if self.config.data.eval and (self._due(self.config.eval_every) or (self._last and self.config.eval_every)):
@@ -200,7 +200,7 @@ class _Loop:
             self.meter.reset()
 
     def _trace(self) -> None:
-        at = self.config.profile_at
+        at = self.config.profile_step
         if at and self.step in (at, at + _TRACED):
             self._check_pending()  # a trace holds whole steps
             if self.step == at:
@@ -220,15 +220,16 @@ class _Loop:
         return self.before + Progress(*(int(count) for count in counts))
 
     def _say_hello(self) -> None:
-        run, mesh = self.run, self.run.plan.mesh
-        trained = sum(int(np.prod(x.shape)) for x in run.plan.shapes.params.values())
-        frozen = sum(int(np.prod(x.shape)) for x in run.plan.shapes.frozen.values())
+        run, mesh = self.run, self.run.spec.mesh
+        trained = sum(int(np.prod(x.shape)) for x in run.spec.shapes.params.values())
+        frozen = sum(int(np.prod(x.shape)) for x in run.spec.shapes.frozen.values())
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         device, data = mesh.devices.flat[0], self.config.data
         self.log.line(
-            f"{run.job.name} of {run.model_directory}: {trained:,} parameters trained, {frozen:,} frozen, "
-            f"{run.plan.config.dtype}\n{mesh.size} x {device.device_kind} ({axes}), {data.rows} rows of {data.tokens} "
-            f"tokens a step, {self.config.steps} steps" + (f", going on from step {self.first}" if self.first else "")
+            f"{run.objective.name} of {run.model_directory}: {trained:,} parameters trained, {frozen:,} frozen, "
+            f"{run.spec.config.dtype}\n{mesh.size} x {device.device_kind} ({axes}), "
+            f"{data.global_batch_size} rows of {data.seq_len} tokens per step, {self.config.num_train_steps} steps"
+            + (f", going on from step {self.first}" if self.first else "")
         )
         for change in run.changes if self.first else ():
             self.log.line(f"config.{change}")

@@ -18,7 +18,7 @@ CHUNK = 1024  # tokens of a device whose logits exist at once
 Loss = tuple[Float[Array, ""], Float[Array, ""], dict[str, Float[Array, ""]]]
 
 
-def next_tokens(batch: Batch) -> Int[Array, "B S"]:
+def shifted_labels(batch: Batch) -> Int[Array, "B S"]:
     """What each position should predict: the label of the next token if it is of the same sample, else -100."""
     assert batch.segment_ids is not None
     same = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
@@ -74,7 +74,7 @@ def _local_log_probs(head: Array, x: Array, targets: Array, chunk: int) -> Array
 def sft_loss(model: Tarsier, batch: Batch, extra: dict[str, Any]) -> Loss:
     """Cross-entropy of the assistant's tokens; the weight is their number."""
     del extra
-    targets = next_tokens(batch)
+    targets = shifted_labels(batch)
     log_probs = token_log_probs(model.decoder.head(), model.hidden(batch), targets)
     return -jnp.sum(log_probs), jnp.sum(targets >= 0, dtype=jnp.float32), {}
 
@@ -84,7 +84,7 @@ def pair_log_probs(model: Tarsier, batch: Batch, pairs: int) -> Float[Array, "B 
 
     The samples of a row are chosen, rejected, chosen, rejected, and so on.
     """
-    log_probs = token_log_probs(model.decoder.head(), model.hidden(batch), next_tokens(batch))
+    log_probs = token_log_probs(model.decoder.head(), model.hidden(batch), shifted_labels(batch))
     segments = jnp.arange(1, 2 * pairs + 1)
     own = batch.segment_ids[..., None] == segments  # [B, S, 2 * pairs]
     return jnp.einsum("bs,bsp->bp", log_probs, own.astype(jnp.float32)).reshape(-1, pairs, 2)

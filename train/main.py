@@ -18,12 +18,12 @@ from tarsier_jax.programs import prepare_process
 from train.config import TrainConfig, define_flags, read_flags
 from train.loop import train
 from train.processes import shared_failure
-from train.run import Job
+from train.run import Objective
 
 _SIGNALLED = 128  # the exit status of a process that a signal ended is this and the signal's number
 
 
-def launch(make_job: Callable[[TrainConfig], Job]) -> int:
+def launch(make_job: Callable[[TrainConfig], Objective]) -> int:
     """Runs what the command line asks for; gives the exit status. Raises TarsierError."""
     values = define_flags()
     flags.DEFINE_string("workdir", None, "Where checkpoints and logs go.", flag_values=values)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from tensorboardX import SummaryWriter
 
-from train.data.packing import Bad
+from train.data.packing import BadSample
 
 
 class Log:
@@ -64,7 +64,7 @@ class BadSamples:
         self.file = workdir / f"bad_samples_{jax.process_index()}.jsonl"
         self._known = set(self.file.read_text(encoding="utf-8").splitlines()) if self.file.exists() else set()
 
-    def write(self, samples: Sequence[Bad]) -> None:
+    def write(self, samples: Sequence[BadSample]) -> None:
         lines = dict.fromkeys(json.dumps(dataclasses.asdict(sample)) for sample in samples)
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines if line not in self._known)

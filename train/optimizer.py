@@ -24,15 +24,23 @@ _VECTORS = (r".*/bias", r".*norm[12]?/weight")  # parameters that are no matrice
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """What the recipes choose.
+    """AdamW, or Muon for some matrices, with warm-up, cosine decay and clipping.
 
-    peak_lr is reached after warmup_steps and decays along a cosine to final_lr at the last step.
-    vision_layer_decay: the learning rate of the vision tower's block i of n is peak_lr * decay^(n - i), that of its
-    patch embedding decay^(n + 1).  lr_groups: (regex, factor) pairs, the first match counts.  freeze: parameters that
-    are not trained; they have no optimizer state.  no_decay: parameters without weight decay.  muon: matrices that
-    Muon updates in place of Adam, see `_muon`.  mu_dtype: of the first moment; the second stays float32, because
-    bfloat16 would swallow its small increments.
-    clip_norm: the largest norm of the whole gradient; 0 turns clipping off.
+    Attributes:
+        peak_lr: Learning rate after the warm-up.
+        final_lr: Learning rate at the last step, the end of the cosine.
+        warmup_steps: Steps of linear warm-up from 0.
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        clip_norm: Largest norm of the whole gradient; 0 turns clipping off.
+        vision_layer_decay: Vision block i of n learns at peak_lr * decay^(n - i), the patch embedding at decay^(n + 1).
+        lr_groups: (regex, factor) pairs of learning rates; the first pattern that matches a parameter counts.
+        freeze: Patterns of parameters that are not trained and have no optimizer state.
+        no_decay: Patterns of parameters without weight decay.
+        muon_params: Patterns of matrices that Muon updates instead of Adam, see `_muon`.
+        mu_dtype: Dtype of the first moment; the second stays float32, as bfloat16 would lose its small increments.
 
     Raises:
         InputError: a number is out of its range, or mu_dtype is not supported.
@@ -50,7 +58,7 @@ class OptimizerConfig:
     lr_groups: tuple[tuple[str, float], ...] = ()
     freeze: tuple[str, ...] = ()
     no_decay: tuple[str, ...] = _VECTORS
-    muon: tuple[str, ...] = ()
+    muon_params: tuple[str, ...] = ()
     mu_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -146,13 +154,15 @@ def make_optimizer(
 
 def _direction(config: OptimizerConfig, trained: Params) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype)
-    if not config.muon:
+    if not config.muon_params:
         return adam
-    _check_patterns("muon", config.muon, trained)
-    kinds = {path: "muon" if _matches(path, config.muon) else "adam" for path in trained}
+    _check_patterns("muon_params", config.muon_params, trained)
+    kinds = {path: "muon" if _matches(path, config.muon_params) else "adam" for path in trained}
     vectors = [path for path, kind in kinds.items() if kind == "muon" and _matches(path, _VECTORS)]
     if vectors:
-        raise InputError(f"optimizer.muon matches {vectors[0]}, which is no matrix. Leave biases and norms to Adam.")
+        raise InputError(
+            f"optimizer.muon_params matches {vectors[0]}, which is no matrix. Leave biases and norms to Adam."
+        )
     return optax.partition({"adam": adam, "muon": _muon(config)}, kinds)
 
 

@@ -14,13 +14,14 @@ import jax
 
 import tarsier_jax
 from tarsier_jax.errors import InputError
+from train.config import FORMER_KEYS
 
 _PACKAGES = ("tarsier_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# The names that an earlier version gave to settings in run.json.
-_FORMER = {"rows": "data.rows", "lookahead": "data.lookahead", "freeze": "optimizer.freeze"}
+# Names of settings in run.json that earlier versions wrote without a section.
+_WITHOUT_SECTION = {"rows": "data.rows", "lookahead": "data.lookahead", "freeze": "optimizer.freeze"}
 
 
-def claim(workdir: Path, facts: Mapping[str, Any]) -> None:
+def check_run_metadata(workdir: Path, facts: Mapping[str, Any]) -> None:
     """Writes the facts that must not change to run.json, or compares them where the workdir has checkpoints.
 
     Facts that the file does not have, from an earlier version, are added to it.
@@ -50,7 +51,7 @@ def record_start(workdir: Path, config: Mapping[str, Any]) -> list[str]:
     """
     file = workdir / "runs.jsonl"
     config = json.loads(json.dumps(config))
-    before, after = flatten(_last_config(file)), flatten(config)
+    before, after = _renamed(flatten(_last_config(file))), flatten(config)
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -77,7 +78,7 @@ def versions() -> dict[str, str | None]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"rows": 4}} -> {"data.rows": 4}."""
+    """{"data": {"seq_len": 4}} -> {"data.seq_len": 4}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -87,9 +88,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return {_FORMER.get(key, key): value for key, value in known.items()}
+        return _renamed({_WITHOUT_SECTION.get(key, key): value for key, value in known.items()})
     except (ValueError, AttributeError):
         raise InputError(f"{file} is no JSON object. Choose another --workdir, or restore the file.") from None
+
+
+def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version recorded, under the keys of this version."""
+    return {FORMER_KEYS.get(key, key): value for key, value in settings.items()}
 
 
 def _has_checkpoints(workdir: Path) -> bool:

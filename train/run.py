@@ -1,4 +1,4 @@
-"""From a configuration to everything that a run needs: model, mesh, processor, data, plan."""
+"""From a configuration to everything that a run needs: model, mesh, processor, data, spec."""
 
 import dataclasses
 import functools
@@ -23,66 +23,66 @@ from tarsier_jax.programs import resolve_dtype
 from tarsier_jax.sharding import BATCH, make_mesh
 from tarsier_jax.weights import resolve
 from train.config import MeshConfig, TrainConfig
-from train.data.packing import Loaded, PackedRow, Packer, describe_files, make_rows
+from train.data.packing import PackedRow, PackingConfig, PackUnit, describe_files, make_rows
 from train.micro.data import with_builtin
 from train.processes import compare
-from train.record import claim, flatten, record_start
-from train.state import LossFunction, Plan, StepBatch, batch_shardings, make_plan
+from train.record import check_run_metadata, flatten, record_start
+from train.state import LossFunction, StateSpec, StepBatch, batch_shardings, make_state_spec
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Objective:
     """What SFT and DPO differ in.
 
-    prepare: an annotation as a plain conversation.  load: the same as a unit to pack.  extra: see `Packer`.
+    prepare: an annotation as a plain conversation.  load: the same as a unit to pack.  extra: see `PackingConfig`.
     before: what has to be done before the first step.
     """
 
     name: str
     loss: LossFunction
     prepare: Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]
-    load: Callable[[Processor, Mapping[str, Any], np.random.Generator], Loaded]
+    load: Callable[[Processor, Mapping[str, Any], np.random.Generator], PackUnit]
     extra: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     with_reference: bool = False
-    before: Callable[["Run"], None] | None = None
+    before: Callable[["TrainRun"], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class TrainRun:
     """A run, ready to start. changes: the settings that differ from those of the start before, in words."""
 
     config: TrainConfig
     workdir: Path
     model_directory: Path
     processor: Processor
-    plan: Plan
-    job: Job
+    spec: StateSpec
+    objective: Objective
     changes: tuple[str, ...] = ()
 
     @property
     def row_group(self) -> int:
         """Which share of a step's rows this process loads."""
-        return row_share(self.plan.mesh)[0]
+        return row_share(self.spec.mesh)[0]
 
     @property
     def row_groups(self) -> int:
         """How many shares there are."""
-        return row_share(self.plan.mesh)[1]
+        return row_share(self.spec.mesh)[1]
 
     def rows(self, lines: grain.MapDataset, rows: int, workers: int = 1) -> grain.IterDataset:
         """This process's rows of packed samples, `rows` a step over all processes."""
         data = self.config.data
-        packer = Packer(
+        packer = PackingConfig(
             processor=self.processor,
             shape=data.row_shape,
-            lookahead=data.lookahead,
-            max_bad_share=data.max_bad_share,
-            dtype=self.plan.config.dtype,
-            extra=self.job.extra,
+            packing_buffer=data.packing_buffer,
+            max_bad_fraction=data.max_bad_fraction,
+            dtype=self.spec.config.dtype,
+            extra=self.objective.extra,
         )
         return make_rows(
             lines,
-            functools.partial(self.job.load, self.processor),
+            functools.partial(self.objective.load, self.processor),
             packer,
             seed=self.config.seed,
             media_root=data.media_root,
@@ -93,7 +93,7 @@ class Run:
         )
 
 
-def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], Job]) -> Run:
+def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], Objective]) -> TrainRun:
     """Checks all that can be checked before the first batch.
 
     Raises:
@@ -113,24 +113,27 @@ def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig
     directory = resolve(config.model)
     model_config = run_config(load_config(directory), config, mesh.devices.flat[0].platform)
     processor = training_processor(directory, model_config, config)
-    job = make_job(config)
+    objective = make_job(config)
     try:
-        plan = make_plan(model_config, config.optimizer, config.steps, mesh, job.with_reference)
+        spec = make_state_spec(model_config, config.optimizer, config.num_train_steps, mesh, objective.with_reference)
     except ValueError as e:
         raise InputError(f"{e} Choose other sizes in config.mesh.") from None
-    facts = _facts(config, given.model, job, processor, directory, mesh)
+    facts = _facts(config, given.model, objective, processor, directory, mesh)
     compare("data", {**facts, "data.eval": describe_files(config.data.eval) if config.data.eval else []})
     changes = []
     if jax.process_index() == 0:
-        claim(workdir, facts)
+        check_run_metadata(workdir, facts)
         changes = record_start(workdir, dataclasses.asdict(given))
-    return Run(config, workdir, directory, processor, plan, job, tuple(changes))
+    return TrainRun(config, workdir, directory, processor, spec, objective, tuple(changes))
 
 
 # Settings that may differ between processes: where a host finds its files, and how it reads them.
-_OF_A_HOST = ("model", "data.train", "data.eval", "data.media_root", "data.workers")
+_OF_A_HOST = ("model", "data.train", "data.eval", "data.media_root", "data.num_workers")
 # Settings of the data that a run keeps; of the others, only how fast rows are made depends on them.
-_OF_ROWS = ("tokens", "bins", "patches", "frames", "samples", "shuffle", "rows", "lookahead")
+_OF_ROWS = (
+    *("seq_len", "vision_bins", "patches_per_bin", "frames_per_bin", "max_samples_per_seq"),
+    *("shuffle", "global_batch_size", "packing_buffer"),
+)
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
@@ -141,12 +144,12 @@ def _common(config: TrainConfig) -> dict[str, Any]:
 
 
 def _facts(
-    config: TrainConfig, name: str, job: Job, processor: Processor, directory: Path, mesh: Mesh
+    config: TrainConfig, name: str, objective: Objective, processor: Processor, directory: Path, mesh: Mesh
 ) -> dict[str, Any]:
     """The facts that a run keeps when it is resumed: what its checkpoints contain, and what decides its data."""
     model, optimizer = processor.config, config.optimizer
     facts = {
-        "program": job.name,
+        "program": objective.name,
         "text": dataclasses.asdict(model.text),
         "vision": dataclasses.asdict(model.vision),
         "image": dataclasses.asdict(processor.image),
@@ -160,9 +163,9 @@ def _facts(
         "data.train": describe_files(config.data.train),
         **{f"data.{key}": getattr(config.data, key) for key in _OF_ROWS},
         **flatten(dataclasses.asdict(config.processor), "processor."),
-        **{f"optimizer.{key}": getattr(optimizer, key) for key in ("freeze", "muon", "mu_dtype")},
+        **{f"optimizer.{key}": getattr(optimizer, key) for key in ("freeze", "muon_params", "mu_dtype")},
     }
-    if job.name == "dpo":  # whose reference is the starting model, or a file of its log-probabilities
+    if objective.name == "dpo":  # whose reference is the starting model, or a file of its log-probabilities
         facts |= {"model": name, **flatten(dataclasses.asdict(config.dpo), "dpo.")}
     return facts
 
@@ -182,10 +185,10 @@ def run_config(model: ModelConfig, config: TrainConfig, platform: str) -> ModelC
     if attention not in ("xla", default_implementation(platform, dtype)):
         needs = {"cudnn": "a GPU and bfloat16", "splash": "a TPU"}[attention]
         raise InputError(f"config.attention={attention} needs {needs}, not {platform} and {dtype}. Choose auto.")
-    if config.data.patches % model.vision.merge_factor:
+    if config.data.patches_per_bin % model.vision.merge_factor:
         raise InputError(
-            f"config.data.patches is {config.data.patches}, but has to be a multiple of {model.vision.merge_factor}, "
-            "the patches that the model merges into one token."
+            f"config.data.patches_per_bin is {config.data.patches_per_bin}, but must be a multiple of "
+            f"{model.vision.merge_factor}, the patches that the model merges into one token."
         )
     return dataclasses.replace(model, dtype=dtype, attention=attention, remat=config.remat)
 
@@ -221,12 +224,13 @@ def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises InputError when rows cannot be split into parts and over the mesh."""
+    """Raises InputError when a step's rows cannot be split into accumulation steps and over the mesh."""
     across = mesh.shape["data"] * mesh.shape["fsdp"]
-    if min(config.parts, config.data.rows) < 1 or config.data.rows % (config.parts * across):
+    rows, steps = config.data.global_batch_size, config.grad_accum_steps
+    if min(steps, rows) < 1 or rows % (steps * across):
         raise InputError(
-            f"config.data.rows={config.data.rows} is no multiple of config.parts={config.parts} times the "
-            f"{across} devices along data and fsdp. Choose a multiple of {max(config.parts, 1) * across}."
+            f"config.data.global_batch_size={rows} is not a multiple of config.grad_accum_steps={steps} times the "
+            f"{across} devices along data and fsdp. Choose a multiple of {max(steps, 1) * across}."
         )
 
 

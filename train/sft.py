@@ -12,24 +12,24 @@ import numpy as np
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.programs import run
 from train.config import TrainConfig
-from train.data.packing import Loaded
+from train.data.packing import PackUnit
 from train.data.samples import prepare
 from train.losses import sft_loss
 from train.main import launch
-from train.run import Job
+from train.run import Objective
 
 
-def sft_job(config: TrainConfig) -> Job:
+def sft_objective(config: TrainConfig) -> Objective:
     """Trains on the assistant's turns."""
 
     def plain(sample: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return prepare(sample, rng, config.processor.n_frames)
 
-    def load(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
-        return Loaded([processor(plain(sample, rng), training=True, rng=rng)], {})
+    def load(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
+        return PackUnit([processor(plain(sample, rng), training=True, rng=rng)], {})
 
-    return Job("sft", sft_loss, plain, load)
+    return Objective("sft", sft_loss, plain, load)
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: launch(sft_job)))
+    sys.exit(run(lambda: launch(sft_objective)))

@@ -54,7 +54,7 @@ class StepBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StateSpec:
     """What is fixed before a run: the model's structure, where everything lies, and the update."""
 
     config: ModelConfig
@@ -68,9 +68,9 @@ class Plan:
         return jax.tree.map(lambda x: x.sharding, self.shapes)
 
 
-def make_plan(
+def make_state_spec(
     config: ModelConfig, optimizer: OptimizerConfig, steps: int, mesh: Mesh, with_reference: bool = False
-) -> Plan:
+) -> StateSpec:
     """Shapes and shardings of the whole state; takes no memory.
 
     Raises:
@@ -96,33 +96,33 @@ def make_plan(
     opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     reference = every if with_reference else None
-    return Plan(config, graph, mesh, tx, TrainState(step, params, frozen, opt_state, reference))
+    return StateSpec(config, graph, mesh, tx, TrainState(step, params, frozen, opt_state, reference))
 
 
-def init_state(plan: Plan, directory: Path) -> TrainState:
+def init_state(spec: StateSpec, directory: Path) -> TrainState:
     """The state before the first step, from a checkpoint's weights; nothing is ever whole on one device.
 
     Raises:
         CheckpointError: see `tarsier_jax.weights.load_weights`.
     """
-    loaded, dtype = _load(plan, directory, "float32"), plan.config.dtype
+    loaded, dtype = _load(spec, directory, "float32"), spec.config.dtype
 
     def start(loaded: Params) -> TrainState:
-        trained = {p: loaded[p] for p in plan.shapes.params}
-        frozen = {p: loaded[p].astype(dtype) for p in plan.shapes.frozen}
-        reference = None if plan.shapes.reference is None else {p: x.astype(dtype) for p, x in loaded.items()}
-        return TrainState(jnp.int32(0), trained, frozen, plan.tx.init(trained), reference)
+        trained = {p: loaded[p] for p in spec.shapes.params}
+        frozen = {p: loaded[p].astype(dtype) for p in spec.shapes.frozen}
+        reference = None if spec.shapes.reference is None else {p: x.astype(dtype) for p, x in loaded.items()}
+        return TrainState(jnp.int32(0), trained, frozen, spec.tx.init(trained), reference)
 
-    return jax.jit(start, out_shardings=plan.shardings, donate_argnums=0)(loaded)
+    return jax.jit(start, out_shardings=spec.shardings, donate_argnums=0)(loaded)
 
 
-def load_reference(plan: Plan, directory: Path) -> Params:
+def load_reference(spec: StateSpec, directory: Path) -> Params:
     """The parameters of DPO's reference model. Raises CheckpointError."""
-    return _load(plan, directory, plan.config.dtype)
+    return _load(spec, directory, spec.config.dtype)
 
 
-def _load(plan: Plan, directory: Path, dtype: str) -> Params:
-    model = load_weights(directory, dataclasses.replace(plan.config, param_dtype=dtype), plan.mesh)
+def _load(spec: StateSpec, directory: Path, dtype: str) -> Params:
+    model = load_weights(directory, dataclasses.replace(spec.config, param_dtype=dtype), spec.mesh)
     return {parameter_path(p): leaf[...] for p, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
@@ -134,17 +134,17 @@ def build_model(graph: nnx.GraphDef, params: Params, dtype: str) -> Tarsier:
     return nnx.merge(graph, state)
 
 
-def make_train_step(plan: Plan, loss: LossFunction) -> Any:
+def make_train_step(spec: StateSpec, loss: LossFunction) -> Any:
     """The jitted `step(state, step_batch) -> (state, metrics)`; consumes the state.
 
     metrics: float32 scalars, those of the loss and "loss", "weight", "grad_norm", "update_norm", "param_norm".
     """
-    gradient = jax.value_and_grad(_loss_of_params(plan, loss), has_aux=True)
+    gradient = jax.value_and_grad(_loss_of_params(spec, loss), has_aux=True)
 
     def step(state: TrainState, batch: StepBatch) -> tuple[TrainState, dict[str, Array]]:
         def part(sums: Any, part: StepBatch) -> tuple[Any, None]:
             (total, aux), gradients = gradient(state.params, state, part)
-            gradients = jax.lax.with_sharding_constraint(gradients, plan.shardings.params)
+            gradients = jax.lax.with_sharding_constraint(gradients, spec.shardings.params)
             return jax.tree.map(jnp.add, sums, (total, aux, gradients)), None
 
         first = jax.tree.map(lambda x: x[0], batch)
@@ -153,7 +153,7 @@ def make_train_step(plan: Plan, loss: LossFunction) -> Any:
         (total, (weight, sums), gradients), _ = jax.lax.scan(part, zeros, batch)
         divisor = jnp.maximum(weight, 1.0)
         gradients = jax.tree.map(lambda g: g / divisor, gradients)
-        updates, opt_state = plan.tx.update(gradients, state.opt_state, state.params)
+        updates, opt_state = spec.tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {name: value / divisor for name, value in sums.items()}
         norms = {"grad_norm": gradients, "update_norm": updates, "param_norm": params}
@@ -161,28 +161,28 @@ def make_train_step(plan: Plan, loss: LossFunction) -> Any:
         metrics |= {name: optax.tree.norm(tree) for name, tree in norms.items()}
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings, NamedSharding(plan.mesh, P())))
+    return jax.jit(step, donate_argnums=0, out_shardings=(spec.shardings, NamedSharding(spec.mesh, P())))
 
 
-def make_eval_step(plan: Plan, loss: LossFunction) -> Any:
+def make_eval_step(spec: StateSpec, loss: LossFunction) -> Any:
     """The jitted `step(state, step_batch) -> sums`: "loss", "weight" and those of the loss, not yet divided."""
-    loss_of_params = _loss_of_params(plan, loss)
+    loss_of_params = _loss_of_params(spec, loss)
 
     def step(state: TrainState, batch: StepBatch) -> dict[str, Array]:
         total, (weight, sums) = loss_of_params(state.params, state, jax.tree.map(lambda x: x[0], batch))
         return {"loss": total, "weight": weight, **sums}
 
-    return jax.jit(step, out_shardings=NamedSharding(plan.mesh, P()))
+    return jax.jit(step, out_shardings=NamedSharding(spec.mesh, P()))
 
 
-def _loss_of_params(plan: Plan, loss: LossFunction) -> Callable[..., Any]:
-    dtype = plan.config.dtype
+def _loss_of_params(spec: StateSpec, loss: LossFunction) -> Callable[..., Any]:
+    dtype = spec.config.dtype
 
     def loss_of_params(params: Params, state: TrainState, part: StepBatch) -> Any:
         extra = dict(part.extra)
         if state.reference is not None:
-            extra["reference_model"] = build_model(plan.graph, state.reference, dtype)
-        model = build_model(plan.graph, {**params, **state.frozen}, dtype)
+            extra["reference_model"] = build_model(spec.graph, state.reference, dtype)
+        model = build_model(spec.graph, {**params, **state.frozen}, dtype)
         total, weight, metrics = loss(model, part.batch, extra)
         return total, (weight, metrics)
 

@@ -10,7 +10,7 @@ import numpy as np
 from tarsier_jax.generation.decode import generate_batch
 from tarsier_jax.generation.sampling import make_sampling
 from train.data.packing import PackedRow, lines_of, read_sample
-from train.run import Run, global_batch
+from train.run import TrainRun, global_batch
 from train.state import TrainState, build_model, make_eval_step
 
 _CAPTION_TOKENS = 128
@@ -19,15 +19,15 @@ _CAPTION_TOKENS = 128
 class Evaluation:
     """Of the annotations in config.data.eval. Raises InputError when they cannot be read."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: TrainRun):
         self._run, config = run, run.config
         if config.data.eval and config.eval_every:  # read at the start, as a file may be missing
             self._lines = lines_of(config.data.eval, config.seed, repeat=False)
-        self._step = make_eval_step(run.plan, run.job.loss)
+        self._step = make_eval_step(run.spec, run.objective.loss)
 
     def losses(self, state: TrainState) -> dict[str, float]:
-        """The loss over all held-out samples, once each, and what else the job measures; names begin "eval_"."""
-        mesh = self._run.plan.mesh
+        """The loss over all held-out samples, once each, and what else the objective measures; names begin "eval_"."""
+        mesh = self._run.spec.mesh
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         iterator = iter(self._run.rows(self._lines, rows))
         sums: dict[str, float] = {}
@@ -45,13 +45,13 @@ class Evaluation:
         """(prompt, answer) for the first held-out samples; those that cannot be used are left out."""
         run, config = self._run, self._run.config
         lines: Any = self._lines
-        model = build_model(run.plan.graph, {**state.params, **state.frozen}, run.plan.config.dtype)
+        model = build_model(run.spec.graph, {**state.params, **state.frozen}, run.spec.config.dtype)
         answers = []
         for i in range(min(config.eval_captions, len(lines))):
             line = lines[i]
             try:
                 sample = read_sample(line.text, config.data.media_root)
-                example = run.processor(_question(run.job.prepare(sample, np.random.default_rng(config.seed))))
+                example = run.processor(_question(run.objective.prepare(sample, np.random.default_rng(config.seed))))
             except Exception:  # as `LoadLine` does; a bad sample is counted where the loss is computed
                 continue
             batch = jax.tree.map(jnp.asarray, run.processor.batch([example]))

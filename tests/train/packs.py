@@ -17,7 +17,7 @@ from tests import reference
 from train.data.packing import PackedRow
 from train.optimizer import OptimizerConfig
 from train.run import global_batch
-from train.state import Plan, StepBatch, TrainState, init_state, make_plan
+from train.state import StateSpec, StepBatch, TrainState, init_state, make_state_spec
 
 SHAPE = RowShape(tokens=128, bins=6, patches=64, frames=4, samples=8)
 
@@ -59,9 +59,9 @@ def step_batch(rows: Sequence[Sequence[Example]], config: ModelConfig, mesh: Mes
 
 def make_run(
     directory: Path, optimizer: OptimizerConfig, mesh: Mesh | None = None, with_reference: bool = False, **over: Any
-) -> tuple[Plan, TrainState]:
-    """A plan and its first state for the model in `directory`; `over` replaces fields of its configuration."""
+) -> tuple[StateSpec, TrainState]:
+    """A spec and its first state for the model in `directory`; `over` replaces fields of its configuration."""
     config = dataclasses.replace(load_config(directory), **over)
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    plan = make_plan(config, optimizer, 10, mesh, with_reference)
-    return plan, init_state(plan, directory)
+    spec = make_state_spec(config, optimizer, 10, mesh, with_reference)
+    return spec, init_state(spec, directory)

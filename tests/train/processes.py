@@ -16,7 +16,7 @@ from train.processes import compare, shared_failure
 
 
 def unlike_settings(process: int, _: Path) -> None:
-    compare("configuration", {"config.seed": 0, "config.steps": (4, 6)[process]})
+    compare("configuration", {"config.seed": 0, "config.num_train_steps": (4, 6)[process]})
     jax.block_until_ready(multihost_utils.process_allgather(np.zeros(2)))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorstore as ts
 
 # A learning rate that moves the loss, both optimizers, and a checkpoint every third step.
-MUON = "--config.optimizer.muon=('decoder/layers/mlp/.*',)"
+MUON = "--config.optimizer.muon_params=('decoder/layers/mlp/.*',)"
 SETTINGS = ("--config.optimizer.peak_lr=1e-3", MUON, "--config.save_every=3", "--config.eval_every=0")
 
 

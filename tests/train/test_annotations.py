@@ -7,7 +7,7 @@ import pytest
 
 from tarsier_jax.errors import InputError
 from tests.train.texts import write_lines, write_texts
-from train.data.packing import AnnotationFile, Line, describe_files, parse_files, read_sample, with_root
+from train.data.packing import AnnotationFile, AnnotationLine, describe_files, parse_files, read_sample, with_root
 
 
 def test_lines_are_read_where_they_stand(tmp_path: Path) -> None:
@@ -15,8 +15,8 @@ def test_lines_are_read_where_they_stand(tmp_path: Path) -> None:
     path.write_bytes('\n{"a": "ü"}\n\n  \n{"b": 2}'.encode())
     file = AnnotationFile(str(path))
     assert len(file) == 2
-    assert file[0] == Line(str(path), 2, '{"a": "ü"}\n')
-    assert file[1] == Line(str(path), 5, '{"b": 2}')
+    assert file[0] == AnnotationLine(str(path), 2, '{"a": "ü"}\n')
+    assert file[1] == AnnotationLine(str(path), 5, '{"b": 2}')
 
 
 @pytest.mark.parametrize(("name", "message"), [("none.jsonl", "No such file"), ("blank.jsonl", "hold no lines")])
@@ -31,7 +31,10 @@ def test_annotations_of_other_programs(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff\r\n\ufeff{"a": "ü"}\r\n\r\n\ufeff{"b": 2}\r\n'.encode())
     file = AnnotationFile(str(path))
-    assert [file[i] for i in range(2)] == [Line(str(path), 2, '{"a": "ü"}\r\n'), Line(str(path), 4, '{"b": 2}\r\n')]
+    assert [file[i] for i in range(2)] == [
+        AnnotationLine(str(path), 2, '{"a": "ü"}\r\n'),
+        AnnotationLine(str(path), 4, '{"b": 2}\r\n'),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def run_aot(*flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
     """One sequence of 16,384 tokens a chip, on 256 chips."""
-    done = run_aot("--config=configs/recap_7b.py", "--config.data.rows=256", "--topology=v5e:16x16")
+    done = run_aot("--config=configs/recap_7b.py", "--config.data.global_batch_size=256", "--topology=v5e:16x16")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "FITS"
     arguments, total = (float(re.search(rf"{k} ([\d.]+)", done.stdout)[1]) for k in ("arguments", "total"))
@@ -34,7 +34,7 @@ def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
 
 @pytest.mark.slow
 def test_a_step_that_the_compiler_refuses() -> None:
-    done = run_aot("--config=configs/recap_7b.py:debug", "--config.data.rows=65536", "--topology=v5e:2x2")
+    done = run_aot("--config=configs/recap_7b.py:debug", "--config.data.global_batch_size=65536", "--topology=v5e:2x2")
     assert done.returncode == 1 and done.stderr == ""
     assert done.stdout.splitlines()[-1].startswith("EXCEEDS: the compiler refuses (RESOURCE_EXHAUSTED")
 

@@ -16,7 +16,7 @@ from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import InputError
 from tarsier_jax.sharding import parameter_path
 from tarsier_jax.weights.names import abstract_state
-from train.config import MeshConfig, TrainConfig, default_config, define_flags, parse_config, read_flags
+from train.config import FORMER_KEYS, MeshConfig, TrainConfig, default_config, define_flags, parse_config, read_flags
 from train.data.packing import DataConfig
 from train.optimizer import lr_factors, make_schedule, split_frozen
 from train.run import check_rows, mesh_of, row_share, run_config
@@ -47,10 +47,10 @@ def test_values_become_what_the_dataclasses_hold() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": 3}, r"config\.step does not exist\. Did you mean steps\?"),
-        ({"data": {"row": 3}}, r"config\.data\.row does not exist\. Did you mean rows\?"),
+        ({"num_train_step": 3}, r"config\.num_train_step does not exist\. Did you mean num_train_steps\?"),
+        ({"data": {"seq_lem": 3}}, r"config\.data\.seq_lem does not exist\. Did you mean seq_len\?"),
         ({"mesh": {"model": 2}}, r"config\.mesh\.model does not exist\. It has data, fsdp, tensor\."),
-        ({"steps": "many"}, r"config\.steps has to be of type int, but is 'many'"),
+        ({"num_train_steps": "many"}, r"config\.num_train_steps has to be of type int, but is 'many'"),
         ({"seed": 1.5}, r"config\.seed has to be of type int, but is 1\.5"),
         ({"dpo": {"beta": "0.1"}}, r"config\.dpo\.beta has to be of type float, but is '0\.1'"),
         ({"data": 3}, r"config\.data has to hold keys, but is 3"),
@@ -58,7 +58,7 @@ def test_values_become_what_the_dataclasses_hold() -> None:
         ({"optimizer": {"freeze": (7,)}}, r"config\.optimizer\.freeze\[0\] has to be of type str, but is 7"),
         ({"optimizer": {"lr_groups": (("vision/.*",),)}}, r"config\.optimizer\.lr_groups\[0\] has to be a tuple of 2"),
         ({"processor": {"n_frames": 0}}, r"config\.processor\.n_frames has to be at least 1"),
-        ({"steps": True}, r"config\.steps has to be of type int, but is True"),
+        ({"num_train_steps": True}, r"config\.num_train_steps has to be of type int, but is True"),
     ],
 )
 def test_unfit_keys_and_values(change: dict, message: str) -> None:
@@ -81,27 +81,27 @@ NAN, INFINITY = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("section", "key", "values", "accepted"),
     [
-        ("", "steps", (-1,), "at least 0"),
+        ("", "num_train_steps", (-1,), "at least 0"),
         ("", "seed", (-1,), "at least 0"),
-        ("", "keep", (0, -2), "at least 1"),
+        ("", "max_to_keep", (0, -2), "at least 1"),
         ("", "log_every", (-1,), "at least 0"),
         ("", "save_every", (-1,), "at least 0"),
         ("", "eval_every", (-5,), "at least 0"),
         ("", "eval_captions", (-1,), "at least 0"),
         ("", "score_clips", (-1,), "at least 0"),
-        ("", "profile_at", (-1,), "at least 0"),
+        ("", "profile_step", (-1,), "at least 0"),
         ("", "remat", ("offload", "", "Full"), "one of none, dots, full"),
         ("", "attention", ("flash", "sdpa"), "one of auto, xla, cudnn, splash"),
         ("dpo", "beta", (0.0, -0.1, NAN, INFINITY), "above 0"),
         ("dpo", "reference", ("",), '"weights" or the name of a file'),
-        ("data", "tokens", (0, -1), "at least 1"),
-        ("data", "bins", (-1,), "at least 0"),
-        ("data", "patches", (0,), "at least 1"),
-        ("data", "frames", (0,), "at least 1"),
-        ("data", "samples", (0,), "at least 1"),
-        ("data", "lookahead", (0, -4), "at least 1"),
-        ("data", "workers", (-1,), "at least 0"),
-        ("data", "max_bad_share", (-0.1, 1.1, NAN), "between 0 and 1"),
+        ("data", "seq_len", (0, -1), "at least 1"),
+        ("data", "vision_bins", (-1,), "at least 0"),
+        ("data", "patches_per_bin", (0,), "at least 1"),
+        ("data", "frames_per_bin", (0,), "at least 1"),
+        ("data", "max_samples_per_seq", (0,), "at least 1"),
+        ("data", "packing_buffer", (0, -4), "at least 1"),
+        ("data", "num_workers", (-1,), "at least 0"),
+        ("data", "max_bad_fraction", (-0.1, 1.1, NAN), "between 0 and 1"),
         ("optimizer", "peak_lr", (-1e-5, NAN, INFINITY), "at least 0"),
         ("optimizer", "final_lr", (-1e-6, 1e-3, NAN), "between 0 and peak_lr 2e-05"),
         ("optimizer", "b1", (1.0, -0.1, NAN), "at least 0 and below 1"),
@@ -124,8 +124,10 @@ def test_values_out_of_range(section: str, key: str, values: tuple, accepted: st
 def test_the_ends_of_the_ranges() -> None:
     zeros = dict.fromkeys(("peak_lr", "b1", "b2", "weight_decay", "clip_norm", "warmup_steps"), 0.0)
     optimizer = {**zeros, "warmup_steps": 0, "vision_layer_decay": 1.0, "lr_groups": (("vision/.*", 0.0),)}
-    config = parse_config(changed({"steps": 0, "optimizer": optimizer, "data": {"bins": 0, "max_bad_share": 1.0}}))
-    assert config.optimizer.b2 == config.steps == 0
+    config = parse_config(
+        changed({"num_train_steps": 0, "optimizer": optimizer, "data": {"vision_bins": 0, "max_bad_fraction": 1.0}})
+    )
+    assert config.optimizer.b2 == config.num_train_steps == 0
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_dtypes_that_are_not_supported(dtype: str, message: str) -> None:
 
 def test_a_warm_up_longer_than_the_run() -> None:
     with pytest.raises(InputError, match=r"^config\.optimizer\.warmup_steps is 1000, but the run has 10 steps"):
-        parse_config(changed({"steps": 10}))
+        parse_config(changed({"num_train_steps": 10}))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,11 @@ def test_a_warm_up_longer_than_the_run() -> None:
         ({"attention": "splash"}, "cpu", r"config\.attention=splash needs a TPU, not cpu and float32\. Choose auto"),
         ({"attention": "cudnn"}, "tpu", r"config\.attention=cudnn needs a GPU and bfloat16, not tpu and bfloat16"),
         ({"attention": "cudnn", "dtype": "float32"}, "gpu", r"cudnn needs a GPU and bfloat16, not gpu and float32"),
-        ({"data": {"patches": 50}}, "cpu", r"config\.data\.patches is 50, but has to be a multiple of 4"),
+        (
+            {"data": {"patches_per_bin": 50}},
+            "cpu",
+            r"config\.data\.patches_per_bin is 50, but must be a multiple of 4",
+        ),
     ],
 )
 def test_values_that_the_machine_or_the_model_refuses(change: dict, platform: str, message: str) -> None:
@@ -199,12 +205,12 @@ def test_keys_on_the_command_line(command_line: Callable[..., TrainConfig], reci
         recipe,
         "--workdir=run",
         "--config.data.train=a.jsonl=3,b.jsonl=1",
-        "--config.data.rows=8",
+        "--config.data.global_batch_size=8",
         "--config.optimizer.peak_lr=1",
         "--config.optimizer.freeze=('vision/.*', 'decoder/embed/weight')",
         "--config.optimizer.lr_groups=(('decoder/.*', 0.5),)",
     )
-    assert (config.data.train, config.data.rows) == ("a.jsonl=3,b.jsonl=1", 8)
+    assert (config.data.train, config.data.global_batch_size) == ("a.jsonl=3,b.jsonl=1", 8)
     assert config.optimizer.peak_lr == 1.0
     assert config.optimizer.freeze == ("vision/.*", "decoder/embed/weight")
     assert config.optimizer.lr_groups == (("decoder/.*", 0.5),)
@@ -220,8 +226,11 @@ def test_a_single_pattern_to_freeze(command_line: Callable[..., TrainConfig], re
     ("arguments", "message"),
     [
         (["--config.nope=3"], r"^--config\.nope does not exist\."),
-        (["--config.data.rowz=3"], r"^--config\.data\.rowz does not exist\. Did you mean --config\.data\.rows\?"),
-        (["--config.data.rows=abc"], r"--config\.data\.rows=abc: .*'abc'"),
+        (
+            ["--config.data.seq_lem=3"],
+            r"^--config\.data\.seq_lem does not exist\. Did you mean --config\.data\.seq_len\?",
+        ),
+        (["--config.data.global_batch_size=abc"], r"--config\.data\.global_batch_size=abc: .*'abc'"),
         (["--config.data=3"], r"--config\.data=3: .*'3'"),
         (["--wrkdir=run"], r"^--wrkdir does not exist\. Did you mean --workdir\? Other flags: --workdir\."),
         (["run"], "^'run' is no flag"),
@@ -232,13 +241,33 @@ def test_unfit_flags(command_line: Callable[..., TrainConfig], recipe: str, argu
         command_line(recipe, *arguments)
 
 
+@pytest.mark.parametrize(("former", "key"), FORMER_KEYS.items())
+def test_keys_of_earlier_versions(
+    command_line: Callable[..., TrainConfig], recipe: str, tmp_path: Path, former: str, key: str
+) -> None:
+    message = f"^config.{former} is now config.{key}. Use the new name"
+    with pytest.raises(InputError, match=message):
+        command_line(recipe, f"--config.{former}=1")
+    path = tmp_path / "former.py"
+    path.write_text(
+        Path(recipe.removeprefix("--config="))
+        .read_text()
+        .replace("return default_config()", f"config = default_config()\n    config.{former} = 1\n    return config")
+    )
+    with pytest.raises(InputError, match=message):
+        command_line(f"--config={path}")
+    section, _, name = former.rpartition(".")
+    with pytest.raises(InputError, match=message):
+        parse_config(changed({section: {name: 1}} if section else {name: 1}))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], r"^Give a recipe: --config configs/recap_7b\.py"),
         (["--config=configs/none.py"], r"^configs/none\.py does not exist\. Give a recipe"),
         (
-            ["--config=configs/none.py", "--config.steps=3"],
+            ["--config=configs/none.py", "--config.num_train_steps=3"],
             r"configs/none\.py.*No such file|No such file.*configs/none\.py",
         ),
     ],
@@ -266,13 +295,13 @@ def test_every_recipe(
     config = command_line(f"--config={path}{size}")
     trained, _ = split_frozen(parameters, config.optimizer.freeze)
     lr_factors(trained, config.optimizer)
-    schedule = make_schedule(config.optimizer, config.steps)
+    schedule = make_schedule(config.optimizer, config.num_train_steps)
     assert 0 < schedule(config.optimizer.warmup_steps) <= np.float32(1e-3)
     shape = config.data.row_shape
     assert shape.tokens % 64 == 0 and shape.patches % 4 == 0  # whole merged patches
     check_rows(config, mesh_of(config.mesh, devices(2)))
     if size:
-        assert config.model == config.data.train == config.data.eval == "random" and config.steps <= 50
+        assert config.model == config.data.train == config.data.eval == "random" and config.num_train_steps <= 50
     else:
         assert "random" not in (config.model, config.data.train, config.data.eval)
 
@@ -320,16 +349,20 @@ def test_a_mesh_that_does_not_match_the_devices(config: MeshConfig) -> None:
 
 
 def with_rows(rows: int, parts: int) -> TrainConfig:
-    return TrainConfig(parts=parts, data=DataConfig(rows=rows))
+    return TrainConfig(grad_accum_steps=parts, data=DataConfig(global_batch_size=rows))
 
 
 def test_rows_are_split_into_parts_and_over_data_and_fsdp() -> None:
     mesh = mesh_of(MeshConfig(data=2, fsdp=2, tensor=2), devices(8))
     check_rows(with_rows(rows=12, parts=3), mesh)
-    with pytest.raises(InputError, match=r"rows=12 .*parts=2 times the 4 devices .* a multiple of 8"):
+    with pytest.raises(
+        InputError, match=r"global_batch_size=12 .*grad_accum_steps=2 times the 4 devices .* a multiple of 8"
+    ):
         check_rows(with_rows(rows=12, parts=2), mesh)
     for rows, parts in ((0, 1), (12, 0)):
-        with pytest.raises(InputError, match=rf"rows={rows} .*parts={parts} times .* a multiple of 4"):
+        with pytest.raises(
+            InputError, match=rf"global_batch_size={rows} .*grad_accum_steps={parts} times .* a multiple of 4"
+        ):
             check_rows(with_rows(rows, parts), mesh)
 
 

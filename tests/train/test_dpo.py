@@ -18,7 +18,7 @@ from tests.train.packs import make_examples, make_run, pack
 from train.config import TrainConfig
 from train.data.packing import DataConfig
 from train.data.samples import prepare_pair
-from train.dpo import dpo_job, mask_shared
+from train.dpo import dpo_objective, mask_shared
 from train.losses import dpo_loss
 from train.optimizer import OptimizerConfig
 from train.run import global_batch
@@ -81,8 +81,10 @@ def test_answers_that_are_cut_before_they_differ(processor: Processor) -> None:
 
 
 def test_rows_that_hold_no_pair() -> None:
-    with pytest.raises(InputError, match=r"config\.data\.samples is 1, but a row of DPO has to hold the 2 answers"):
-        dpo_job(TrainConfig(data=DataConfig(samples=1)))
+    with pytest.raises(
+        InputError, match=r"config\.data\.max_samples_per_seq is 1, but a row of DPO has to hold the 2 answers"
+    ):
+        dpo_objective(TrainConfig(data=DataConfig(samples=1)))
 
 
 # The loss
@@ -99,8 +101,8 @@ def conversation(example: Example, length: int, seed: int) -> Example:
 def test_shared_answers_change_rewards_but_no_gradient(tmp_path: Path) -> None:
     """The rewards are those of the last answer, as trl defines them: of all that follows the common prompt."""
     theirs = reference.make_reference(tmp_path, reference.TINY)
-    plan, state = make_run(tmp_path, OptimizerConfig(warmup_steps=0))
-    (whole,) = make_examples(plan.config, [[30]])
+    spec, state = make_run(tmp_path, OptimizerConfig(warmup_steps=0))
+    (whole,) = make_examples(spec.config, [[30]])
     pair = [conversation(whole, 20, seed=1), conversation(whole, 30, seed=2)]
     stored = np.array([[-70.0, -120.0]], np.float32)
 
@@ -108,14 +110,14 @@ def test_shared_answers_change_rewards_but_no_gradient(tmp_path: Path) -> None:
     def evaluate(params: dict[str, Any], step: StepBatch) -> tuple[Any, Any]:
         def loss(params: dict[str, Any]) -> tuple[Any, Any]:
             batch, extra = jax.tree.map(lambda x: x[0], (step.batch, step.extra))
-            total, _, metrics = dpo_loss(build_model(plan.graph, params, "float32"), batch, extra, beta=0.1, pairs=1)
+            total, _, metrics = dpo_loss(build_model(spec.graph, params, "float32"), batch, extra, beta=0.1, pairs=1)
             return total, metrics
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     def of(pair: Sequence[Example]) -> tuple[Any, Any]:
-        row = pack([pair], plan.config, reference=stored)
-        return evaluate(state.params, global_batch([row], 1, plan.mesh))
+        row = pack([pair], spec.config, reference=stored)
+        return evaluate(state.params, global_batch([row], 1, spec.mesh))
 
     (loss, metrics), gradients = of(mask_shared(pair))
     (whole_loss, whole_metrics), whole_gradients = of(pair)

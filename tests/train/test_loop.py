@@ -23,13 +23,13 @@ from train.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig, parse_config
 from train.loop import NonFiniteLoss, Terminator, train
 from train.micro.data import write_clips
-from train.sft import sft_job
+from train.sft import sft_objective
 from train.state import TrainState
 
 
 def debug_config(**over: Any) -> TrainConfig:
     config = get_config("debug")
-    config.steps, config.data.workers, config.eval_every = 4, 0, 4
+    config.num_train_steps, config.data.num_workers, config.eval_every = 4, 0, 4
     config.update_from_flattened_dict(over)
     return parse_config(config)
 
@@ -45,8 +45,8 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
         "data.eval": str(clips),
         "data.media_root": str(clips.parent),
     }
-    config = debug_config(**data, profile_at=1, **{"optimizer.peak_lr": 1e-3, "data.max_bad_share": 0.5})
-    summary = train(config, workdir, sft_job)
+    config = debug_config(**data, profile_step=1, **{"optimizer.peak_lr": 1e-3, "data.max_bad_fraction": 0.5})
+    summary = train(config, workdir, sft_objective)
     assert (summary.step, summary.stopped, summary.compilations) == (4, False, 0)
 
     printed = capsys.readouterr().out
@@ -82,7 +82,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     config = debug_config(**{"optimizer.peak_lr": 1e20, "optimizer.warmup_steps": 0, "save_every": 1, "eval_every": 0})
     with pytest.raises(NonFiniteLoss, match=r"At step (\d).*lower optimizer.peak_lr") as raised:
-        train(config, tmp_path, sft_job)
+        train(config, tmp_path, sft_objective)
     step = int(str(raised.value).split("At step ")[1][0])
     (file,) = tmp_path.glob("non_finite_step_*.npz")
     rows = np.load(file)
@@ -120,8 +120,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_only_bad_samples(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("3\n" * 3)
     config = debug_config(**{"data.train": str(tmp_path / "bad.jsonl"), "data.eval": ""})
-    with pytest.raises(InputError, match=r"11 of 11 samples.*max_bad_share 0.01.*bad.jsonl line \d: .*no JSON object"):
-        train(config, tmp_path / "run", sft_job)
+    with pytest.raises(
+        InputError, match=r"11 of 11 samples.*max_bad_fraction 0.01.*bad.jsonl line \d: .*no JSON object"
+    ):
+        train(config, tmp_path / "run", sft_objective)
 
 
 def test_held_out_samples_that_cannot_be_used_lose_no_training(tmp_path: Path) -> None:
@@ -130,8 +132,8 @@ def test_held_out_samples_that_cannot_be_used_lose_no_training(tmp_path: Path) -
     data = {"data.train": str(clips), "data.eval": str(bad), "data.media_root": str(clips.parent)}
     config = debug_config(**data)
     with pytest.raises(InputError, match=r"bad.jsonl line \d"):
-        train(config, tmp_path / "run", sft_job)
-    assert Checkpoints(tmp_path / "run", keep=1).latest() == config.steps
+        train(config, tmp_path / "run", sft_objective)
+    assert Checkpoints(tmp_path / "run", keep=1).latest() == config.num_train_steps
 
 
 def test_no_space_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,9 +148,11 @@ def test_muon_keeps_one_moment_and_lies_where_its_parameters_do() -> None:
 
 
 def test_muon_of_what_is_no_matrix() -> None:
-    with pytest.raises(InputError, match=r"optimizer\.muon matches decoder/layers/attn/q/bias, which is no matrix"):
+    with pytest.raises(
+        InputError, match=r"optimizer\.muon_params matches decoder/layers/attn/q/bias, which is no matrix"
+    ):
         make_optimizer(dataclasses.replace(PLAIN, muon=("decoder/layers/.*",)), 10, make_params())
-    with pytest.raises(InputError, match=r"optimizer\.muon has 'vision', which matches no parameter"):
+    with pytest.raises(InputError, match=r"optimizer\.muon_params has 'vision', which matches no parameter"):
         make_optimizer(dataclasses.replace(PLAIN, muon=("vision",)), 10, make_params())
 
 

@@ -71,14 +71,14 @@ def answer_log_prob(model: Any, example: Example) -> tuple[torch.Tensor, int]:
 @pytest.mark.parametrize("freeze", [(), ("vision/.*",)], ids=["all trained", "frozen vision"])
 def test_ten_steps_of_sft(tmp_path: Path, freeze: tuple[str, ...]) -> None:
     theirs = reference.make_reference(tmp_path, reference.TINY)
-    plan, state = make_run(tmp_path, dataclasses.replace(OPTIMIZER, freeze=freeze), remat="full")
+    spec, state = make_run(tmp_path, dataclasses.replace(OPTIMIZER, freeze=freeze), remat="full")
     theirs.model.visual.requires_grad_(not freeze)
-    optimizer, step_function = torch_optimizer(theirs), make_train_step(plan, sft_loss)
+    optimizer, step_function = torch_optimizer(theirs), make_train_step(spec, sft_loss)
     ours, expected = [], []
     for step in range(STEPS):
-        examples = make_examples(plan.config, seed=8 * (step % 2))
+        examples = make_examples(spec.config, seed=8 * (step % 2))
         rows = [examples[:3], examples[3:5], examples[5:7], examples[7:]]
-        state, metrics = step_function(state, step_batch(rows, plan.config, plan.mesh, parts=2))
+        state, metrics = step_function(state, step_batch(rows, spec.config, spec.mesh, parts=2))
         ours.append(float(metrics["loss"]))
         sums = [answer_log_prob(theirs, example) for example in examples]
         loss = -torch.stack([s for s, _ in sums]).sum() / sum(n for _, n in sums)
@@ -90,15 +90,15 @@ def test_ten_steps_of_sft(tmp_path: Path, freeze: tuple[str, ...]) -> None:
 
 def test_ten_steps_of_dpo(tmp_path: Path) -> None:
     theirs = reference.make_reference(tmp_path, reference.TINY)
-    plan, state = make_run(tmp_path, OPTIMIZER, with_reference=True)
-    pairs = make_pairs(plan.config)
+    spec, state = make_run(tmp_path, OPTIMIZER, with_reference=True)
+    pairs = make_pairs(spec.config)
     with torch.no_grad():
         frozen = [[float(answer_log_prob(theirs, example)[0]) for example in pair] for pair in pairs]
-    rows = [pack(pairs[:2], plan.config, DPO_SHAPE), pack(pairs[2:], plan.config, DPO_SHAPE)]
+    rows = [pack(pairs[:2], spec.config, DPO_SHAPE), pack(pairs[2:], spec.config, DPO_SHAPE)]
     optimizer = torch_optimizer(theirs)
-    step_function = make_train_step(plan, functools.partial(dpo_loss, beta=0.5, pairs=2))
+    step_function = make_train_step(spec, functools.partial(dpo_loss, beta=0.5, pairs=2))
     for step in range(STEPS):
-        state, metrics = step_function(state, global_batch(rows, 1, plan.mesh))
+        state, metrics = step_function(state, global_batch(rows, 1, spec.mesh))
         policy = torch.stack([torch.stack([answer_log_prob(theirs, e)[0] for e in pair]) for pair in pairs])
         rewards = 0.5 * (policy - torch.tensor(frozen))
         margin = rewards[:, 0] - rewards[:, 1]
@@ -140,8 +140,8 @@ def make_pairs(config: Any) -> list[list[Example]]:
 def test_masters_and_moments_stay_float32(tmp_path: Path) -> None:
     """Parameters and moments are float32 whatever the matrix products are."""
     reference.make_reference(tmp_path, reference.TINY)
-    plan, state = make_run(tmp_path, OPTIMIZER, dtype="bfloat16")
-    batch = step_batch([make_examples(plan.config)[:2]], plan.config, plan.mesh)
-    state, metrics = make_train_step(plan, sft_loss)(state, batch)
+    spec, state = make_run(tmp_path, OPTIMIZER, dtype="bfloat16")
+    batch = step_batch([make_examples(spec.config)[:2]], spec.config, spec.mesh)
+    state, metrics = make_train_step(spec, sft_loss)(state, batch)
     assert {x.dtype.name for x in jax.tree.leaves((state.params, metrics))} == {"float32"}
     assert {x.dtype.name for x in jax.tree.leaves(state.opt_state)} == {"float32", "int32"}

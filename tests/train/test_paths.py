@@ -8,7 +8,7 @@ import pytest
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked
 from train import main as train_main
-from train.sft import sft_job
+from train.sft import sft_objective
 
 CONFIG = Path(__file__).parents[2] / "configs" / "recap_7b.py"
 
@@ -30,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(train_main, "train", train)
         monkeypatch.setattr(train_main, "_keep_memory", lambda: None)
         with pytest.raises(KeyboardInterrupt):
-            train_main.launch(sft_job)
+            train_main.launch(sft_objective)
         return trained[0]
 
     return run

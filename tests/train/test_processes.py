@@ -33,7 +33,7 @@ def both(what: str, workdir: Path) -> list[tuple[int, str]]:
 
 def test_unlike_settings_end_both(tmp_path: Path) -> None:
     first, second = both("unlike_settings", tmp_path)
-    message = "config.steps is 6 in process 1 and 4 in process 0. Start all processes with the same flags"
+    message = "config.num_train_steps is 6 in process 1 and 4 in process 0. Start all processes with the same flags"
     assert first[0] == second[0] == 1
     assert f"error: process 1: {message}" in first[1] and f"error: {message}" in second[1]
 

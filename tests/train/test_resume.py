@@ -55,7 +55,7 @@ def test_signals_lose_no_step(tmp_path: Path, uninterrupted: Path) -> None:
     """Each start decodes with another number of threads."""
     last = "0"
     for number, after, status, workers in ((signal.SIGTERM, 4, 143, 1), (signal.SIGINT, 11, 130, 3)):
-        process = start(tmp_path, "--config.save_every=0", f"--config.data.workers={workers}")
+        process = start(tmp_path, "--config.save_every=0", f"--config.data.num_workers={workers}")
         interrupt(process, tmp_path, after, number)
         printed = finish(process, status)
         stopped = re.search(r"stopped at step (\d+)", printed)
@@ -64,7 +64,7 @@ def test_signals_lose_no_step(tmp_path: Path, uninterrupted: Path) -> None:
         assert last == "0" or f"going on from step {last}" in printed
         last = stopped[1]
     printed = finish(start(tmp_path))
-    assert f"going on from step {last}" in printed and "config.data.workers was 3 and is now 2" in printed
+    assert f"going on from step {last}" in printed and "config.data.num_workers was 3 and is now 2" in printed
     assert_same_run(tmp_path, uninterrupted)
 
 

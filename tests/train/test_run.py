@@ -11,16 +11,16 @@ import pytest
 from configs.recap_7b import get_config
 from tarsier_jax.errors import InputError
 from train.config import parse_config
-from train.dpo import dpo_job
+from train.dpo import dpo_objective
 from train.micro.data import write_clips
-from train.run import Run, open_run
-from train.sft import sft_job
+from train.run import TrainRun, open_run
+from train.sft import sft_objective
 
 
-def open_debug(workdir: Path, job: Any = sft_job, **over: Any) -> Run:
+def open_debug(workdir: Path, objective: Any = sft_objective, **over: Any) -> TrainRun:
     config = get_config("debug")
     config.update_from_flattened_dict(over)
-    return open_run(parse_config(config), workdir, job)
+    return open_run(parse_config(config), workdir, objective)
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +40,19 @@ def started(tmp_path: Path, started_sft: Path) -> Path:
     ("key", "value", "was"),
     [
         ("seed", 5, "0"),
-        ("data.tokens", 512, "448"),
-        ("data.bins", 9, "8"),
-        ("data.patches", 72, "64"),
-        ("data.frames", 3, "2"),
-        ("data.samples", 3, "4"),
-        ("data.rows", 8, "4"),
+        ("data.seq_len", 512, "448"),
+        ("data.vision_bins", 9, "8"),
+        ("data.patches_per_bin", 72, "64"),
+        ("data.frames_per_bin", 3, "2"),
+        ("data.max_samples_per_seq", 3, "4"),
+        ("data.global_batch_size", 8, "4"),
         ("data.shuffle", False, "True"),
-        ("data.lookahead", 5, "4"),
+        ("data.packing_buffer", 5, "4"),
         ("processor.n_frames", 2, "4"),
         ("processor.max_pixels", 3136, "12544"),
         ("processor.video_sampler", "v2", "'v1'"),
         ("optimizer.freeze", ("vision/.*",), r"\[\]"),
-        ("optimizer.muon", ("decoder/layers/mlp/.*",), r"\[\]"),
+        ("optimizer.muon_params", ("decoder/layers/mlp/.*",), r"\[\]"),
         ("optimizer.mu_dtype", "bfloat16", "'float32'"),
     ],
 )
@@ -62,8 +62,15 @@ def test_what_decides_the_data_or_the_state_is_kept(started: Path, key: str, val
 
 
 def test_what_does_not_is_free_and_named(started: Path) -> None:
-    free = {"data.workers": 1, "log_every": 2, "save_every": 7, "keep": 3, "eval_every": 0, "profile_at": 3}
-    free |= {"steps": 40, "optimizer.peak_lr": 1e-6, "parts": 2, "data.max_bad_share": 0.5}
+    free = {
+        "data.num_workers": 1,
+        "log_every": 2,
+        "save_every": 7,
+        "max_to_keep": 3,
+        "eval_every": 0,
+        "profile_step": 3,
+    }
+    free |= {"num_train_steps": 40, "optimizer.peak_lr": 1e-6, "grad_accum_steps": 2, "data.max_bad_fraction": 0.5}
     run = open_debug(started, **free)
     assert {change.split(" was ")[0] for change in run.changes} == free.keys()
     assert "optimizer.peak_lr was 2e-05 and is now 1e-06" in run.changes
@@ -108,15 +115,15 @@ def test_tokenizer_and_template_are_kept(started: Path, file: str, old: str, new
 
 
 def test_dpo_keeps_its_reference(tmp_path: Path) -> None:
-    open_debug(tmp_path, dpo_job)
+    open_debug(tmp_path, dpo_objective)
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(InputError, match=r"dpo.beta was 0.1 and is now 0.2"):
-        open_debug(tmp_path, dpo_job, **{"dpo.beta": 0.2})
+        open_debug(tmp_path, dpo_objective, **{"dpo.beta": 0.2})
     other = shutil.copytree(tmp_path / "random_model", tmp_path / "other")
     with pytest.raises(InputError, match=r"model was 'random' and is now '.*other'"):
-        open_debug(tmp_path, dpo_job, model=str(other))
+        open_debug(tmp_path, dpo_objective, model=str(other))
     with pytest.raises(InputError, match=r"program was 'dpo' and is now 'sft'"):
-        open_debug(tmp_path, sft_job)
+        open_debug(tmp_path, sft_objective)
 
 
 def test_the_recorded_configuration_is_the_one_that_was_given(started: Path) -> None:

@@ -9,7 +9,7 @@ from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
 from tarsier_jax.processing.packing import RowShape, stack_rows
 from tests.reference import IMAGE, VIDEO
 from tests.train.packs import make_examples, pack
-from train.data.packing import Bad
+from train.data.packing import BadSample
 from train.metric_writer import BadSamples, Log, console_line, duration
 from train.throughput import Meter, Work, peak_flops, step_flops, work_of
 
@@ -209,12 +209,12 @@ def test_the_first_run_starts_a_new_file(tmp_path: Path) -> None:
 
 
 def test_each_bad_sample_is_written_once(tmp_path: Path) -> None:
-    first, second = Bad("a.jsonl", 3, "It is broken."), Bad("a.jsonl", 4, "It is broken.")
+    first, second = BadSample("a.jsonl", 3, "It is broken."), BadSample("a.jsonl", 4, "It is broken.")
     bad_samples = BadSamples(tmp_path)
     bad_samples.write([first, first])
     bad_samples.write([second, first])
     again = BadSamples(tmp_path)  # the next epoch, after a restart
-    again.write([second, Bad("a.jsonl", 4, "It is missing.")])
+    again.write([second, BadSample("a.jsonl", 4, "It is missing.")])
     lines = [json.loads(line) for line in again.file.read_text().splitlines()]
     assert again.file == tmp_path / "bad_samples_0.jsonl"
     assert [(line["file"], line["line"], line["reason"]) for line in lines] == [

@@ -9,7 +9,7 @@ import pytest
 from tarsier_jax.errors import InputError
 from train.config import TrainConfig
 from train.data.packing import DataConfig
-from train.sft import sft_job
+from train.sft import sft_objective
 from train.validation import Evaluation
 
 
@@ -17,8 +17,8 @@ def make_evaluation(held_out: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluati
     monkeypatch.setattr("train.validation.make_eval_step", lambda *_: None)
     monkeypatch.setattr("train.validation.build_model", lambda *_: None)
     config = TrainConfig(data=DataConfig(eval=str(held_out)))
-    plan: Any = SimpleNamespace(graph=None, config=SimpleNamespace(dtype="float32"))
-    run: Any = SimpleNamespace(config=config, plan=plan, job=sft_job(config))
+    spec: Any = SimpleNamespace(graph=None, config=SimpleNamespace(dtype="float32"))
+    run: Any = SimpleNamespace(config=config, spec=spec, objective=sft_objective(config))
     return Evaluation(run)
 
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Example
-from train.data.packing import Loaded, Packer, lines_of, make_rows
+from train.data.packing import PackingConfig, PackUnit, lines_of, make_rows
 
 ROWS = 4  # of a step
 
 
-def load(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+def load(sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
     """A text of `tokens` tokens, the last of them drawn; without any, the sample is bad."""
     n = sample["tokens"]
     if not n:
@@ -24,7 +24,7 @@ def load(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
     positions = np.tile(np.arange(n, dtype=np.int32), (3, 1))
     no_visuals = np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32)
     text = Example(ids, ids, *no_visuals, positions, num_truncated=sample.get("cut", 0))
-    return Loaded([text], {"weight": np.array([n], np.float32)}, key=sample["id"])
+    return PackUnit([text], {"weight": np.array([n], np.float32)}, key=sample["id"])
 
 
 def write_lines(path: Path, lines: Sequence[Any]) -> str:
@@ -37,6 +37,6 @@ def write_texts(path: Path, tokens: Sequence[int]) -> str:
     return write_lines(path, [{"id": str(i), "tokens": n} for i, n in enumerate(tokens)])
 
 
-def open_rows(files: str, packer: Packer, repeat: bool = True, **options: Any) -> grain.DatasetIterator:
+def open_rows(files: str, packer: PackingConfig, repeat: bool = True, **options: Any) -> grain.DatasetIterator:
     options = {"rows": ROWS, "seed": 0, "media_root": "", "load": load, **options}
     return iter(make_rows(lines_of(files, options["seed"], repeat), packer=packer, **options))

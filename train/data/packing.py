@@ -30,15 +30,22 @@ FORGIVEN = 10  # bad samples that stop no run, whatever their share
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What the recipes choose.
+    """Annotations of a run and how their samples are packed.
 
-    train: annotation files, comma-separated, each with an optional weight: "a.jsonl=3,b.jsonl=1". Without weights every
-    sample is as likely as any other. eval: held-out files, the same way.  media_root: what relative paths of videos and
-    images start from.  tokens, bins, patches, frames, samples: the shape of a row, see `RowShape`.
-    shuffle: lines anew at each pass, or keep the order of the files.  rows: of a step, over all devices and parts.
-    lookahead: decoded samples among which a row looks for one that fits.
-    workers: threads that decode, one at least.  max_bad_share: of samples that cannot be used, beyond which the run
-    stops.
+    Attributes:
+        train: Annotation files, comma-separated, each with an optional weight: "a.jsonl=3,b.jsonl=1".
+        eval: Held-out annotation files, in the same format; empty for none.
+        media_root: Directory that relative paths of videos and images start from.
+        seq_len: Tokens per packed row.
+        vision_bins: Bins of patches per row.
+        patches_per_bin: Patches per bin; the largest frame must fit.
+        frames_per_bin: Frames per bin.
+        max_samples_per_seq: Samples per row; 1 turns packing off.
+        shuffle: Shuffle the lines at each pass; False keeps the order of the files.
+        global_batch_size: Packed rows per optimizer step, over all devices and accumulation steps.
+        packing_buffer: Decoded samples among which a row looks for the next one that fits.
+        num_workers: Threads that decode.
+        max_bad_fraction: Fraction of unusable samples above which the run stops.
 
     Raises:
         InputError: a number is out of its range.
@@ -47,29 +54,31 @@ class DataConfig:
     train: str = ""
     eval: str = ""
     media_root: str = ""
-    tokens: int = 16_384
-    bins: int = 28
-    patches: int = 2432
-    frames: int = 16
-    samples: int = 64
+    seq_len: int = 16_384
+    vision_bins: int = 28
+    patches_per_bin: int = 2432
+    frames_per_bin: int = 16
+    max_samples_per_seq: int = 64
     shuffle: bool = True
-    rows: int = 64
-    lookahead: int = 4
-    workers: int = 4
-    max_bad_share: float = 0.01
+    global_batch_size: int = 64
+    packing_buffer: int = 4
+    num_workers: int = 4
+    max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "tokens", "patches", "frames", "samples", "lookahead")
-        check_at_least(self, 0, "bins", "workers")
-        check(self, ["max_bad_share"], lambda share: 0 <= share <= 1, "between 0 and 1")
+        check_at_least(self, 1, "seq_len", "patches_per_bin", "frames_per_bin", "max_samples_per_seq", "packing_buffer")
+        check_at_least(self, 0, "vision_bins", "num_workers")
+        check(self, ["max_bad_fraction"], lambda share: 0 <= share <= 1, "between 0 and 1")
 
     @property
     def row_shape(self) -> RowShape:
-        return RowShape(self.tokens, self.bins, self.patches, self.frames, self.samples)
+        return RowShape(
+            self.seq_len, self.vision_bins, self.patches_per_bin, self.frames_per_bin, self.max_samples_per_seq
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class AnnotationLine:
     """One line of an annotation file; `number` counts from 1."""
 
     file: str
@@ -78,7 +87,7 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bad:
+class BadSample:
     """A sample that cannot be used, and why."""
 
     file: str
@@ -87,7 +96,7 @@ class Bad:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class PackUnit:
     """A sample ready to be packed.
 
     extra: arrays of its own, such as DPO's reference log-probabilities.  key: what it can be found by.
@@ -106,12 +115,12 @@ class PackedRow:
     extra: dict[str, np.ndarray]
     seen: int
     cut: int
-    bad: tuple[Bad, ...]
+    bad: tuple[BadSample, ...]
     keys: tuple[str, ...]
 
 
 # What makes a unit of a line's JSON. Raises TarsierError for one that cannot be used.
-Load = Callable[[Mapping[str, Any], np.random.Generator], Loaded]
+Load = Callable[[Mapping[str, Any], np.random.Generator], PackUnit]
 
 
 class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportMissingTypeArgument]
@@ -141,12 +150,14 @@ class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[r
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: SupportsIndex) -> Line:
+    def __getitem__(self, index: SupportsIndex) -> AnnotationLine:
         i = int(index)
         with open(self.path, "rb") as file:
             file.seek(int(self._starts[i]))
             line = file.readline().removeprefix(codecs.BOM_UTF8)
-            return Line(self.path, int(self._numbers[i]), line.decode(errors="replace"))  # may have changed since
+            return AnnotationLine(
+                self.path, int(self._numbers[i]), line.decode(errors="replace")
+            )  # may have changed since
 
 
 def parse_files(files: str) -> list[tuple[str, float | None]]:
@@ -198,13 +209,13 @@ def lines_of(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grain
 
 @dataclasses.dataclass(frozen=True)
 class LoadLine(grain.transforms.RandomMap):
-    """Line -> Loaded or Bad."""
+    """AnnotationLine -> PackUnit or BadSample."""
 
     load: Load
-    packer: "Packer"
+    packer: "PackingConfig"
     media_root: str = ""
 
-    def random_map(self, element: Line, rng: np.random.Generator) -> Loaded | Bad:
+    def random_map(self, element: AnnotationLine, rng: np.random.Generator) -> PackUnit | BadSample:
         try:
             loaded = self.load(read_sample(element.text, self.media_root), rng)
             if not any((example.labels >= 0).any() for example in loaded.unit):
@@ -215,7 +226,7 @@ class LoadLine(grain.transforms.RandomMap):
             Row(self.packer.shape, self.packer.processor.config).add(loaded.unit)  # raises if no row can hold it
             return loaded
         except Exception as e:  # whatever a line of millions does, the run goes on; the share of bad ones is bounded
-            return Bad(element.file, element.number, reason_of(e))
+            return BadSample(element.file, element.number, reason_of(e))
 
 
 def read_sample(text: str, media_root: str) -> dict[str, Any]:
@@ -251,33 +262,33 @@ def _join(source: Any, root: str) -> Any:
 class PackedRows(grain.IterDataset):
     """Rows of one stream of samples. `threads` bounds how many streams decode at the same time."""
 
-    def __init__(self, samples: grain.IterDataset, packer: "Packer", threads: threading.Semaphore):
+    def __init__(self, samples: grain.IterDataset, packer: "PackingConfig", threads: threading.Semaphore):
         super().__init__(samples)
         self._packer, self._threads = packer, threads
 
-    def __iter__(self) -> "_RowIterator":
-        return _RowIterator(self._parent.__iter__(), self._packer, self._threads)
+    def __iter__(self) -> "SequencePacker":
+        return SequencePacker(self._parent.__iter__(), self._packer, self._threads)
 
 
 @dataclasses.dataclass(frozen=True)
-class Packer:
+class PackingConfig:
     """How rows are made of samples. extra: the shape that each extra array of a row has, (units, ...)."""
 
     processor: Processor
     shape: RowShape
-    lookahead: int
-    max_bad_share: float
+    packing_buffer: int
+    max_bad_fraction: float
     dtype: str
     extra: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
-class _RowIterator(grain.DatasetIterator):
+class SequencePacker(grain.DatasetIterator):
     """Samples in, rows out. A few decoded samples wait; a row starts with the oldest and takes what else fits."""
 
-    def __init__(self, samples: grain.DatasetIterator, packer: Packer, threads: threading.Semaphore):
+    def __init__(self, samples: grain.DatasetIterator, packer: PackingConfig, threads: threading.Semaphore):
         super().__init__(samples)
         self._samples, self._packer, self._threads = samples, packer, threads
-        self._waiting: list[tuple[Any, Loaded]] = []  # with the state that the samples had before each
+        self._waiting: list[tuple[Any, PackUnit]] = []  # with the state that the samples had before each
         self._seen, self._bad = 0, 0
         self._done = False
 
@@ -294,14 +305,14 @@ class _RowIterator(grain.DatasetIterator):
         for before in state["waiting"]:  # decoded anew, so that a checkpoint holds no pixels
             self._samples.set_state(before)
             sample = next(self._samples)
-            if isinstance(sample, Loaded):  # its video may be gone since
+            if isinstance(sample, PackUnit):  # its video may be gone since
                 self._waiting.append((before, sample))
         self._samples.set_state(state["samples"])
         self._seen, self._bad, self._done = state["seen"], state["bad"], False
 
     def _next_row(self) -> PackedRow:
-        packer, bad, before = self._packer, list[Bad](), self._seen
-        row, taken = Row(packer.shape, packer.processor.config), list[Loaded]()
+        packer, bad, before = self._packer, list[BadSample](), self._seen
+        row, taken = Row(packer.shape, packer.processor.config), list[PackUnit]()
         while True:
             bad += self._fill()
             fits = next((i for i, (_, loaded) in enumerate(self._waiting) if row.add(loaded.unit)), None)
@@ -314,37 +325,37 @@ class _RowIterator(grain.DatasetIterator):
         keys = tuple(loaded.key for loaded in taken)
         return PackedRow(batch, extra, self._seen - before, cut, tuple(bad), keys)
 
-    def _fill(self) -> list[Bad]:
+    def _fill(self) -> list[BadSample]:
         """Draws until enough samples wait; gives the bad ones among those drawn."""
         bad = []
-        while len(self._waiting) < self._packer.lookahead and not self._done:
+        while len(self._waiting) < self._packer.packing_buffer and not self._done:
             state = self._samples.get_state()
             sample = next(self._samples, None)
             if sample is None:
                 self._done = True
                 break
             self._seen += 1
-            if isinstance(sample, Bad):
+            if isinstance(sample, BadSample):
                 bad.append(sample)
                 self._bad += 1
-                check_share(self._bad, self._seen, self._packer.max_bad_share, sample)
+                check_share(self._bad, self._seen, self._packer.max_bad_fraction, sample)
             else:
                 self._waiting.append((state, sample))
         return bad
 
     @staticmethod
-    def _extra(name: str, shape: tuple[int, ...], taken: Sequence[Loaded]) -> np.ndarray:
+    def _extra(name: str, shape: tuple[int, ...], taken: Sequence[PackUnit]) -> np.ndarray:
         out = np.zeros((1, *shape), np.float32)
         for i, loaded in enumerate(taken):
             out[0, i] = loaded.extra[name]
         return out
 
 
-def check_share(bad: int, seen: int, share: float, last: Bad) -> None:
+def check_share(bad: int, seen: int, share: float, last: BadSample) -> None:
     """Raises InputError when too many samples were bad."""
     if bad > FORGIVEN + share * seen:
         raise InputError(
-            f"{bad} of {seen} samples cannot be used, more than data.max_bad_share {share:g} allows. The last one: "
+            f"{bad} of {seen} samples cannot be used, more than data.max_bad_fraction {share:g} allows. The last one: "
             f"{last.file} line {last.line}: {last.reason}"
         )
 
@@ -352,7 +363,7 @@ def check_share(bad: int, seen: int, share: float, last: Bad) -> None:
 def make_rows(
     lines: grain.MapDataset,
     load: Load,
-    packer: Packer,
+    packer: PackingConfig,
     *,
     seed: int,
     media_root: str,

@@ -23,12 +23,12 @@ from tarsier_jax.weights import is_converted
 from tarsier_jax.weights.orbax import PARAMS
 from tarsier_jax.weights.safetensors import open_tensors
 from train.config import TrainConfig
-from train.data.packing import Line, lines_of, read_sample
+from train.data.packing import AnnotationLine, lines_of, read_sample
 from train.data.samples import prepare_pair
 from train.losses import pair_log_probs
 from train.metric_writer import duration
 from train.optimizer import Params
-from train.run import Run, global_batch
+from train.run import TrainRun, global_batch
 from train.state import StepBatch, build_model, load_reference
 
 
@@ -45,7 +45,7 @@ class ReferenceFile:
         self._fingerprint, self._n_frames = "", 0
         self._known: dict[str, tuple[float, float]] = {}
 
-    def open(self, run: Run) -> None:
+    def open(self, run: TrainRun) -> None:
         """Reads the records, and what the keys of this run depend on. Comes before every other method."""
         self._fingerprint, self._n_frames = fingerprint(run), run.config.processor.n_frames
         self.read()
@@ -110,14 +110,14 @@ def _media_sizes(chat: Mapping[str, Any]) -> Iterator[Any]:
             yield path.stat().st_size
 
 
-def fingerprint(run: Run) -> str:
+def fingerprint(run: TrainRun) -> str:
     """A hash of what decides log-probabilities for all pairs of a run: its model, and how it shows samples.
 
     The weights count by their bytes, the rest by values: sizes and dtype of the model, processor options, image
     options, tokenizer, chat template. Attention, recomputation, mesh and rows change the numbers by rounding only, and
     do not count.
     """
-    model, processor = dataclasses.replace(run.plan.config, attention="", remat=""), run.processor
+    model, processor = dataclasses.replace(run.spec.config, attention="", remat=""), run.processor
     tokenizer: Any = processor.tokenizer
     facts = {
         "version": 2,  # of the definition of the log-probabilities: see `train.dpo.mask_shared`
@@ -157,7 +157,7 @@ def _broadcast(digest: Callable[[], bytes]) -> bytes:
     return multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8)).tobytes()
 
 
-def write_reference(run: Run, reference: ReferenceFile, pairs: int) -> None:
+def write_reference(run: TrainRun, reference: ReferenceFile, pairs: int) -> None:
     """Computes the records that a run's reference file lacks, with the model that the run starts from.
 
     Every process adds its rows' records to a file of its own as they come; a pass cut short resumes where it was.
@@ -165,25 +165,25 @@ def write_reference(run: Run, reference: ReferenceFile, pairs: int) -> None:
     Raises:
         TarsierError: the annotations or the checkpoint cannot be used.
     """
-    mesh, config = run.plan.mesh, run.config
+    mesh, config = run.spec.mesh, run.config
     missing = _Missing(config, reference)
     if not len(missing):
         return
     _report_unused(reference, missing)
     reference.path.parent.mkdir(parents=True, exist_ok=True)
-    params = load_reference(run.plan, run.model_directory)
-    rows = iter(run.rows(grain.MapDataset.source(missing), config.data.rows, config.data.workers))
+    params = load_reference(run.spec, run.model_directory)
+    rows = iter(run.rows(grain.MapDataset.source(missing), config.data.global_batch_size, config.data.num_workers))
 
     def compute(params: Params, step: StepBatch) -> tuple[jax.Array, jax.Array]:
         batch = jax.tree.map(lambda x: x[0], step.batch)
-        model = build_model(run.plan.graph, params, run.plan.config.dtype)
+        model = build_model(run.spec.graph, params, run.spec.config.dtype)
         return pair_log_probs(model, batch, pairs), jnp.sum(jnp.max(batch.segment_ids, axis=1) // 2)
 
     compute = jax.jit(compute, out_shardings=NamedSharding(mesh, P()))
     start, done = time.perf_counter(), 0
     with reference.append(jax.process_index()) as file:
         while True:
-            local = [next(rows) for _ in range(config.data.rows // run.row_groups)]
+            local = [next(rows) for _ in range(config.data.global_batch_size // run.row_groups)]
             log_probs, count = (np.asarray(x) for x in compute(params, global_batch(local, 1, mesh)))
             if not count:  # the lines have run out; all processes see it at once
                 break
@@ -234,11 +234,11 @@ class _Missing(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportM
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: SupportsIndex) -> Line:
+    def __getitem__(self, index: SupportsIndex) -> AnnotationLine:
         return self._lines[self._indices[int(index)]]
 
 
-def _key(line: Line, media_root: str, reference: ReferenceFile) -> str | None:
+def _key(line: AnnotationLine, media_root: str, reference: ReferenceFile) -> str | None:
     try:
         return reference.key(read_sample(line.text, media_root))
     except Exception:  # no pair: `of` raises the same in training, where it counts as a bad sample

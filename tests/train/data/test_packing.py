@@ -19,16 +19,16 @@ from tests.train.texts import ROWS, load, open_rows, write_lines, write_texts
 from train.config import TrainConfig
 from train.data.packing import (
     FORGIVEN,
-    Bad,
-    Loaded,
+    BadSample,
     PackedRow,
-    Packer,
+    PackingConfig,
+    PackUnit,
     check_share,
     lines_of,
     row_states,
 )
-from train.run import Job
-from train.sft import sft_job
+from train.run import Objective
+from train.sft import sft_objective
 
 SHAPE = RowShape(tokens=64, bins=2, patches=16, frames=2, samples=8)
 
@@ -40,15 +40,17 @@ def texts(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def packer(processor: Processor) -> Packer:
-    return Packer(processor, SHAPE, lookahead=3, max_bad_share=0.01, dtype="float32", extra={"weight": (8, 1)})
+def packer(processor: Processor) -> PackingConfig:
+    return PackingConfig(
+        processor, SHAPE, packing_buffer=3, max_bad_fraction=0.01, dtype="float32", extra={"weight": (8, 1)}
+    )
 
 
 def take(n: int, rows: grain.DatasetIterator) -> list[PackedRow]:
     return [next(rows) for _ in range(n)]
 
 
-def rows_of(n: int, files: str, packer: Packer, **options: Any) -> list[PackedRow]:
+def rows_of(n: int, files: str, packer: PackingConfig, **options: Any) -> list[PackedRow]:
     rows = open_rows(files, packer, **options)
     taken = take(n, rows)
     rows.close()
@@ -103,7 +105,7 @@ def test_held_out_lines_come_once_and_in_order(tmp_path: Path, texts: str) -> No
 # Rows
 
 
-def test_a_row_takes_what_fits_of_the_next_few(tmp_path: Path, packer: Packer) -> None:
+def test_a_row_takes_what_fits_of_the_next_few(tmp_path: Path, packer: PackingConfig) -> None:
     files = write_texts(tmp_path / "a.jsonl", [30, 40, 20, 30, 10, 64])
     rows = rows_of(4, files, packer, repeat=False, rows=1)
     assert [row.keys for row in rows] == [("0", "2", "4"), ("1",), ("3",), ("5",)]
@@ -112,14 +114,14 @@ def test_a_row_takes_what_fits_of_the_next_few(tmp_path: Path, packer: Packer) -
     np.testing.assert_array_equal(rows[0].extra["weight"][0, :, 0], [30, 20, 10, 0, 0, 0, 0, 0])
 
 
-def test_rows_are_empty_once_held_out_samples_run_out(tmp_path: Path, packer: Packer) -> None:
+def test_rows_are_empty_once_held_out_samples_run_out(tmp_path: Path, packer: PackingConfig) -> None:
     files = write_texts(tmp_path / "a.jsonl", [30, 40, 50])
     rows = rows_of(3 * ROWS, files, packer, repeat=False)
     assert [row.keys for row in rows] == [("0",), ("1",), ("2",), *[()] * 9]
     assert not any(row.batch.segment_ids.any() for row in rows[3:])
 
 
-def test_row_r_packs_every_fourth_sample(texts: str, packer: Packer) -> None:
+def test_row_r_packs_every_fourth_sample(texts: str, packer: PackingConfig) -> None:
     """Over three epochs: none left out, none twice, only the few that wait are still to come."""
     lines = lines_of(texts, 0, repeat=True)
     rows = rows_of(8 * ROWS, texts, packer)
@@ -129,12 +131,12 @@ def test_row_r_packs_every_fourth_sample(texts: str, packer: Packer) -> None:
         drawn = [json.loads(lines[r + ROWS * i].text)["id"] for i in range(seen)]
         taken = [key for row in mine for key in row.keys]
         waiting = collections.Counter(drawn) - collections.Counter(taken)
-        assert waiting.total() == seen - len(taken) <= packer.lookahead
+        assert waiting.total() == seen - len(taken) <= packer.packing_buffer
         assert mine[0].keys[0] == drawn[0]
     assert sum(row.seen for row in rows) > 72
 
 
-def test_every_held_out_sample_is_in_one_row(texts: str, packer: Packer) -> None:
+def test_every_held_out_sample_is_in_one_row(texts: str, packer: PackingConfig) -> None:
     rows = rows_of(8 * ROWS, texts, packer, repeat=False)
     assert sorted((key for row in rows for key in row.keys), key=int) == [str(i) for i in range(24)]
     assert rows[-1].keys == ()
@@ -145,7 +147,7 @@ def steps(rows: Sequence[PackedRow], size: int = ROWS) -> list[collections.Count
     return [collections.Counter(contents(rows[i : i + size])) for i in range(0, len(rows), size)]
 
 
-def test_processes_share_the_rows_of_a_step(texts: str, packer: Packer) -> None:
+def test_processes_share_the_rows_of_a_step(texts: str, packer: PackingConfig) -> None:
     alone = rows_of(4 * ROWS, texts, packer)
     halves = [rows_of(4 * ROWS // 2, texts, packer, process=process, processes=2) for process in (0, 1)]
     shared = [a + b for a, b in zip(*(steps(half, ROWS // 2) for half in halves), strict=True)]
@@ -153,7 +155,7 @@ def test_processes_share_the_rows_of_a_step(texts: str, packer: Packer) -> None:
 
 
 @pytest.mark.parametrize(("before", "waiting"), [(0, 0), (1, 3), (6, 12)])
-def test_rows_go_on_where_they_were(texts: str, packer: Packer, before: int, waiting: int) -> None:
+def test_rows_go_on_where_they_were(texts: str, packer: PackingConfig, before: int, waiting: int) -> None:
     rows = open_rows(texts, packer)
     take(before, rows)
     state = json.dumps(rows.get_state())
@@ -169,7 +171,7 @@ def test_rows_go_on_where_they_were(texts: str, packer: Packer, before: int, wai
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3, 4, 16])
-def test_rows_continue_with_another_number_of_workers(texts: str, packer: Packer, workers: int) -> None:
+def test_rows_continue_with_another_number_of_workers(texts: str, packer: PackingConfig, workers: int) -> None:
     rows = open_rows(texts, packer, workers=2)
     first = take(6, rows)
     state = json.dumps(rows.get_state())
@@ -183,7 +185,7 @@ def test_rows_continue_with_another_number_of_workers(texts: str, packer: Packer
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_states_of_an_earlier_version(texts: str, packer: Packer, workers: int) -> None:
+def test_states_of_an_earlier_version(texts: str, packer: PackingConfig, workers: int) -> None:
     """There, each worker had several rows, one state with the states of its rows."""
     rows = open_rows(texts, packer)
     take(ROWS, rows)
@@ -200,10 +202,10 @@ def test_states_of_an_earlier_version(texts: str, packer: Packer, workers: int) 
     again.close()
 
 
-def test_workers_bound_how_many_rows_are_made_at_once(texts: str, packer: Packer) -> None:
+def test_workers_bound_how_many_rows_are_made_at_once(texts: str, packer: PackingConfig) -> None:
     running, most, lock = [0], [0], threading.Lock()
 
-    def counted(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+    def counted(sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
         with lock:
             running[0] += 1
             most[0] = max(most[0], running[0])
@@ -218,11 +220,11 @@ def test_workers_bound_how_many_rows_are_made_at_once(texts: str, packer: Packer
     assert most[0] == 3  # not a divisor of the four rows
 
 
-def test_a_step_of_rows_is_made_ahead(tmp_path: Path, packer: Packer) -> None:
+def test_a_step_of_rows_is_made_ahead(tmp_path: Path, packer: PackingConfig) -> None:
     """One worker makes all eight while the step before is computed: every row is one long text, with two waiting."""
     made = []
 
-    def counted(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
+    def counted(sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
         made.append(sample["id"])
         return load(sample, rng)
 
@@ -238,7 +240,7 @@ def test_a_step_of_rows_is_made_ahead(tmp_path: Path, packer: Packer) -> None:
 # Samples that cannot be used
 
 
-def test_bad_lines_are_skipped_and_counted(tmp_path: Path, packer: Packer) -> None:
+def test_bad_lines_are_skipped_and_counted(tmp_path: Path, packer: PackingConfig) -> None:
     texts = [{"id": str(i), "tokens": 30} for i in range(3)]
     lines = [
         texts[0],
@@ -262,7 +264,7 @@ def test_bad_lines_are_skipped_and_counted(tmp_path: Path, packer: Packer) -> No
     assert "could not be prepared, because of an unexpected key error: 'tokens'" in reasons[4]
 
 
-def test_a_bad_sample_is_remembered_with_the_state(tmp_path: Path, packer: Packer) -> None:
+def test_a_bad_sample_is_remembered_with_the_state(tmp_path: Path, packer: PackingConfig) -> None:
     """The share counts from the start of the run, not from where it went on."""
     files = write_texts(tmp_path / "a.jsonl", [0] * FORGIVEN + [60] * 4 + [0] * 10)
     rows = open_rows(files, packer, repeat=False, rows=1)
@@ -276,23 +278,27 @@ def test_a_bad_sample_is_remembered_with_the_state(tmp_path: Path, packer: Packe
 
 
 def test_too_large_a_share_of_bad_samples() -> None:
-    last = Bad("a.jsonl", 7, "It is broken.")
+    last = BadSample("a.jsonl", 7, "It is broken.")
     check_share(FORGIVEN, FORGIVEN, 0.0, last)
     check_share(FORGIVEN + 5, 500, 0.01, last)
-    with pytest.raises(InputError, match=r"16 of 500 .*max_bad_share 0.01 allows. .*: a.jsonl line 7: It is broken\."):
+    with pytest.raises(
+        InputError, match=r"16 of 500 .*max_bad_fraction 0.01 allows. .*: a.jsonl line 7: It is broken\."
+    ):
         check_share(FORGIVEN + 6, 500, 0.01, last)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_share_stops_the_run_wherever_samples_are_made(tmp_path: Path, packer: Packer, workers: int) -> None:
+def test_the_share_stops_the_run_wherever_samples_are_made(tmp_path: Path, packer: PackingConfig, workers: int) -> None:
     files = write_texts(tmp_path / "a.jsonl", [0] * 30)
     rows = open_rows(files, packer, workers=workers)
-    with pytest.raises(InputError, match=r"^11 of 11 samples .*max_bad_share 0.01 .*a.jsonl line \d+: Sample \d+ is"):
+    with pytest.raises(
+        InputError, match=r"^11 of 11 samples .*max_bad_fraction 0.01 .*a.jsonl line \d+: Sample \d+ is"
+    ):
         next(rows)
     rows.close()
 
 
-def test_cut_samples_are_counted(tmp_path: Path, packer: Packer) -> None:
+def test_cut_samples_are_counted(tmp_path: Path, packer: PackingConfig) -> None:
     lines = [{"id": str(i), "tokens": 30, "cut": 5 * (i % 2)} for i in range(4)]
     rows = rows_of(2, write_lines(tmp_path / "a.jsonl", lines), packer, repeat=False, rows=1)
     assert [(row.keys, row.cut) for row in rows] == [(("0", "1"), 1), (("2", "3"), 1)]
@@ -309,14 +315,14 @@ def caption(video: str, text: str) -> dict:
 @pytest.fixture
 def media_rows(tmp_path: Path, clip: str, processor: Processor) -> Any:
     """Rows of annotations of real clips, made as in SFT, with frames drawn at random."""
-    job: Job = sft_job(TrainConfig())
+    objective: Objective = sft_objective(TrainConfig())
     processor = processor.replace(n_frames=3, max_pixels=3136, max_seq_len=120, video_sampler="v2")
     shape = RowShape(tokens=160, bins=4, patches=16, frames=2, samples=4)
-    packer = Packer(processor, shape, lookahead=2, max_bad_share=0.0, dtype="bfloat16")
+    packer = PackingConfig(processor, shape, packing_buffer=2, max_bad_fraction=0.0, dtype="bfloat16")
 
     def rows(lines: Sequence[Any], repeat: bool) -> Iterator[PackedRow]:
-        def load(sample: Mapping[str, Any], rng: np.random.Generator) -> Loaded:
-            return job.load(processor, sample, rng)
+        def load(sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
+            return objective.load(processor, sample, rng)
 
         files = write_lines(tmp_path / "a.jsonl", lines)
         return open_rows(files, packer, repeat, load=load, media_root=str(tmp_path), rows=1)

@@ -20,7 +20,7 @@ from tarsier_jax.weights import convert_hf
 from tests import reference
 from train.config import TrainConfig, parse_config
 from train.data.reference_logprobs import ReferenceFile, digest_weights, fingerprint
-from train.dpo import dpo_job
+from train.dpo import dpo_objective
 from train.loop import train
 from train.micro.checkpoint import TINY, write_untrained
 from train.micro.data import write_clips
@@ -37,17 +37,17 @@ def quick_compilation() -> Iterator[None]:
 
 def debug_config(**over: Any) -> TrainConfig:
     config = get_config("debug")
-    config.data.workers, config.eval_captions, config.steps, config.optimizer.warmup_steps = 0, 0, 1, 1
+    config.data.num_workers, config.eval_captions, config.num_train_steps, config.optimizer.warmup_steps = 0, 0, 1, 1
     config.update_from_flattened_dict(over)
     return parse_config(config)
 
 
 def compute(workdir: Path, **over: Any) -> None:
     """What a run does before its first step."""
-    run = open_run(debug_config(**over), workdir, dpo_job)
-    assert run.job.before
-    with jax.set_mesh(run.plan.mesh):
-        run.job.before(run)
+    run = open_run(debug_config(**over), workdir, dpo_objective)
+    assert run.objective.before
+    with jax.set_mesh(run.spec.mesh):
+        run.objective.before(run)
 
 
 def test_the_disk_gives_what_the_weights_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +59,7 @@ def test_the_disk_gives_what_the_weights_give(tmp_path: Path, capsys: pytest.Cap
     over = {"data.train": str(clips.parent / "train.jsonl"), "data.eval": str(clips.parent / "held_out.jsonl")}
     over |= {"data.media_root": str(clips.parent), "model": str(write_untrained(tmp_path / "model", TINY))}
     over |= {"dpo.reference": str(file)}
-    train(debug_config(**over), tmp_path / "run", dpo_job)
+    train(debug_config(**over), tmp_path / "run", dpo_objective)
     printed = capsys.readouterr().out
     assert "reference 8/8" in printed and "not used" not in printed
     values = measured(tmp_path / "run")
@@ -92,7 +92,7 @@ def measured(workdir: Path) -> dict[str, float]:
 def test_random_frames_have_no_stored_reference(tmp_path: Path) -> None:
     over = {"dpo.reference": str(tmp_path / "file"), "processor.video_sampler": "v2"}
     with pytest.raises(InputError, match=r"sampler v1, or --config.dpo.reference=weights"):
-        dpo_job(debug_config(**over))
+        dpo_objective(debug_config(**over))
 
 
 # What a record is found by
@@ -102,9 +102,9 @@ def test_random_frames_have_no_stored_reference(tmp_path: Path) -> None:
 def run(tmp_path: Path, processor: Processor) -> Any:
     """As much of a run as decides the log-probabilities."""
     reference.make_reference(tmp_path / "model", reference.TINY)
-    plan = SimpleNamespace(config=processor.config)
+    spec = SimpleNamespace(config=processor.config)
     config = SimpleNamespace(processor=processor.options)
-    return SimpleNamespace(config=config, plan=plan, processor=processor, model_directory=tmp_path / "model")
+    return SimpleNamespace(config=config, spec=spec, processor=processor, model_directory=tmp_path / "model")
 
 
 def with_processor(run: Any, **over: Any) -> Any:
@@ -112,8 +112,8 @@ def with_processor(run: Any, **over: Any) -> Any:
 
 
 def with_model(run: Any, **over: Any) -> Any:
-    plan = SimpleNamespace(config=dataclasses.replace(run.plan.config, **over))
-    return SimpleNamespace(**{**vars(run), "plan": plan})
+    spec = SimpleNamespace(config=dataclasses.replace(run.spec.config, **over))
+    return SimpleNamespace(**{**vars(run), "spec": spec})
 
 
 def test_a_fingerprint_is_of_all_that_decides_log_probabilities(run: Any) -> None:
@@ -134,7 +134,7 @@ def test_a_fingerprint_is_of_all_that_decides_log_probabilities(run: Any) -> Non
         with_processor(run, image=dataclasses.replace(run.processor.image, mean=(0.5, 0.5, 0.5))),
         with_processor(run, image=dataclasses.replace(run.processor.image, double_frames=False)),
         with_model(run, dtype="bfloat16"),
-        with_model(run, text=dataclasses.replace(run.plan.config.text, rope_theta=10_000.0)),
+        with_model(run, text=dataclasses.replace(run.spec.config.text, rope_theta=10_000.0)),
     ]
     before = [fingerprint(r) for r in runs]
     assert len(set(before)) == len(runs)

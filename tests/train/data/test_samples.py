@@ -9,7 +9,7 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor
 from tests.train.conftest import question_and_answer, trained_on
-from train.data.packing import Bad, Line, Loaded, LoadLine, Packer
+from train.data.packing import AnnotationLine, BadSample, LoadLine, PackingConfig, PackUnit
 from train.data.samples import check_grounding, prepare, split_preference
 
 
@@ -163,15 +163,15 @@ def test_losses_that_mean_nothing() -> None:
 
 
 def test_a_line_without_any_loss_is_bad(processor: Processor, clip: str) -> None:
-    def load(processor: Processor, sample: dict, rng: np.random.Generator) -> Loaded:
-        return Loaded([processor(prepare(sample, rng, 4), training=True)], {})
+    def load(processor: Processor, sample: dict, rng: np.random.Generator) -> PackUnit:
+        return PackUnit([processor(prepare(sample, rng, 4), training=True)], {})
 
-    packer = Packer(processor.replace(n_frames=4), RowShape(512, 8, 16, 16, 4), 1, 0.01, "float32")
+    packer = PackingConfig(processor.replace(n_frames=4), RowShape(512, 8, 16, 16, 4), 1, 0.01, "float32")
     line = with_losses(chat("Grey.", visual=video(clip)), None, False)
     load_line = LoadLine(functools.partial(load, packer.processor), packer)
-    bad = load_line.random_map(Line("a.jsonl", 1, json.dumps(line)), rng())
+    bad = load_line.random_map(AnnotationLine("a.jsonl", 1, json.dumps(line)), rng())
     assert (
-        isinstance(bad, Bad)
+        isinstance(bad, BadSample)
         and 'Nothing of the sample is trained on: its answer is empty, has "loss": false' in bad.reason
     )
 
