@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -92,6 +92,7 @@ class TrainConfig:
         max_to_keep: Checkpoints that are kept.
         eval_every: Steps between two evaluations on data.eval; 0 never evaluates.
         eval_captions: Held-out samples that are captioned at each evaluation.
+        score_clips: Held-out clips of moving shapes that score the trained model at the end (`eval.micro`); 0 for none.
         profile_step: First of the three steps that are traced; 0 traces none.
         mesh: Devices.
         data: Annotations and packing.
@@ -208,7 +209,7 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
     names = ", ".join(f"--{name}" for name in values if name != "config")
     if {"-h", "--help"} & set(sys.argv):
         print(f"{sys.modules['__main__'].__doc__}\nFlags: --config FILE[:debug], --config.KEY=VALUE, {names}\n")
-        print(f"{TrainConfig.__doc__}\ndata: {DataConfig.__doc__}\noptimizer: {OptimizerConfig.__doc__}")
+        print("\n".join(help_lines()))
         raise SystemExit(0)
     try:
         rest = values(list(sys.argv))[1:]
@@ -227,6 +228,22 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
     if rest:
         raise InputError(f"{rest[0]!r} is no flag. Flags are --config, --config.KEY=VALUE, {names}.")
     return with_local_paths(parse_config(values.config))
+
+
+def help_lines(config: Any = TrainConfig(), prefix: str = "--config") -> Iterator[str]:
+    """Every key with its default and description, from the `Attributes:` of the dataclasses."""
+    for field in dataclasses.fields(config):
+        key, value = f"{prefix}.{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from help_lines(value, key)
+        else:
+            yield f"{key}={value!r}\n    {describe_field(type(config), field.name)}"
+
+
+def describe_field(cls: type, name: str) -> str:
+    """The description of a field in the `Attributes:` of its class; empty if there is none."""
+    match = re.search(rf"^        {name}: (.+)$", cls.__doc__ or "", re.MULTILINE)
+    return match[1] if match else ""
 
 
 def with_local_paths(config: TrainConfig) -> TrainConfig:

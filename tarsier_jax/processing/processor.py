@@ -29,13 +29,16 @@ _UNSUPPORTED_STEPS = ("do_crop", "do_padding", "do_resize")
 class ProcessorOptions:
     """What a user chooses. The defaults are those of the original's default configuration.
 
-    n_frames: frames a sample shows, shared by its videos; max_n_frames bounds them where `fps` asks for more.
-    max_pixels, min_pixels: of a frame or image, before rounding to whole patches.
-    max_pixels_per_sample: bounds all frames together, each counted twice if doubled; many frames are shown smaller.
-    max_seq_len: tokens of a sample, visual ones included.  video_sampler: "v1" evenly spaced with both ends, "v2" the
-    middle of equal segments.  force_frames_n_divisible: frames of a video are made a multiple of this, with black
-    ones at the end.  double_frames: every frame is a temporal patch of its own, unless the checkpoint pairs frames (see
-    `ImageOptions`).
+    Attributes:
+        n_frames: Frames per sample, shared by its videos.
+        max_n_frames: Largest number of frames per sample where `fps` selects more than n_frames.
+        max_pixels: Largest number of pixels of a frame or image, before rounding to whole patches.
+        min_pixels: Smallest number of pixels of a frame or image, before rounding to whole patches.
+        max_pixels_per_sample: Largest number of pixels of all frames together; a doubled frame counts twice.
+        max_seq_len: Largest number of tokens per sample, visual ones included.
+        video_sampler: "v1" samples evenly with both ends, "v2" samples the middle of equal segments.
+        force_frames_n_divisible: The frames of a video are padded with black ones to a multiple of this number.
+        double_frames: Every frame is a temporal patch of its own, unless the checkpoint pairs frames (`ImageOptions`).
     """
 
     n_frames: int = 16

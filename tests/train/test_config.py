@@ -19,6 +19,7 @@ from tarsier_jax.weights.names import abstract_state
 from train.config import FORMER_KEYS, MeshConfig, TrainConfig, default_config, define_flags, parse_config, read_flags
 from train.data.packing import DataConfig
 from train.optimizer import lr_factors, make_schedule, split_frozen
+from train.record import flatten
 from train.run import check_rows, mesh_of, row_share, run_config
 
 RECIPES = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.py") if path.stem != "debug")
@@ -239,6 +240,15 @@ def test_a_single_pattern_to_freeze(command_line: Callable[..., TrainConfig], re
 def test_unfit_flags(command_line: Callable[..., TrainConfig], recipe: str, arguments: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         command_line(recipe, *arguments)
+
+
+def test_help_lists_every_key(command_line: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command_line("--help")
+    printed = capsys.readouterr().out
+    for key, default in flatten(dataclasses.asdict(TrainConfig()), "--config.").items():
+        (description,) = re.findall(rf"^{re.escape(f'{key}={default!r}')}\n    (.*)$", printed, re.MULTILINE)
+        assert description, key
 
 
 @pytest.mark.parametrize(("former", "key"), FORMER_KEYS.items())
