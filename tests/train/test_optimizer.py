@@ -117,7 +117,7 @@ def test_only_the_first_moment_takes_another_dtype(mu_dtype: str) -> None:
 
 # Muon
 
-MUON = dataclasses.replace(PLAIN, muon=(".*/attn/.*/weight",))
+MUON = dataclasses.replace(PLAIN, muon_params=(".*/attn/.*/weight",))
 
 
 def test_muon_steps_along_the_nearest_orthogonal_matrix_of_each_layer() -> None:
@@ -151,9 +151,9 @@ def test_muon_of_what_is_no_matrix() -> None:
     with pytest.raises(
         InputError, match=r"optimizer\.muon_params matches decoder/layers/attn/q/bias, which is no matrix"
     ):
-        make_optimizer(dataclasses.replace(PLAIN, muon=("decoder/layers/.*",)), 10, make_params())
+        make_optimizer(dataclasses.replace(PLAIN, muon_params=("decoder/layers/.*",)), 10, make_params())
     with pytest.raises(InputError, match=r"optimizer\.muon_params has 'vision', which matches no parameter"):
-        make_optimizer(dataclasses.replace(PLAIN, muon=("vision",)), 10, make_params())
+        make_optimizer(dataclasses.replace(PLAIN, muon_params=("vision",)), 10, make_params())
 
 
 # Frozen parameters
