@@ -70,7 +70,7 @@ def train(workdir: Path, annotations: Path, steps: int) -> Path:
         "data.train": annotations,
         "data.eval": "",
         "data.media_root": annotations.parent,
-        "steps": steps,
+        "num_train_steps": steps,
         "score_clips": 0,
         "optimizer.peak_lr": 3e-4,
         "optimizer.warmup_steps": steps // 10,
