@@ -1,4 +1,4 @@
-"""Paths that programs are given, locks on what they write, and the directory of their caches."""
+"""Paths from the command line, locks on outputs, files and directories written as a whole, and the cache directory."""
 
 import argparse
 import contextlib
@@ -7,11 +7,12 @@ import fcntl
 import functools
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tarsier_jax.errors import InputError
+from tarsier_jax.errors import CheckpointError, InputError
 
 _SCHEME = re.compile(r"\s*(\w[\w+.-]+):/", re.IGNORECASE)  # with one slash too, which `Path` makes of two
 _SHOWN = 200  # characters of a URL that an error shows
@@ -80,6 +81,79 @@ def hidden(path: Path, ending: str) -> Path:
         return path.with_name(f".{path.name}.{ending}")
     except (ValueError, RuntimeError):  # the root directory, or a loop of links
         raise InputError(f"{path} cannot be written. Choose another path.") from None
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a hidden path beside `path` to write a file to, and renames that file to `path` at the end of the block.
+
+    If the block raises, the partial file is removed and `path` stays as it is. A link is followed, not replaced.
+
+    Raises:
+        InputError: `path` cannot name a file.
+        OSError: `path` cannot be written; a full disk is reported with the name of the file.
+    """
+    partial = hidden(path, "partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path.resolve())
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
+
+
+@contextlib.contextmanager
+def new_directory(out: Path, nbytes: int) -> Iterator[Path]:
+    """Yields an empty directory beside `out`, and renames it to `out` at the end of the block.
+
+    If the block raises, the directory is removed.
+
+    Args:
+        nbytes: size of the content in bytes; the disk must have as much free space.
+
+    Raises:
+        CheckpointError: `out` exists, or the disk has too little space, before or while writing.
+        InputError: another run is writing `out`.
+    """
+    out = out.resolve()
+    with locked(out):
+        partial = _make_partial(out, nbytes)
+        try:
+            yield partial
+            os.sync()  # the content must be on the disk before the name is
+            if out.exists():
+                out.rmdir()  # empty
+            partial.rename(out)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if is_disk_full(error):
+                message = f"The disk filled up while {out} was written. Make room, then run again."
+                raise CheckpointError(message) from None
+            raise
+
+
+def _make_partial(out: Path, nbytes: int) -> Path:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already. Remove it, or choose another name.")
+    partial = hidden(out, "partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
+    free = shutil.disk_usage(out.parent).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"{out} needs {nbytes / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free. Make room, or choose "
+            "another disk."
+        )
+    partial.mkdir()
+    return partial
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, also one of TensorStore or Orbax, which carry no errno, reports a full disk."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "ENOSPC" in str(error)
 
 
 def is_special(path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import cache_directory, check_local, locked, path_text, warn
+from tarsier_jax.files import atomic_write, cache_directory, check_local, locked, path_text, warn
 
 
 @pytest.mark.parametrize(
@@ -117,3 +117,32 @@ def test_the_cache_directory(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cache_directory("xla") is None
+
+
+def test_a_file_is_written_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with atomic_write(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_linked_file_is_replaced_behind_its_link(tmp_path: Path) -> None:
+    link, target = tmp_path / "link.json", tmp_path / "target.json"
+    link.symlink_to(target)
+    with atomic_write(link) as partial:
+        partial.write_text("new")
+    assert link.is_symlink() and target.read_text() == "new"
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*scores\.json"),
+        atomic_write(tmp_path / "scores.json"),
+    ):
+        raise OSError("UNKNOWN: ENOSPC while writing")

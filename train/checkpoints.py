@@ -1,7 +1,6 @@
 """Checkpoints of a run: asynchronous, whole or not there at all, a few kept, verified when they are read (Orbax)."""
 
 import dataclasses
-import errno
 import itertools
 import json
 import logging
@@ -21,6 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tarsier_jax.errors import CheckpointError
+from tarsier_jax.files import is_disk_full
 from train.data.packing import row_states
 from train.processes import on_any
 from train.state import TrainState
@@ -306,7 +306,7 @@ def _clear_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e) or "ENOSPC" in str(e):
+        if is_disk_full(e):
             message = f"The disk of {directory} is full. Make room, then start again: nothing saved before is lost."
             raise CheckpointError(message) from None
         if isinstance(e, OSError):

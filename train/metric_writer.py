@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from tensorboardX import SummaryWriter
 
+from tarsier_jax.files import atomic_write
 from train.data.packing import BadSample
 
 
@@ -25,9 +26,8 @@ class Log:
         if not self._file.exists():
             return
         lines = [line for line in self._file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        partial = self._file.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        partial.replace(self._file)
+        with atomic_write(self._file) as partial:
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer:

@@ -14,6 +14,7 @@ import jax
 
 import tarsier_jax
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import atomic_write
 from train.config import FORMER_KEYS
 
 _PACKAGES = ("tarsier_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -38,9 +39,8 @@ def check_run_metadata(workdir: Path, facts: Mapping[str, Any]) -> None:
                 f"{workdir} belongs to another run: {key} was {known[key]!r} and is now {value!r}. Choose another "
                 "--workdir, or give the same configuration and data as before."
             )
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    partial.rename(file)
+    with atomic_write(file) as partial:
+        partial.write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
 def record_start(workdir: Path, config: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from tarsier_jax.errors import InputError, reason_of
-from tarsier_jax.files import is_special
+from tarsier_jax.files import atomic_write, is_special
 from tarsier_jax.processing.jsonl import to_json
 
 _RESULTS = {"caption", "messages", "error"}  # one of which a line has
@@ -147,12 +147,10 @@ def write_parquet(lines: Path, output: Path) -> None:
     schema = pa.schema(
         (name, types.get(tuple(sorted(found - {type(None)}, key=str)), pa.string())) for name, found in kinds.items()
     )
-    partial = output.with_name(f".{output.name}.partial")
-    with pq.ParquetWriter(partial, schema) as writer:
+    with atomic_write(output) as partial, pq.ParquetWriter(partial, schema) as writer:
         for rows in _batches(finished_lines(lines)):
             columns = [pa.array([_cell(row.get(f.name), f.type) for row in rows], f.type) for f in schema]
             writer.write_table(pa.table(columns, schema))
-    os.replace(partial, output)
 
 
 def _batches(lines: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

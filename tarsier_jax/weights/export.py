@@ -13,6 +13,7 @@ from flax import nnx
 
 from tarsier_jax.config import ModelConfig, load_config
 from tarsier_jax.errors import CheckpointError
+from tarsier_jax.files import new_directory
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.chat import load_chat_template
 from tarsier_jax.processing.templates import save_chat_template
@@ -23,7 +24,6 @@ from tarsier_jax.weights.orbax import (
     check_arrays,
     copy_assets,
     is_converted,
-    new_directory,
     open_array,
     read_manifest,
 )

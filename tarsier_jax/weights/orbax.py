@@ -8,10 +8,8 @@ last.
 import collections
 import contextlib
 import dataclasses
-import errno
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +25,7 @@ from jax.sharding import Mesh
 
 from tarsier_jax.config import ModelConfig, load_config
 from tarsier_jax.errors import CheckpointError
-from tarsier_jax.files import hidden, locked
+from tarsier_jax.files import hidden, new_directory
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.templates import save_chat_template
 from tarsier_jax.sharding import parameter_path
@@ -109,7 +107,9 @@ def write_converted(out: Path, model: Tarsier, source: Path, chat_template: str)
         manifest = Manifest(checkpoint.layout, checkpoint.tied_head)
     nbytes = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
     with contextlib.ExitStack() as stack:
-        partial = stack.enter_context(new_directory(out, nbytes)) if jax.process_index() == 0 else _partial(out)
+        partial = (
+            stack.enter_context(new_directory(out, nbytes)) if jax.process_index() == 0 else hidden(out, "partial")
+        )
         _wait_for_all(f"{out} is there")
         save_checkpoint(partial / PARAMS, model)
         if jax.process_index() == 0:
@@ -122,50 +122,6 @@ def write_converted(out: Path, model: Tarsier, source: Path, chat_template: str)
 def _wait_for_all(moment: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(moment)
-
-
-def _partial(out: Path) -> Path:
-    return hidden(out, "partial")
-
-
-@contextlib.contextmanager
-def new_directory(out: Path, nbytes: int) -> Iterator[Path]:
-    """Gives a directory beside `out` to fill with `nbytes`, and renames it to `out` when all went well.
-
-    Raises:
-        CheckpointError: `out` exists, or the disk has not the room, before or while writing.
-        InputError: another run is writing `out`.
-    """
-    out = out.resolve()
-    with locked(out):
-        partial = _make_partial(out, nbytes)
-        try:
-            yield partial
-            os.sync()  # whole on the disk before it has its name
-            if out.exists():
-                out.rmdir()  # empty
-            partial.rename(out)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-                message = f"The disk filled up while {out} was written. Make room, then run again."
-                raise CheckpointError(message) from None
-            raise
-
-
-def _make_partial(out: Path, nbytes: int) -> Path:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already. Remove it, or choose another name.")
-    partial = _partial(out)
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-    free = shutil.disk_usage(out.parent).free
-    if free < nbytes:
-        raise CheckpointError(
-            f"{out} needs {nbytes / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free. Make room, or choose "
-            "another disk."
-        )
-    partial.mkdir()
-    return partial
 
 
 def copy_assets(source: Path, out: Path) -> None:

@@ -166,7 +166,7 @@ def test_what_exists_is_not_overwritten(write: Write, tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_nothing(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write()
-    monkeypatch.setattr(orbax_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(CheckpointError, match=r"needs 0.0 GiB, but only 0.0 GiB are free"):
         convert_hf(source, tmp_path / "orbax")
     monkeypatch.undo()

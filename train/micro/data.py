@@ -7,7 +7,6 @@ config.data.train: "random", a few rendered files, or "shapes", moving shapes fr
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from eval.shapes.clips import HELD_OUT
 from eval.shapes.describe import describe
 from eval.shapes.render import render, write_clip
 from eval.shapes.script import generate
+from tarsier_jax.files import new_directory
 from train.config import TrainConfig
 from train.micro.checkpoint import MICRO, TINY, write_untrained
 from train.micro.curriculum import Stage, write_seeds
@@ -67,14 +67,14 @@ def with_builtin(config: TrainConfig, workdir: Path) -> TrainConfig:
 
 
 def _write_shapes(directory: Path) -> None:
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     write_seeds(directory / "train.jsonl", STAGES)
     write_seeds(directory / "held_out.jsonl", [(_HELD_OUT_CLIPS, [_clip()])], first=HELD_OUT)
 
 
 def write_clips(directory: Path) -> Path:
     """A few GIFs of several sizes and lengths, with an answer and a worse one each; gives their annotations."""
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for i in range(_RANDOM_CLIPS):
         frames, height, width = 16 + 4 * i, 96 + 16 * (i % 3), 128 + 32 * (i % 2)
@@ -93,10 +93,8 @@ def write_clips(directory: Path) -> Path:
 def _once(directory: Path, write: Callable[[Path], object]) -> Path:
     """Process 0 writes, and renames when all is there; the others wait."""
     if jax.process_index() == 0 and not directory.exists():
-        partial = directory.with_name(f".{directory.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        write(partial)
-        partial.rename(directory)
+        with new_directory(directory, 0) as partial:
+            write(partial)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(str(directory))
     return directory

@@ -27,7 +27,7 @@ from eval.shapes.judge import score
 from eval.shapes.render import write_clip
 from infer.engine import Engine, Request, RequestError, fit_config
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import local_path, locked
+from tarsier_jax.files import atomic_write, local_path, locked
 from tarsier_jax.processing.perturb import KINDS
 from tarsier_jax.programs import add_model_flag, prepare_process, resolve_dtype, run
 
@@ -82,8 +82,12 @@ def write(args: argparse.Namespace) -> int:
     """Writes the clips and pairs; returns how many there are."""
     model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
     engine = Engine(model, processor, fit_config(processor, _SLOTS, _MAX_NEW_TOKENS))
-    partial, kept = args.output / ".pairs.jsonl.partial", 0
-    with partial.open("w", encoding="utf-8") as file, tqdm(total=args.clips, unit="clip") as bar:
+    kept = 0
+    with (
+        atomic_write(args.output / "pairs.jsonl") as partial,
+        partial.open("w", encoding="utf-8") as file,
+        tqdm(total=args.clips, unit="clip") as bar,
+    ):
         for number, clip, clean, disturbed in described(engine, args.seed, args.clips, args.temperature):
             if preferred(event_sentences(clip.scene), clean, disturbed):
                 path = write_clip(args.output / f"{number}.mp4", clip.video["frames"])
@@ -91,7 +95,6 @@ def write(args: argparse.Namespace) -> int:
                 kept += 1
             bar.set_postfix_str(f"{kept} pairs", refresh=False)
             bar.update()
-    partial.rename(args.output / "pairs.jsonl")
     return kept
 
 
