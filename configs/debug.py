@@ -14,12 +14,8 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
     config.num_train_steps, config.log_every, config.save_every, config.eval_every = 20, 1, 10, 10
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 2)
     config.processor.n_frames, config.processor.max_pixels = 4, 12_544
-    config.data.seq_len, config.data.vision_bins, config.data.patches_per_bin, config.data.frames_per_bin = (
-        448,
-        8,
-        64,
-        2,
-    )
+    config.data.seq_len = 448
+    config.data.vision_bins = config.data.patches_per_bin = config.data.frames_per_bin = -1
     config.data.global_batch_size, config.data.num_workers = 4, 2
     config.data.max_samples_per_seq = min(config.data.max_samples_per_seq, 4)
     return config

@@ -36,6 +36,7 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.programs import run
 from train.config import TrainConfig, define_flags, read_flags
+from train.data.packing import fit_packing
 from train.dpo import dpo_objective
 from train.run import Objective, check_rows, mesh_of, run_config
 from train.sft import sft_objective
@@ -182,8 +183,10 @@ def main() -> int:
     directory = Path(config.model)
     model = load_config(directory) if (directory / "config.json").exists() else ModelConfig()
     mesh = mesh_of(config.mesh, topology_devices(values.topology))
-    model = run_config(model, config, "tpu")
     objective = OBJECTIVES[values.program](config)
+    packing = fit_packing(config.data, config.processor, model.vision, objective.answers)
+    config = dataclasses.replace(config, data=packing)
+    model = run_config(model, config, "tpu")
     text, data = model.text, config.data
     print(
         f"{objective.name}, {text.num_layers} x {text.hidden_size}, {values.topology} ({dict(mesh.shape)}), "

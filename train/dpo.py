@@ -53,7 +53,7 @@ def dpo_objective(config: TrainConfig) -> Objective:
         return PackUnit(mask_shared(pair), {})
 
     if config.dpo.reference == "weights":
-        return Objective("dpo", loss, chosen, load, with_reference=True)
+        return Objective("dpo", loss, chosen, load, with_reference=True, answers=2)
     if config.processor.video_sampler == "v2":
         raise InputError(
             "dpo.reference is a file, but processor.video_sampler v2 shows other frames at every turn. Choose sampler "
@@ -75,7 +75,7 @@ def dpo_objective(config: TrainConfig) -> Objective:
                 dataclasses.replace(run, objective=Objective("reference", loss, chosen, load_with_key)), stored, pairs
             )
 
-    return Objective("dpo", loss, chosen, load_with_reference, {"reference": (pairs, 2)}, before=before)
+    return Objective("dpo", loss, chosen, load_with_reference, {"reference": (pairs, 2)}, before=before, answers=2)
 
 
 def mask_shared(pair: Sequence[Example]) -> list[Example]:

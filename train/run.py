@@ -23,7 +23,7 @@ from tarsier_jax.programs import resolve_dtype
 from tarsier_jax.sharding import BATCH, make_mesh
 from tarsier_jax.weights import resolve
 from train.config import MeshConfig, TrainConfig
-from train.data.packing import PackedRow, PackingConfig, PackUnit, describe_files, make_rows
+from train.data.packing import PackedRow, PackingConfig, PackUnit, describe_files, fit_packing, make_rows
 from train.micro.data import with_builtin
 from train.processes import compare
 from train.record import check_run_metadata, flatten, record_start
@@ -35,7 +35,7 @@ class Objective:
     """What SFT and DPO differ in.
 
     prepare: an annotation as a plain conversation.  load: the same as a unit to pack.  extra: see `PackingConfig`.
-    before: what has to be done before the first step.
+    before: what has to be done before the first step.  answers: sequences that share the frames of one sample.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Objective:
     extra: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     with_reference: bool = False
     before: Callable[["TrainRun"], None] | None = None
+    answers: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +112,11 @@ def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig
     mesh = mesh_of(config.mesh)
     check_rows(config, mesh)
     directory = resolve(config.model)
-    model_config = run_config(load_config(directory), config, mesh.devices.flat[0].platform)
+    objective, model_config = make_job(config), load_config(directory)
+    packing = fit_packing(config.data, config.processor, model_config.vision, objective.answers)
+    config = dataclasses.replace(config, data=packing)
+    model_config = run_config(model_config, config, mesh.devices.flat[0].platform)
     processor = training_processor(directory, model_config, config)
-    objective = make_job(config)
     try:
         spec = make_state_spec(model_config, config.optimizer, config.num_train_steps, mesh, objective.with_reference)
     except ValueError as e:
@@ -131,7 +134,8 @@ def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig
 _OF_A_HOST = ("model", "data.train", "data.eval", "data.media_root", "data.num_workers")
 # Settings of the data that a run keeps; of the others, only how fast rows are made depends on them.
 _OF_ROWS = (
-    *("seq_len", "vision_bins", "patches_per_bin", "frames_per_bin", "max_samples_per_seq"),
+    *("seq_len", "max_samples_per_seq"),
+    *("vision_bins", "patches_per_bin", "frames_per_bin"),  # may follow from others, so these come after them
     *("shuffle", "global_batch_size", "packing_buffer"),
 )
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
@@ -161,8 +165,8 @@ def _facts(
         "row_groups": row_share(mesh)[1],
         "seed": config.seed,
         "data.train": describe_files(config.data.train),
-        **{f"data.{key}": getattr(config.data, key) for key in _OF_ROWS},
         **flatten(dataclasses.asdict(config.processor), "processor."),
+        **{f"data.{key}": getattr(config.data, key) for key in _OF_ROWS},
         **{f"optimizer.{key}": getattr(optimizer, key) for key in ("freeze", "muon_params", "mu_dtype")},
     }
     if objective.name == "dpo":  # whose reference is the starting model, or a file of its log-probabilities
@@ -178,18 +182,13 @@ def run_config(model: ModelConfig, config: TrainConfig, platform: str) -> ModelC
     """The model's configuration with what the run chooses: dtype, attention, remat.
 
     Raises:
-        InputError: the platform ("cpu", "gpu" or "tpu") lacks the attention, or rows split a merged patch.
+        InputError: the platform ("cpu", "gpu" or "tpu") lacks the attention.
     """
     dtype = resolve_dtype(config.dtype, platform)
     attention = default_implementation(platform, dtype) if config.attention == "auto" else config.attention
     if attention not in ("xla", default_implementation(platform, dtype)):
         needs = {"cudnn": "a GPU and bfloat16", "splash": "a TPU"}[attention]
         raise InputError(f"config.attention={attention} needs {needs}, not {platform} and {dtype}. Choose auto.")
-    if config.data.patches_per_bin % model.vision.merge_factor:
-        raise InputError(
-            f"config.data.patches_per_bin is {config.data.patches_per_bin}, but must be a multiple of "
-            f"{model.vision.merge_factor}, the patches that the model merges into one token."
-        )
     return dataclasses.replace(model, dtype=dtype, attention=attention, remat=config.remat)
 
 

@@ -84,7 +84,7 @@ def test_rows_that_hold_no_pair() -> None:
     with pytest.raises(
         InputError, match=r"config\.data\.max_samples_per_seq is 1, but a row of DPO has to hold the 2 answers"
     ):
-        dpo_objective(TrainConfig(data=DataConfig(samples=1)))
+        dpo_objective(TrainConfig(data=DataConfig(max_samples_per_seq=1)))
 
 
 # The loss

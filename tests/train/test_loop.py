@@ -34,6 +34,13 @@ def debug_config(**over: Any) -> TrainConfig:
     return parse_config(config)
 
 
+@pytest.mark.parametrize("over", [{"processor.n_frames": 3}, {"processor.n_frames": 7, "processor.max_pixels": 20_000}])
+def test_other_frames_and_pixels_train(tmp_path: Path, over: dict[str, int]) -> None:
+    summary = train(debug_config(num_train_steps=2, eval_every=0, **over), tmp_path, sft_objective)
+    assert (summary.step, summary.stopped) == (2, False)
+    assert not list(tmp_path.glob("bad_samples*"))
+
+
 def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips = write_clips(tmp_path / "clips")
     lines = clips.read_text().splitlines()

@@ -16,13 +16,14 @@ from typing import Any, SupportsIndex
 import grain
 import numpy as np
 
+from tarsier_jax.config import VisionConfig
 from tarsier_jax.errors import InputError, reason_of
 from tarsier_jax.files import is_url
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.formats import normalize_sample
 from tarsier_jax.processing.jsonl import check_line, parse_json
 from tarsier_jax.processing.packing import Row, RowShape, Unit
-from tarsier_jax.processing.processor import Processor
+from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from train.checks import check, check_at_least
 
 FORGIVEN = 10  # bad samples that stop no run, whatever their share
@@ -37,9 +38,9 @@ class DataConfig:
         eval: Held-out annotation files, in the same format; empty for none.
         media_root: Directory that relative paths of videos and images start from.
         seq_len: Tokens per packed row.
-        vision_bins: Bins of patches per row.
-        patches_per_bin: Patches per bin; the largest frame must fit.
-        frames_per_bin: Frames per bin.
+        vision_bins: Bins of patches per row; -1 for as many full-size frames as seq_len takes.
+        patches_per_bin: Patches per bin, so of the largest frame; -1 for the size that processor.max_pixels allows.
+        frames_per_bin: Frames per bin; -1 for up to 16.
         max_samples_per_seq: Samples per row; 1 turns packing off.
         shuffle: Shuffle the lines at each pass; False keeps the order of the files.
         global_batch_size: Packed rows per optimizer step, over all devices and accumulation steps.
@@ -55,9 +56,9 @@ class DataConfig:
     eval: str = ""
     media_root: str = ""
     seq_len: int = 16_384
-    vision_bins: int = 28
-    patches_per_bin: int = 2432
-    frames_per_bin: int = 16
+    vision_bins: int = -1
+    patches_per_bin: int = -1
+    frames_per_bin: int = -1
     max_samples_per_seq: int = 64
     shuffle: bool = True
     global_batch_size: int = 64
@@ -66,8 +67,11 @@ class DataConfig:
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "seq_len", "patches_per_bin", "frames_per_bin", "max_samples_per_seq", "packing_buffer")
-        check_at_least(self, 0, "vision_bins", "num_workers")
+        check_at_least(self, 1, "seq_len", "max_samples_per_seq", "packing_buffer")
+        check_at_least(self, 0, "num_workers")
+        check(self, ["vision_bins"], lambda bins: bins >= -1, "at least 0, or -1 to be derived")
+        for name in ("patches_per_bin", "frames_per_bin"):
+            check(self, [name], lambda size: size == -1 or size >= 1, "at least 1, or -1 to be derived")
         check(self, ["max_bad_fraction"], lambda share: 0 <= share <= 1, "between 0 and 1")
 
     @property
@@ -75,6 +79,56 @@ class DataConfig:
         return RowShape(
             self.seq_len, self.vision_bins, self.patches_per_bin, self.frames_per_bin, self.max_samples_per_seq
         )
+
+
+_MAX_FRAMES_PER_BIN = 16
+_SMALLEST_FRAME = 16  # patches, Qwen2-VL's least
+
+
+def fit_packing(data: DataConfig, options: ProcessorOptions, vision: VisionConfig, answers: int = 1) -> DataConfig:
+    """Derives the sizes of the bins that are -1.
+
+    Args:
+        answers: Sequences that share the frames of one sample: two in DPO.
+
+    Returns:
+        The configuration with vision_bins, patches_per_bin and frames_per_bin set. A row has a bin for each full-size
+        frame that seq_len takes, and no more than n_frames of each sample need. Longer videos have smaller frames,
+        which share bins.
+
+    Raises:
+        InputError: bins would split a merged patch.
+    """
+    if data.patches_per_bin != -1 and data.patches_per_bin % vision.merge_factor:
+        raise InputError(
+            f"config.data.patches_per_bin is {data.patches_per_bin}, but must be a multiple of {vision.merge_factor}, "
+            "the patches that the model merges into one token."
+        )
+    budget = options.max_pixels / (vision.patch_size * vision.spatial_merge_size) ** 2  # tokens per frame
+    patches = data.patches_per_bin
+    if patches == -1:
+        patches = max(
+            _largest_frame(budget) * vision.merge_factor, 2 * _SMALLEST_FRAME
+        )  # enlarged sides are rounded up
+        patches = -(-patches // 64) * 64 if patches > 512 else patches  # tiles of the accelerators' kernels
+    bins = data.vision_bins
+    if bins == -1:
+        frames = max(1, data.max_samples_per_seq // answers) * options.n_frames
+        bins = max(1, min(int(data.seq_len / budget), frames))
+    per_bin = data.frames_per_bin
+    if per_bin == -1:
+        per_bin = max(1, min(_MAX_FRAMES_PER_BIN, patches // _SMALLEST_FRAME))
+    return dataclasses.replace(data, vision_bins=bins, patches_per_bin=patches, frames_per_bin=per_bin)
+
+
+def _largest_frame(budget: float) -> int:
+    """Tokens of the largest frame within a budget, after its sides are rounded to whole merged patches.
+
+    A side of h comes from at least h - 1/2. Frames are at most four times as wide as high; a flatter one may exceed
+    the bin. It is then a bad sample whose reason names the sizes.
+    """
+    sides = [(h, int(budget / (h - 0.5) + 0.5)) for h in range(1, math.isqrt(int(budget)) + 2)]
+    return max((h * w for h, w in sides if h <= w <= 4 * h), default=math.ceil(budget))
 
 
 @dataclasses.dataclass(frozen=True)

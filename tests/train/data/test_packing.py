@@ -12,18 +12,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tarsier_jax.config import VisionConfig
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.image import ImageOptions, smart_resize
 from tarsier_jax.processing.packing import RowShape
-from tarsier_jax.processing.processor import Processor
+from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from tests.train.texts import ROWS, load, open_rows, write_lines, write_texts
 from train.config import TrainConfig
 from train.data.packing import (
     FORGIVEN,
     BadSample,
+    DataConfig,
     PackedRow,
     PackingConfig,
     PackUnit,
     check_share,
+    fit_packing,
     lines_of,
     row_states,
 )
@@ -384,3 +388,33 @@ def test_a_clip_that_was_decoded_before_a_restart_may_be_gone_after_it(clip: str
     (row,) = take(1, again)
     assert row.keys == () and [bad.line for bad in row.bad] == [4]  # lines 2 and 3 were drawn before
     again.close()
+
+
+# Sizes of the bins
+
+
+def test_sizes_of_bins_follow_from_the_sequence_and_the_frames() -> None:
+    def sizes(data: DataConfig, answers: int = 1, **options: int) -> tuple[int, int, int]:
+        fitted = fit_packing(data, ProcessorOptions(**options), VisionConfig(), answers)
+        return fitted.vision_bins, fitted.patches_per_bin, fitted.frames_per_bin
+
+    assert sizes(DataConfig()) == (27, 2496, 16)  # 27 frames of 460,800 pixels are 15,876 of 16,384 tokens
+    assert sizes(DataConfig(seq_len=20_480, max_samples_per_seq=2), answers=2) == (16, 2496, 16)  # a pair per row
+    assert sizes(DataConfig(max_samples_per_seq=4), n_frames=3) == (12, 2496, 16)
+    assert sizes(DataConfig(seq_len=448, max_samples_per_seq=4), n_frames=3, max_pixels=12_544) == (12, 80, 5)
+    assert sizes(DataConfig(vision_bins=0, patches_per_bin=64)) == (0, 64, 4)  # set values stay
+    with pytest.raises(InputError, match=r"config\.data\.patches_per_bin is 50, but must be a multiple of 4"):
+        sizes(DataConfig(patches_per_bin=50))
+
+
+@pytest.mark.parametrize("max_pixels", [3136, 12_544, 73_728, 460_800])
+def test_every_frame_up_to_four_times_as_wide_as_high_fits_a_bin(max_pixels: int) -> None:
+    patches = fit_packing(DataConfig(), ProcessorOptions(max_pixels=max_pixels), VisionConfig()).patches_per_bin
+    rng, image, areas = np.random.default_rng(0), ImageOptions(), []
+    for _ in range(3000):
+        height, aspect = int(rng.integers(200, 2000)), rng.uniform(1, 3.9)
+        size = smart_resize(height, int(height * aspect), 1, 0, max_pixels)
+        if min(size) >= image.factor:  # smaller ones are refused
+            height, width = smart_resize(*size, image.factor, image.min_pixels, image.max_pixels)
+            areas.append(height * width // image.patch_size**2)
+    assert patches / 1.25 <= max(areas) <= patches
