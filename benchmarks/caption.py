@@ -31,7 +31,7 @@ from convert.backends import HuggingFace
 from eval.shapes.annotations import ask
 from eval.shapes.clips import draw_clips
 from infer.engine import Completion, Engine, EngineConfig, Request, fit_config
-from tarsier_jax.config import load_config
+from tarsier_jax.families import load_config
 from tarsier_jax.models.tarsier import unstack
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.packing import RowShape

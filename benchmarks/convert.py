@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
-from tarsier_jax.weights.export import Entry, config_for, write_shards
+from tarsier_jax.families.qwen2_vl import config_json
+from tarsier_jax.weights.export import Entry, write_shards
 from tarsier_jax.weights.names import parameters
 
 TEXT = TextConfig(vocab_size=151_936, hidden_size=1536, mlp_dim=8960, num_heads=12, num_kv_heads=2, tie_embeddings=True)
@@ -44,7 +45,7 @@ print(time.perf_counter() - start, before, peak())
 def write_checkpoint(directory: Path) -> tuple[int, int]:
     """Writes random weights; gives their bytes, and those of the largest tensor."""
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config_for(CONFIG, "qwen2_vl")), encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(config_json(CONFIG, "qwen2_vl")), encoding="utf-8")
     rng, dtype = np.random.default_rng(0), np.dtype(jnp.bfloat16)
     entries = []
     for parameter in parameters(CONFIG, "qwen2_vl"):

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.families import load_config
 from tarsier_jax.generation.decode import decode, prefill
 from tarsier_jax.generation.sampling import make_sampling
 from tarsier_jax.models.tarsier import unstack

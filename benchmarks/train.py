@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.describe import END, IMAGE, START, THREADS, make_reference, reference_inputs, seconds
-from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig, load_config
+from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
+from tarsier_jax.families import load_config
 from tarsier_jax.models.attention import default_implementation
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.packing import Row, RowShape

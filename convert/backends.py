@@ -11,13 +11,13 @@ import numpy as np
 from tarsier_jax.api import use_mesh_of
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError
+from tarsier_jax.families import family_of
 from tarsier_jax.generation.decode import generate_batch
 from tarsier_jax.generation.sampling import make_sampling
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch, Example
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.weights import hf_tensors
-from tarsier_jax.weights.export import config_for
 
 
 class Side(Protocol):
@@ -88,7 +88,8 @@ class HuggingFace:
             ) from None
         self.torch, self.eos_token_ids = torch, list(eos_token_ids)
         with torch.device("meta"):
-            model = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_dict(config_for(config, "qwen2_vl")))
+            raw = family_of(config).config_json(config, "qwen2_vl")
+            model = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_dict(raw))
         tensors = {
             name: torch.from_numpy(np.array(value, np.float32)) for name, value in hf_tensors(directory, "qwen2_vl_new")
         }

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from tarsier_jax.config import load_config
+from tarsier_jax.families import family_of, load_config
 from tarsier_jax.generation.decode import generate_batch
 from tarsier_jax.generation.sampling import make_sampling
 from tarsier_jax.models.attention import default_implementation
 from tarsier_jax.models.tarsier import Tarsier, unstack
-from tarsier_jax.processing.processor import Processor, load_processor
+from tarsier_jax.processing.processor import Processor
 from tarsier_jax.weights import load_weights, resolve
 
 
@@ -39,7 +39,7 @@ def load(
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     attention = default_implementation(platform, dtype)
     config = dataclasses.replace(load_config(directory), dtype=dtype, param_dtype=dtype, attention=attention)
-    processor = load_processor(directory, config)  # first: it fails fast
+    processor = family_of(config).load_processor(directory, config)  # first: it fails fast
     model = load_weights(directory, config, mesh, int8)
     # See models.layers.apply_layers: only a TPU reads a layer out of a stack without copying it.
     return (model if platform == "tpu" else unstack(model)), processor

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from tarsier_jax.api import use_mesh_of
-from tarsier_jax.config import load_config
+from tarsier_jax.families import load_config
 from tarsier_jax.generation.decode import generate_batch, prefill
 from tarsier_jax.generation.sampling import make_sampling
 from tarsier_jax.models.tarsier import unstack

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.families import load_config
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch, Buckets, Example, make_batch
 from tarsier_jax.processing.positions import mrope_positions

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig, load_config, parse_config
+from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
 from tarsier_jax.errors import CheckpointError
+from tarsier_jax.families import FAMILIES, family_of, family_of_json, load_config, parse_config
+from tarsier_jax.families.family import Family
 
 QWEN2_VL_2B = {
     "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -118,6 +120,23 @@ def test_tarsier2_of_another_kind_is_named() -> None:
     raw = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {"model_type": "qwen2_vl"}}
     with pytest.raises(CheckpointError, match=r"text_config.model_type is 'llama'"):
         parse_config(raw)
+
+
+def test_the_error_lists_the_type_of_each_half() -> None:
+    raw = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip"}}
+    message = "model_type is 'llava', text_config.model_type is 'llama', vision_config.model_type is 'clip', which"
+    with pytest.raises(CheckpointError, match=f"x.json: {message} is not supported. Supported are Qwen2-VL"):
+        parse_config(raw, source="x.json")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_family_reads_the_config_json_that_it_writes(family: Family) -> None:
+    config = parse_config(QWEN2_VL_2B)
+    assert family_of(config) is family
+    for layout in family.layouts:
+        raw = family.config_json(config, layout)
+        assert family_of_json(raw) is family
+        assert parse_config(raw) == config
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import InputError
+from tarsier_jax.families import load_config
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.programs import run
 from train.config import TrainConfig, define_flags, read_flags

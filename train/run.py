@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import InputError
+from tarsier_jax.families import family_of, load_config
 from tarsier_jax.models.attention import default_implementation
 from tarsier_jax.processing.packing import stack_rows
-from tarsier_jax.processing.processor import Processor, load_processor
+from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.templates import training_template
 from tarsier_jax.programs import resolve_dtype
 from tarsier_jax.sharding import BATCH, make_mesh
@@ -197,7 +198,7 @@ def training_processor(directory: Path, model: ModelConfig, config: TrainConfig)
 
     A template that does not mark answers (Qwen2-VL's) is replaced by ChatML that does; see `training_template`.
     """
-    processor = load_processor(directory, model)
+    processor = family_of(model).load_processor(directory, model)
     template = training_template(processor.chat_template)
     return dataclasses.replace(processor, chat_template=template, options=config.processor)
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tarsier_jax.config import ModelConfig
+from tarsier_jax.families import family_of
 from tarsier_jax.processing.batch import Batch
 
 # Peak bfloat16 FLOP/s of a device, by what `device_kind` starts with. Source: the vendors' data sheets, not sparse.
@@ -69,22 +70,13 @@ def work_of(batch: Batch) -> Work:
 def step_flops(config: ModelConfig, work: Work, vision_trained: bool = True) -> float:
     """Floating-point operations of a training step: matrix products, forward and twice that backward.
 
-    A vision tower that is not trained runs forward only.
-
-    Recomputed activations and padding are not counted, nor norms and softmax: what is left is model FLOPs, as in the
-    PaLM report (arXiv 2204.02311, appendix B).
+    A vision tower that is not trained runs forward only. Recomputed activations and padding are not counted; see
+    `Family.forward_flops` for the rest.
     """
-    text, vision = config.text, config.vision
-    heads = (text.num_heads + text.num_kv_heads) * 2 * text.head_dim  # q, o and k, v
-    layer = text.hidden_size * (heads + 3 * text.mlp_dim)
-    token = text.num_layers * layer + text.hidden_size * text.vocab_size
-    block = vision.embed_dim * (4 * vision.embed_dim + 2 * vision.mlp_dim)
-    width = vision.embed_dim * vision.merge_factor
-    merger = width * (width + vision.out_dim) / vision.merge_factor
-    patch = vision.patch_dim * vision.embed_dim + vision.depth * block + merger
-    decoder = token * work.tokens + 2 * text.num_layers * text.num_heads * text.head_dim * work.token_pairs
-    tower = patch * work.patches + 2 * vision.depth * vision.embed_dim * work.patch_pairs
-    return 2 * (3 * decoder + (3 if vision_trained else 1) * tower)
+    decoder, tower = family_of(config).forward_flops(
+        config, work.tokens, work.token_pairs, work.patches, work.patch_pairs
+    )
+    return 3 * decoder + (3 if vision_trained else 1) * tower
 
 
 def _over_processes(work: Work) -> Work:

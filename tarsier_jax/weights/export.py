@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError
+from tarsier_jax.families import family_of, load_config
+from tarsier_jax.families.family import Layout
 from tarsier_jax.files import new_directory
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.chat import load_chat_template
 from tarsier_jax.processing.templates import save_chat_template
 from tarsier_jax.weights.match import open_checkpoint
-from tarsier_jax.weights.names import LAYOUTS, abstract_state, parameters
+from tarsier_jax.weights.names import abstract_state, parameters
 from tarsier_jax.weights.orbax import (
     Progress,
     check_arrays,
@@ -57,7 +59,7 @@ def convert_to_hf(
     """Writes a converted directory back as a Hugging Face directory; memory stays near one tensor.
 
     Args:
-        layout: a key of LAYOUTS; the source's own when None. Another layout brings a config.json of its kind.
+        layout: a key of `Family.layouts`; the source's own when None. Another layout brings a config.json of its kind.
         dtype: what values are rounded to; their own when None.
 
     Returns:
@@ -78,7 +80,7 @@ def convert_to_hf(
             read = lambda part=part, target=target: part.read().result().astype(target, copy=False)  # noqa: E731
             entries.append(Entry(name, parameter.tensor_shape, target, read))
     if manifest.tied_head:
-        entries.append(_tied_head(entries, layout))
+        entries.append(_tied_head(entries, family_of(config).layouts[layout]))
     with new_directory(out, sum(entry.nbytes for entry in entries)) as partial:
         write_shards(partial, entries, progress)
         copy_assets(source, partial)
@@ -88,7 +90,7 @@ def convert_to_hf(
     return [entry.name for entry in entries]
 
 
-def export_hf(model: Tarsier, out: Path, layout: str = "tarsier2") -> None:
+def export_hf(model: Tarsier, out: Path, layout: str) -> None:
     """Writes the weights of a model with stacked layers as safetensors into `out`, beside what is there."""
     state = dict(nnx.to_flat_state(nnx.state(model)))
     entries = []
@@ -116,9 +118,9 @@ def hf_tensors(directory: Path, layout: str) -> Iterator[tuple[str, np.ndarray]]
             yield name, tensor.read(0, tensor.size).reshape(tensor.shape)
 
 
-def _tied_head(entries: list[Entry], layout: str) -> Entry:
-    embedding = next(entry for entry in entries if entry.name == LAYOUTS[layout].decoder + "embed_tokens.weight")
-    return dataclasses.replace(embedding, name=LAYOUTS[layout].lm_head)
+def _tied_head(entries: list[Entry], layout: Layout) -> Entry:
+    embedding = next(entry for entry in entries if entry.name == layout.decoder + "embed_tokens.weight")
+    return dataclasses.replace(embedding, name=layout.lm_head)
 
 
 def write_shards(out: Path, entries: list[Entry], progress: Progress | None = None) -> None:
@@ -163,60 +165,15 @@ def _write_safetensors(path: Path, entries: list[Entry]) -> Iterator[int]:
 
 
 def _rewrite_configs(directory: Path, config: ModelConfig, layout: str) -> None:
-    """config.json, and the pixel limits in preprocessor_config.json, as the other layout's loaders read them."""
+    """Rewrites config.json and preprocessor_config.json for the loaders of another layout."""
+    family = family_of(config)
     path = directory / "config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: raw[key] for key in ("torch_dtype", "dtype", "bos_token_id", "eos_token_id") if key in raw}
-    path.write_text(json.dumps({**kept, **config_for(config, layout)}, indent=2), encoding="utf-8")
+    common = {key: raw[key] for key in ("torch_dtype", "dtype", "bos_token_id", "eos_token_id") if key in raw}
+    path.write_text(json.dumps({**common, **family.config_json(config, layout)}, indent=2), encoding="utf-8")
     path = directory / "preprocessor_config.json"
-    if layout != "tarsier2" and path.exists():
+    if path.exists():
         raw = json.loads(path.read_text(encoding="utf-8"))
-        size = raw.get("size") or {}
-        if "min_pixels" in size:
-            raw["size"] = {"shortest_edge": size["min_pixels"], "longest_edge": size["max_pixels"]}
-            path.write_text(json.dumps(raw, indent=2), encoding="utf-8")
-
-
-def config_for(config: ModelConfig, layout: str) -> dict[str, Any]:
-    """The content of a config.json for `layout`; `tarsier_jax.config.parse_config` reads it back."""
-    text, vision = config.text, config.vision
-    decoder = {
-        "model_type": "qwen2_vl",
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.mlp_dim,
-        "num_hidden_layers": text.num_layers,
-        "num_attention_heads": text.num_heads,
-        "num_key_value_heads": text.num_kv_heads,
-        "rms_norm_eps": text.norm_eps,
-        "rope_theta": text.rope_theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_section)},
-        "tie_word_embeddings": text.tie_embeddings,
-        "image_token_id": config.image_token_id,
-        "video_token_id": config.video_token_id,
-        "vision_start_token_id": config.vision_start_token_id,
-        "vision_end_token_id": config.vision_end_token_id,
-    }
-    tower = {
-        "model_type": "qwen2_vl",
-        "depth": vision.depth,
-        "embed_dim": vision.embed_dim,
-        "num_heads": vision.num_heads,
-        "mlp_ratio": int(vision.mlp_ratio),
-        "hidden_size": vision.out_dim,
-        "in_channels": vision.in_channels,
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "spatial_merge_size": vision.spatial_merge_size,
-    }
-    if layout != "tarsier2":
-        return {"architectures": ["Qwen2VLForConditionalGeneration"], **decoder, "vision_config": tower}
-    return {
-        "architectures": ["TarsierForConditionalGeneration"],
-        "model_type": "llava",
-        "image_token_index": config.image_token_id,
-        "projection_head": None,
-        "tie_word_embeddings": text.tie_embeddings,
-        "text_config": decoder,
-        "vision_config": tower,
-    }
+        rewritten = family.preprocessor_json(raw, layout)
+        if rewritten != raw:
+            path.write_text(json.dumps(rewritten, indent=2), encoding="utf-8")

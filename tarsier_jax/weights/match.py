@@ -9,7 +9,8 @@ import numpy as np
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError
-from tarsier_jax.weights.names import IGNORED, LAYOUTS, Parameter, detect_layout, parameters
+from tarsier_jax.families import family_of
+from tarsier_jax.weights.names import Parameter, detect_layout, parameters
 from tarsier_jax.weights.safetensors import Tensor, open_tensors
 
 _SHOWN = 10  # names of each kind of problem that an error lists
@@ -37,16 +38,20 @@ def open_checkpoint(directory: Path, config: ModelConfig) -> Checkpoint:
         CheckpointError: a tensor is missing, is one too many, or has another shape; the layers of one parameter have
             different dtypes; a tied head differs from the embedding. All problems are told at once.
     """
-    tensors = open_tensors(directory)
-    layout = detect_layout(tensors)
+    family, tensors = family_of(config), open_tensors(directory)
+    layout = detect_layout(family, tensors)
     if layout is None:
         raise CheckpointError(
-            f"{directory} holds no vision tower: no tensor's name begins with "
-            f"{', '.join(each.vision for each in LAYOUTS.values())}. Give a Tarsier2 or Qwen2-VL checkpoint."
+            f"{directory} contains no vision tower: no tensor's name begins with "
+            f"{', '.join(each.vision for each in family.layouts.values())}. Give a {family.name} checkpoint."
         )
     wanted = parameters(config, layout)
-    left = {name: t for name, t in tensors.items() if not any(re.fullmatch(pattern, name) for pattern in IGNORED)}
-    head = left.pop(LAYOUTS[layout].lm_head, None) if config.text.tie_embeddings else None
+    left = {
+        name: t
+        for name, t in tensors.items()
+        if not any(re.fullmatch(pattern, name) for pattern in family.ignored_names)
+    }
+    head = left.pop(family.layouts[layout].lm_head, None) if config.text.tie_embeddings else None
     missing, misshapen, mixed = [], [], []
     sources = []
     for parameter in wanted:

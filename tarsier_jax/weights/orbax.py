@@ -23,8 +23,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError
+from tarsier_jax.families import load_config
 from tarsier_jax.files import hidden, new_directory
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.templates import save_chat_template

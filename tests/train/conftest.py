@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tarsier_jax.config import parse_config
+from tarsier_jax.families import parse_config
 from tarsier_jax.processing.processor import Processor, load_processor
 from train.micro.checkpoint import TINY, shapes_tokenizer, untrained_config
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tarsier_jax.config import ModelConfig, load_config
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.families import load_config
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.packing import Row, RowShape, Unit
 from tarsier_jax.sharding import make_mesh

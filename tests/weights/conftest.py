@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tarsier_jax.weights.names import LAYOUTS
+from tarsier_jax.families.qwen2_vl import LAYOUTS
 from tests import reference
 
 Write = Callable[..., Path]

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from tarsier_jax.api import use_mesh_of
-from tarsier_jax.config import load_config
+from tarsier_jax.families import load_config
 from tarsier_jax.sharding import make_mesh, parameter_path, parameter_spec
 from tarsier_jax.weights import load_weights
 from tests import reference

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tarsier_jax.config import load_config
+from tarsier_jax.families import load_config
 from tarsier_jax.sharding import make_mesh, parameter_path, parameter_spec
 from tarsier_jax.weights import load_weights
 

@@ -13,8 +13,8 @@ import pytest
 import qwix
 from flax import nnx
 
-from tarsier_jax.config import load_config
 from tarsier_jax.errors import InputError
+from tarsier_jax.families import load_config
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.sharding import parameter_path
 from tarsier_jax.weights import convert_hf, load_weights

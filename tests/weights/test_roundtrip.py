@@ -16,13 +16,13 @@ import torch
 from flax import nnx
 from transformers import Qwen2VLForConditionalGeneration
 
-from tarsier_jax.config import load_config
 from tarsier_jax.errors import CheckpointError, InputError
+from tarsier_jax.families import load_config
+from tarsier_jax.families.qwen2_vl import LAYOUTS
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.chat import BARE_CHATML, load_chat_template, render
 from tarsier_jax.weights import convert_hf, convert_to_hf, export_hf, hf_tensors, load_weights, save_checkpoint
 from tarsier_jax.weights import orbax as orbax_module
-from tarsier_jax.weights.names import LAYOUTS
 from tests import reference
 from tests.weights.conftest import Write, bits
 

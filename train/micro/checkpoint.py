@@ -15,7 +15,7 @@ from eval.shapes.annotations import GROUNDED_PROMPT, IMAGE_PROMPT, PROMPT
 from eval.shapes.describe import describe, describe_frame, describe_grounded
 from eval.shapes.questions import questions
 from eval.shapes.script import generate
-from tarsier_jax.config import parse_config
+from tarsier_jax.families import parse_config
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.chat import BARE_CHATML
 from tarsier_jax.weights import export_hf

@@ -1,0 +1,260 @@
+"""Qwen2-VL, and Tarsier2, which is a fine-tuned Qwen2-VL.
+
+Three layouts of config.json are supported; none of them runs code that comes with a checkpoint:
+
+* Tarsier2: `model_type: llava` around a `text_config` and a `vision_config` of type qwen2_vl. Either may lack fields
+  (the defaults are Qwen2-VL-7B's) or contain the half of interest one level deeper.
+* Qwen2-VL as released: decoder fields at the top level, `rope_scaling` and `rope_theta`.
+* Qwen2-VL as transformers 5 writes it: decoder fields in `text_config`, with `rope_parameters`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
+from tarsier_jax.errors import CheckpointError
+from tarsier_jax.families.family import Family, Layout, NameTable
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.processor import load_processor
+
+_MODEL_TYPES = ("qwen2_vl", "qwen2_vl_text", "qwen2_vl_vision")
+_SUPPORTED = (
+    "Qwen2-VL (model_type qwen2_vl) and Tarsier2 (model_type llava with a text_config and a vision_config of type "
+    "qwen2_vl)"
+)
+
+LAYOUTS = {
+    "tarsier2": Layout("vision_tower.", "language_model.model.", "language_model.lm_head.weight"),
+    "qwen2_vl_new": Layout("model.visual.", "model.language_model.", "lm_head.weight"),
+    "qwen2_vl": Layout("visual.", "model.", "lm_head.weight"),
+}
+
+_VISION_NAMES: NameTable = (
+    ("patch_embed", "patch_embed.proj", ("weight",)),
+    ("blocks/norm1", "blocks.{}.norm1", ("weight", "bias")),
+    ("blocks/norm2", "blocks.{}.norm2", ("weight", "bias")),
+    ("blocks/attn/qkv", "blocks.{}.attn.qkv", ("weight", "bias")),
+    ("blocks/attn/proj", "blocks.{}.attn.proj", ("weight", "bias")),
+    ("blocks/mlp/fc1", "blocks.{}.mlp.fc1", ("weight", "bias")),
+    ("blocks/mlp/fc2", "blocks.{}.mlp.fc2", ("weight", "bias")),
+    ("merger/norm", "merger.ln_q", ("weight", "bias")),
+    ("merger/fc1", "merger.mlp.0", ("weight", "bias")),
+    ("merger/fc2", "merger.mlp.2", ("weight", "bias")),
+)
+_DECODER_NAMES: NameTable = (
+    ("embed", "embed_tokens", ("weight",)),
+    ("layers/input_norm", "layers.{}.input_layernorm", ("weight",)),
+    ("layers/post_norm", "layers.{}.post_attention_layernorm", ("weight",)),
+    ("layers/attn/q", "layers.{}.self_attn.q_proj", ("weight", "bias")),
+    ("layers/attn/k", "layers.{}.self_attn.k_proj", ("weight", "bias")),
+    ("layers/attn/v", "layers.{}.self_attn.v_proj", ("weight", "bias")),
+    ("layers/attn/o", "layers.{}.self_attn.o_proj", ("weight",)),
+    ("layers/mlp/gate", "layers.{}.mlp.gate_proj", ("weight",)),
+    ("layers/mlp/up", "layers.{}.mlp.up_proj", ("weight",)),
+    ("layers/mlp/down", "layers.{}.mlp.down_proj", ("weight",)),
+    ("norm", "norm", ("weight",)),
+)
+
+# transformers computes the rotary frequencies from the config; older checkpoints contain them.
+_IGNORED_NAMES = (r".*\.rotary_emb\.inv_freq",)
+
+
+def matches(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of Qwen2-VL, or of a Tarsier2 of which at least one half is Qwen2-VL's."""
+    halves = (raw.get("text_config"), raw.get("vision_config"))
+    types = [half.get("model_type") for half in halves if isinstance(half, Mapping)]
+    return raw.get("model_type") == "qwen2_vl" or (
+        raw.get("model_type") == "llava" and any(model_type in _MODEL_TYPES for model_type in types)
+    )
+
+
+def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
+    """Builds the configuration from the parsed content of a `config.json`; `source` names it in errors."""
+    if raw["model_type"] == "llava":
+        text, vision = _mapping(raw, "text_config", source), _mapping(raw, "vision_config", source)
+        for name, part in (("text_config", text), ("vision_config", vision)):
+            if part.get("model_type") not in _MODEL_TYPES:
+                raise _unsupported(f"{name}.model_type", part.get("model_type"), source)
+        tokens = {**text, **raw, "image_token_id": raw.get("image_token_index", text.get("image_token_id"))}
+        tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
+        # Each half may be a complete Qwen2-VL config itself, with the half of interest one level deeper.
+        text, vision = text.get("text_config") or text, vision.get("vision_config") or vision
+    else:
+        text, vision = raw.get("text_config") or raw, _mapping(raw, "vision_config", source)
+        tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
+        tokens = {**text, **raw}
+    text_config = _text_config(text, bool(tied), source)
+    vision_config = _vision_config(vision, text_config.hidden_size)
+    _check(text_config, vision_config, source)
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {name: int(tokens[name]) for name in names if tokens.get(name) is not None}
+    return dataclasses.replace(ModelConfig(text=text_config, vision=vision_config), **ids)
+
+
+def _mapping(raw: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
+    value = raw.get(key)
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{source} has no {key}. A Tarsier2 or Qwen2-VL config.json contains one; copy it again.")
+    return value
+
+
+def _unsupported(key: str, value: Any, source: str) -> CheckpointError:
+    return CheckpointError(f"{source}: {key} is {value!r}, which is not supported. Supported are {_SUPPORTED}.")
+
+
+def _text_config(raw: Mapping[str, Any], tied: bool, source: str) -> TextConfig:
+    if raw.get("use_sliding_window"):
+        raise CheckpointError(f"{source}: use_sliding_window is true; sliding-window attention is not supported.")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise _unsupported("hidden_act", raw["hidden_act"], source)
+    default = TextConfig()
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise _unsupported("rope type", kind, source)
+    hidden_size = raw.get("hidden_size", default.hidden_size)
+    num_heads = raw.get("num_attention_heads", default.num_heads)
+    return TextConfig(
+        vocab_size=raw.get("vocab_size", default.vocab_size),
+        hidden_size=hidden_size,
+        mlp_dim=raw.get("intermediate_size", default.mlp_dim),
+        num_layers=raw.get("num_hidden_layers", default.num_layers),
+        num_heads=num_heads,
+        num_kv_heads=raw.get("num_key_value_heads", default.num_kv_heads) or num_heads,
+        head_dim=raw.get("head_dim") or hidden_size // num_heads,
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta", default.rope_theta)),
+        mrope_section=tuple(rope.get("mrope_section", default.mrope_section)),
+        norm_eps=raw.get("rms_norm_eps", default.norm_eps),
+        tie_embeddings=tied,
+    )
+
+
+def _vision_config(raw: Mapping[str, Any], decoder_width: int) -> VisionConfig:
+    default = VisionConfig()
+    return VisionConfig(
+        depth=raw.get("depth", default.depth),
+        embed_dim=raw.get("embed_dim", default.embed_dim),
+        num_heads=raw.get("num_heads", default.num_heads),
+        mlp_ratio=raw.get("mlp_ratio", default.mlp_ratio),
+        out_dim=decoder_width,  # a full Qwen2-VL config repeats the decoder's hidden_size here, or leaves it out
+        in_channels=raw.get("in_channels", raw.get("in_chans", default.in_channels)),
+        patch_size=raw.get("patch_size", default.patch_size),
+        temporal_patch_size=raw.get("temporal_patch_size", default.temporal_patch_size),
+        spatial_merge_size=raw.get("spatial_merge_size", default.spatial_merge_size),
+        rope_theta=float((raw.get("rope_parameters") or {}).get("rope_theta", default.rope_theta)),
+    )
+
+
+def _check(text: TextConfig, vision: VisionConfig, source: str) -> None:
+    problems = []
+    if text.num_heads % text.num_kv_heads:
+        problems.append(f"{text.num_heads} attention heads do not divide among {text.num_kv_heads} key-value heads")
+    if 2 * sum(text.mrope_section) != text.head_dim:
+        problems.append(f"mrope_section {text.mrope_section} does not sum to half the head width {text.head_dim}")
+    if vision.embed_dim % (4 * vision.num_heads):
+        problems.append(f"the vision width {vision.embed_dim} is not a multiple of 4 x {vision.num_heads} heads")
+    if problems:
+        raise CheckpointError(f"{source} contradicts itself: {'; '.join(problems)}. Download the file again.")
+
+
+def config_json(config: ModelConfig, layout: str) -> dict[str, Any]:
+    """Returns the content of a config.json for `layout`; `parse_config` reads it back."""
+    text, vision = config.text, config.vision
+    decoder = {
+        "model_type": "qwen2_vl",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.mlp_dim,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_kv_heads,
+        "rms_norm_eps": text.norm_eps,
+        "rope_theta": text.rope_theta,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_section)},
+        "tie_word_embeddings": text.tie_embeddings,
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+    }
+    tower = {
+        "model_type": "qwen2_vl",
+        "depth": vision.depth,
+        "embed_dim": vision.embed_dim,
+        "num_heads": vision.num_heads,
+        "mlp_ratio": int(vision.mlp_ratio),
+        "hidden_size": vision.out_dim,
+        "in_channels": vision.in_channels,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "spatial_merge_size": vision.spatial_merge_size,
+    }
+    if layout != "tarsier2":
+        return {"architectures": ["Qwen2VLForConditionalGeneration"], **decoder, "vision_config": tower}
+    return {
+        "architectures": ["TarsierForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": config.image_token_id,
+        "projection_head": None,
+        "tie_word_embeddings": text.tie_embeddings,
+        "text_config": decoder,
+        "vision_config": tower,
+    }
+
+
+def preprocessor_json(raw: Mapping[str, Any], layout: str) -> dict[str, Any]:
+    """Returns a preprocessor_config.json whose pixel limits have the names that Qwen2-VL's loaders read."""
+    size = raw.get("size") or {}
+    if layout == "tarsier2" or "min_pixels" not in size:
+        return dict(raw)
+    return {**raw, "size": {"shortest_edge": size["min_pixels"], "longest_edge": size["max_pixels"]}}
+
+
+def tensor_shape(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    """Returns the shape in a checkpoint of the tensor for a parameter, or for one layer of it."""
+    vision = config.vision
+    if "patch_embed" in path:  # a convolution in the checkpoint, a matrix here
+        return (shape[0], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    if "qkv" in path:  # [3 * E, ...] in the checkpoint; [3, E, ...] here, to split heads among devices
+        return (shape[0] * shape[1], *shape[2:])
+    return shape
+
+
+def forward_flops(
+    config: ModelConfig, tokens: int, token_pairs: int, patches: int, patch_pairs: int
+) -> tuple[float, float]:
+    """Returns the floating-point operations of the matrix products in a forward pass of (decoder, vision tower).
+
+    Norms and softmax are not counted, as in the PaLM report (arXiv 2204.02311, appendix B).
+    """
+    text, vision = config.text, config.vision
+    heads = (text.num_heads + text.num_kv_heads) * 2 * text.head_dim  # q, o and k, v
+    layer = text.hidden_size * (heads + 3 * text.mlp_dim)
+    token = text.num_layers * layer + text.hidden_size * text.vocab_size
+    block = vision.embed_dim * (4 * vision.embed_dim + 2 * vision.mlp_dim)
+    width = vision.embed_dim * vision.merge_factor
+    merger = width * (width + vision.out_dim) / vision.merge_factor
+    patch = vision.patch_dim * vision.embed_dim + vision.depth * block + merger
+    decoder = token * tokens + 2 * text.num_layers * text.num_heads * text.head_dim * token_pairs
+    tower = patch * patches + 2 * vision.depth * vision.embed_dim * patch_pairs
+    return 2 * decoder, 2 * tower
+
+
+QWEN2_VL = Family(
+    name="Tarsier2 or Qwen2-VL",
+    supported=_SUPPORTED,
+    vision_config=VisionConfig,
+    matches=matches,
+    parse_config=parse_config,
+    config_json=config_json,
+    preprocessor_json=preprocessor_json,
+    model=Tarsier,
+    layouts=LAYOUTS,
+    vision_names=_VISION_NAMES,
+    decoder_names=_DECODER_NAMES,
+    ignored_names=_IGNORED_NAMES,
+    tensor_shape=tensor_shape,
+    load_processor=load_processor,
+    forward_flops=forward_flops,
+)
