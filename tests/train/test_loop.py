@@ -34,9 +34,9 @@ def debug_config(**over: Any) -> TrainConfig:
     return parse_config(config)
 
 
-@pytest.mark.parametrize("over", [{"processor.n_frames": 3}, {"processor.n_frames": 7, "processor.max_pixels": 20_000}])
-def test_other_frames_and_pixels_train(tmp_path: Path, over: dict[str, int]) -> None:
-    summary = train(debug_config(num_train_steps=2, eval_every=0, **over), tmp_path, sft_objective)
+def test_three_frames_train(tmp_path: Path) -> None:
+    config = debug_config(num_train_steps=2, eval_every=0, **{"processor.n_frames": 3})
+    summary = train(config, tmp_path, sft_objective)
     assert (summary.step, summary.stopped) == (2, False)
     assert not list(tmp_path.glob("bad_samples*"))
 
