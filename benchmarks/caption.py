@@ -27,6 +27,7 @@ import torch
 
 import tarsier_jax
 from benchmarks.describe import make_example, make_reference
+from benchmarks.samples import NoTexts
 from convert.backends import HuggingFace
 from eval.shapes.annotations import ask
 from eval.shapes.clips import draw_clips
@@ -77,17 +78,8 @@ def random_case(clips: int, tokens: int, slots: int, directory: Path) -> tuple[E
     limits = [tokens * (4 + 12 * (7 * i % clips) // max(clips - 1, 1)) for i in range(clips)]  # mixed, 4 to 16 times
     rows = RowShape(tokens=len(examples[0].input_ids) * 2, bins=10, patches=264, frames=1, samples=2)
     config = EngineConfig(slots, len(examples[0].input_ids), max(limits), (rows,))
-    processor: Any = _NoTexts(model.config)
+    processor: Any = NoTexts(model.config)
     return Engine(model, processor, config), Reference(theirs, []), examples, limits
-
-
-class _NoTexts:
-    """What the engine asks of a processor, for a model without a tokenizer and answers that end by length."""
-
-    eos_token_ids, pad_token_id = (), 0
-
-    def __init__(self, config: Any):
-        self.config = config
 
 
 def embedded_case(clips: int, slots: int) -> tuple[Engine, Reference, list, list[int]]:

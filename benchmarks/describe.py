@@ -13,8 +13,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from benchmarks.samples import END, IMAGE, START, seconds
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.families import load_config
 from tarsier_jax.generation.decode import decode, prefill
@@ -38,7 +37,6 @@ from tarsier_jax.weights import load_weights
 
 FRAMES, HEIGHT, WIDTH = 5, 12, 22
 TEXT = 26  # tokens of the prompt around the video
-IMAGE, START, END = 151_655, 151_652, 151_653
 
 
 def make_reference(directory: Path, tied: bool = False) -> Any:
@@ -81,12 +79,6 @@ def reference_inputs(examples: list[Example]) -> dict[str, torch.Tensor]:
         "pixel_values": torch.from_numpy(np.concatenate([e.pixel_values for e in examples])),
         "image_grid_thw": torch.from_numpy(np.concatenate([e.grid_thw for e in examples])).long(),
     }
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def measure_floors() -> tuple[float, float]:

@@ -11,27 +11,22 @@ minutes on a CPU. 2b: Qwen2-VL-2B's sizes, bfloat16, a row of 16,384 tokens a de
 
 import argparse
 import dataclasses
-import os
+import math
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-if "2b" not in sys.argv:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.describe import END, IMAGE, START, THREADS, make_reference, reference_inputs, seconds
+from benchmarks.samples import make_example, seconds
 from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
 from tarsier_jax.families import load_config
 from tarsier_jax.models.attention import default_implementation
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.packing import Row, RowShape
-from tarsier_jax.processing.positions import mrope_positions
 from tarsier_jax.sharding import make_mesh
 from train.data.packing import PackedRow
 from train.losses import sft_loss
@@ -42,18 +37,8 @@ from train.throughput import Work, peak_flops, step_flops, work_of
 
 OPTIMIZER = OptimizerConfig(warmup_steps=0)
 TEXT_2B = TextConfig(151_936, 1536, 8960, 28, 12, 2, 128, tie_embeddings=True)
+VIDEO_2B = (16, 26, 46)  # frames, height and width in patches
 FRAMES = (1, 6, 2, 5, 3, 4, 2, 6)  # of each small sample
-
-
-def make_example(config: ModelConfig, frames: int, height: int, width: int, answer: int, seed: int) -> Example:
-    """A video, a question of 20 tokens and an answer."""
-    rng = np.random.default_rng(seed)
-    grid = np.array([[frames, height, width]], np.int32)
-    words = rng.integers(0, 150_000, 20 + answer).tolist()
-    ids = np.array([START, *[IMAGE] * (frames * height * width // 4), END, *words], np.int32)
-    labels = np.where(np.arange(len(ids)) >= len(ids) - answer, ids, -100).astype(np.int32)
-    pixels = rng.standard_normal((frames * height * width, config.vision.patch_dim)).astype(np.float32)
-    return Example(ids, labels, pixels, grid, mrope_positions(ids, grid, 2, (IMAGE,)))
 
 
 def pack(examples: list[Example], shape: RowShape, config: ModelConfig) -> list[PackedRow]:
@@ -90,34 +75,67 @@ def random_state(spec: StateSpec) -> TrainState:
     return jax.jit(make, out_shardings=spec.shardings)()
 
 
-def benchmark_2b(steps: int, tokens: int, profile: str | None) -> None:
-    """One row a device, of 16 frames of 360p, packed."""
-    platform, count = jax.default_backend(), jax.device_count()
-    attention = default_implementation(platform, "bfloat16")
-    vision = VisionConfig(out_dim=TEXT_2B.hidden_size)
-    config = ModelConfig(TEXT_2B, vision, dtype="bfloat16", attention=attention, remat="full")
+@dataclasses.dataclass(frozen=True)
+class StepTiming:
+    """One training step on all devices.
+
+    Attributes:
+        seconds: median of a step.
+        work: its tokens and patches.
+        flops: its model FLOPs.
+        memory: peak bytes of a device since the process started; 0 where the device does not report it.
+    """
+
+    seconds: float
+    work: Work
+    flops: float
+    memory: int
+
+
+def measure_step(
+    config: ModelConfig, shape: RowShape, video: tuple[int, int, int], steps: int, profile: str | None = None
+) -> StepTiming:
+    """Times full fine-tuning on one row per device, packed with videos; video: frames, height and width in patches."""
+    count = jax.device_count()
     mesh = make_mesh(fsdp=count)
     spec = make_state_spec(config, OPTIMIZER, 100, mesh)
-    shape = RowShape(tokens, bins=tokens * 28 // 16_384, patches=2432, frames=4, samples=16)
-    a_video = 16 * 26 * 46 // 4 + 322  # 16 frames of 26 x 46 patches, a question and an answer of 300 tokens
-    videos = [make_example(config, 16, 26, 46, 300, i) for i in range(count * (tokens // a_video))]
-    rows = pack(videos, shape, config)
+    samples = shape.tokens // (math.prod(video) // 4 + 322)  # a question of 20 tokens and an answer of 300
+    rows = pack([make_example(config, *video, 300, i) for i in range(count * samples)], shape, config)
     work = sum((work_of(row.batch) for row in rows), Work())
     with jax.set_mesh(mesh):
         times = time_steps(spec, random_state(spec), global_batch(rows, 1, mesh), steps, profile)
-    step, device = statistics.median(times), jax.devices()[0]
-    memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
-    peak = peak_flops(device)
-    flops = step_flops(config, work)
-    print(f"{count} x {device.device_kind}, {attention}: {work.tokens:,} tokens of {tokens * count:,}, ", end="")
-    print(f"{step * 1e3:.0f} ms a step, {work.tokens / step:,.0f} tokens/s, {flops / step / count / 1e12:.1f} TFLOP/s")
-    print(f"MFU {flops / step / peak / count:.1%}" if peak else "MFU unknown: no peak for this device", end=", ")
-    print(f"peak memory {memory / 2**30:.2f} GiB")
+    memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return StepTiming(statistics.median(times), work, step_flops(config, work), memory)
+
+
+def config_2b() -> ModelConfig:
+    """Qwen2-VL-2B's sizes, with the attention of the devices at hand."""
+    vision = VisionConfig(out_dim=TEXT_2B.hidden_size)
+    attention = default_implementation(jax.default_backend(), "bfloat16")
+    return ModelConfig(TEXT_2B, vision, dtype="bfloat16", attention=attention, remat="full")
+
+
+def row_2b(tokens: int) -> RowShape:
+    """A row for videos of 16 frames of 360p."""
+    return RowShape(tokens, bins=tokens * 28 // 16_384, patches=2432, frames=4, samples=16)
+
+
+def benchmark_2b(steps: int, tokens: int, profile: str | None) -> None:
+    config, count, device = config_2b(), jax.device_count(), jax.devices()[0]
+    step = measure_step(config, row_2b(tokens), VIDEO_2B, steps, profile)
+    work, rate, peak = step.work, step.flops / step.seconds / count, peak_flops(device)
+    print(f"{count} x {device.device_kind}, {config.attention}: {work.tokens:,} tokens of {tokens * count:,}, ", end="")
+    print(f"{step.seconds * 1e3:.0f} ms a step, {work.tokens / step.seconds:,.0f} tokens/s, {rate / 1e12:.1f} TFLOP/s")
+    print(f"MFU {rate / peak:.1%}" if peak else "MFU unknown: no peak for this device", end=", ")
+    print(f"peak memory {step.memory / 2**30:.2f} GiB")
 
 
 def benchmark_small(steps: int) -> None:
     """Ours and the reference's steps in turn."""
+    jax.config.update("jax_platforms", "cpu")  # before the import below, which limits the threads
     import torch
+
+    from benchmarks.describe import THREADS, make_reference, reference_inputs
 
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as directory:

@@ -1,0 +1,40 @@
+"""Random samples, a processor without a tokenizer, and a clock, for the programs beside."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.processing.batch import Example
+from tarsier_jax.processing.positions import mrope_positions
+
+IMAGE, START, END = 151_655, 151_652, 151_653
+
+
+class NoTexts:
+    """The part of a processor that the engine needs, for random models: no answer ends before its limit."""
+
+    eos_token_ids, pad_token_id = (), 0
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+
+
+def make_example(config: ModelConfig, frames: int, height: int, width: int, answer: int, seed: int) -> Example:
+    """A video, a question of 20 tokens and an answer."""
+    rng = np.random.default_rng(seed)
+    grid = np.array([[frames, height, width]], np.int32)
+    words = rng.integers(0, 150_000, 20 + answer).tolist()
+    ids = np.array([START, *[IMAGE] * (frames * height * width // 4), END, *words], np.int32)
+    labels = np.where(np.arange(len(ids)) >= len(ids) - answer, ids, -100).astype(np.int32)
+    pixels = rng.standard_normal((frames * height * width, config.vision.patch_dim)).astype(np.float32)
+    return Example(ids, labels, pixels, grid, mrope_positions(ids, grid, 2, (IMAGE,)))
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Runs `function` and returns the seconds that it took."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
