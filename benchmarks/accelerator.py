@@ -24,7 +24,6 @@ import functools
 import json
 import math
 import os
-import statistics
 import sys
 import time
 import traceback
@@ -42,7 +41,7 @@ from jax.sharding import PartitionSpec as P
 
 import tarsier_jax
 from benchmarks.attention_parity import TOLERANCE, cases, errors
-from benchmarks.samples import NoTexts, make_example, seconds
+from benchmarks.samples import NoTexts, make_example, time_calls
 from benchmarks.train import TEXT_2B, VIDEO_2B, StepTiming, config_2b, measure_step, row_2b
 from eval.shapes.annotations import ask
 from eval.shapes.clips import HELD_OUT, draw_clips
@@ -261,13 +260,6 @@ def random_model(config: ModelConfig, mesh: Mesh | None) -> Tarsier:
 
 def _random(key: jax.Array, mean: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return (mean + 0.02 * jax.random.normal(key, shape, dtype)).astype(dtype)
-
-
-def time_calls(call: Callable[[], Any], calls: int, rounds: int = 3) -> float:
-    """Median seconds of a call, over rounds of `calls` calls each; the first call, which compiles, does not count."""
-    jax.block_until_ready(call())
-    times = [seconds(lambda: jax.block_until_ready([call() for _ in range(calls)][-1])) for _ in range(rounds)]
-    return statistics.median(times) / calls
 
 
 def _round_up(x: float, step: int) -> int:

@@ -1,9 +1,11 @@
 """Random samples, a processor without a tokenizer, and a clock, for the programs beside."""
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from tarsier_jax.config import ModelConfig
@@ -38,3 +40,10 @@ def seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def time_calls(call: Callable[[], Any], calls: int, rounds: int = 3) -> float:
+    """Median seconds of a call, over rounds of `calls` calls each; the first call, which compiles, does not count."""
+    jax.block_until_ready(call())
+    times = [seconds(lambda: jax.block_until_ready([call() for _ in range(calls)][-1])) for _ in range(rounds)]
+    return statistics.median(times) / calls
