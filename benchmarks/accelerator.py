@@ -199,7 +199,7 @@ class Bench:
     def engine_config(self) -> SingleConfig:
         """The engine's shapes for clips of this size; a row takes one clip."""
         size = self.size
-        bins = _round_up(size.video[0], 2)
+        bins = size.video[0] + size.video[0] % 2
         row = RowShape(size.prompt_tokens, bins, size.patches, 8, max(1, size.slots // 2))
         return SingleConfig(size.slots * self.groups, size.prompt_tokens, size.new_tokens, (row,), self.groups)
 
@@ -260,10 +260,6 @@ def random_model(config: ModelConfig, mesh: Mesh | None) -> Tarsier:
 
 def _random(key: jax.Array, mean: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return (mean + 0.02 * jax.random.normal(key, shape, dtype)).astype(dtype)
-
-
-def _round_up(x: float, step: int) -> int:
-    return -int(-x // step) * step
 
 
 # The parts.

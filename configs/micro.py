@@ -15,12 +15,8 @@ def get_config(size: str = "full") -> ConfigDict:
     config.remat = "none"
     config.score_clips = 100
     config.log_every, config.save_every, config.eval_every, config.max_to_keep = 50, 1000, 1000, 1
-    config.data.seq_len, config.data.vision_bins, config.data.patches_per_bin, config.data.frames_per_bin = (
-        320,
-        20,
-        48,
-        1,
-    )
+    config.data.seq_len, config.data.vision_bins = 320, 20
+    config.data.patches_per_bin, config.data.frames_per_bin = 48, 1
     config.data.global_batch_size, config.data.max_samples_per_seq, config.data.num_workers = 4, 24, 1
     config.optimizer.peak_lr = 1e-3
     config.optimizer.final_lr = 2e-5

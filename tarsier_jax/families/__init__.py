@@ -1,6 +1,5 @@
 """Model families. A family is one record in `FAMILIES`; no other code depends on the name of a model."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.families.family import Family
 from tarsier_jax.families.qwen2_vl import QWEN2_VL
+from tarsier_jax.processing.image import read_json
 
 FAMILIES = (QWEN2_VL,)
 
@@ -20,14 +20,9 @@ def load_config(directory: str | Path) -> ModelConfig:
         CheckpointError: the file is missing, is not JSON, or describes a model that is not supported.
     """
     path = Path(directory) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist. Give the directory of a Hugging Face checkpoint.") from None
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read as JSON ({e}). Download the file again.") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} contains no JSON object. Download the file again.")
+    raw = read_json(path)
+    if raw is None:
+        raise CheckpointError(f"{path} does not exist. Give the directory of a Hugging Face checkpoint.")
     return parse_config(raw, source=str(path))
 
 

@@ -58,6 +58,8 @@ def attend(
     if kv_lengths is None:
         kv_lengths = jnp.full(q.shape[0], k.shape[1], jnp.int32)
     if q.shape[1] == 1:
+        if causal and query_starts is not None:
+            kv_lengths = jnp.minimum(kv_lengths, query_starts + 1)
         return _single_query(q, k, v, kv_lengths)
     if implementation == "cudnn":
         # cuDNN has neither segments nor offsets; its mask is T x S booleans per row, read by every head.
@@ -68,10 +70,9 @@ def attend(
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=kv_lengths, implementation="cudnn"
         )
-    # The splash kernel takes static masks only, so it cannot start at another key in each row.
-    fused = implementation == "splash" and query_starts is None
-    local = functools.partial(_splash if fused else _xla, causal=causal)
-    return _over_mesh(local, q, k, v, kv_lengths, segment_ids, query_starts)
+    if implementation == "splash" and query_starts is None:  # its masks are static: no row can start at another key
+        return _over_mesh(functools.partial(_splash, causal=causal), q, k, v, kv_lengths, segment_ids)
+    return _over_mesh(functools.partial(_xla, causal=causal), q, k, v, kv_lengths, segment_ids, query_starts)
 
 
 def _over_mesh(local: Callable[..., Array], q: Array, k: Array, v: Array, *per_row: Array | None) -> Array:
@@ -137,9 +138,8 @@ def _xla(
     if q.shape[0] * q.shape[1] * S <= _MAX_SCORES:
         out = jax.vmap(attend_rows, (0, 0, 0, 0, 0, 0, None))(q, k, v, lengths, segments, offsets, 0)
     else:
-        spans = (
-            4 if causal and query_starts is None and T % 4 == 0 else 1
-        )  # a query in one span sees no key of the next
+        # A query in one span sees no key of the next.
+        spans = 4 if causal and query_starts is None and T % 4 == 0 else 1
         rows = T * G // spans
         pieces = math.gcd(T // spans, 2 ** max(0, math.ceil(math.log2(rows * S / _MAX_SCORES))))
         starts = jnp.arange(0, rows, rows // pieces)
@@ -161,7 +161,7 @@ def _xla(
     return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-def _splash(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | None, _: None, causal: bool) -> Array:
+def _splash(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | None, causal: bool) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

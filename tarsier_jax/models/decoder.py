@@ -41,18 +41,10 @@ class Attention(nnx.Module):
         q, k, v = (f(x).reshape(B, T, -1, self.head_dim) for f in (self.q, self.k, self.v))  # [B, T, N or K, H]
         q, k, v = (constrain(y, BATCH, None, HEADS, None) for y in (q, k, v))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None and T == 1:
+        if cache is not None and extend:
             cache = cache.append(layer, k, v)
-            out = attend(q, *cache.read(layer), kv_lengths=cache.lengths + 1)
-        elif cache is not None and extend:
-            cache = cache.append(layer, k, v)
-            out = attend(
-                q,
-                *cache.read(layer),
-                causal=True,
-                query_starts=cache.lengths,
-                implementation=self.implementation,
-            )
+            starts = cache.lengths
+            out = attend(q, *cache.read(layer), causal=True, query_starts=starts, implementation=self.implementation)
         else:
             cache = cache.fill(layer, k, v) if cache is not None else None
             out = attend(q, k, v, causal=True, segment_ids=segment_ids, implementation=self.implementation)
@@ -128,8 +120,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Final hidden states, and the cache with the tokens' keys and values written; the caller sets its lengths.
 
-        With T > 1 the tokens are the rows' first ones and attend among themselves, within their segment. With T = 1 the
-        token follows the tokens in the cache.
+        The tokens are the rows' first ones and attend among themselves, within their segment.
         """
         return self._apply(x, position_ids, segment_ids, cache)
 

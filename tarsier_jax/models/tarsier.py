@@ -88,7 +88,7 @@ class Tarsier(nnx.Module):
         """One more token a row, at the given M-RoPE position (the same on all three axes)."""
         x = self.decoder.embed(tokens[:, None]).astype(self.config.dtype)
         position_ids = jnp.broadcast_to(positions[None, :, None], (3, *positions.shape, 1))
-        x, cache = self.decoder.with_cache(x, position_ids, cache)
+        x, cache = self.decoder.extend_cache(x, position_ids, cache)
         return self.decoder.logits(x)[:, 0], dataclasses.replace(cache, lengths=cache.lengths + 1)
 
 

@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{path} cannot be read as JSON ({e}). Download the file again.") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object. Download the file again.")
+        raise CheckpointError(f"{path} contains no JSON object. Download the file again.")
     return content
 
 

@@ -73,6 +73,16 @@ def test_one_query_reads_the_valid_part_of_the_cache(implementation: str) -> Non
     np.testing.assert_allclose(got, written_out(q, k, v, False, lengths), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("queries", [1, 5])
+def test_queries_that_start_at_another_key_in_each_row(queries: int) -> None:
+    q, k, v = random(0, 3, queries, 6, 16), random(1, 3, 40, 2, 16), random(2, 3, 40, 2, 16)
+    starts = np.array([0, 35, 13])
+    got = attend(q, k, v, causal=True, query_starts=jnp.asarray(starts))
+    for t in range(queries):  # query t sees the keys up to its own
+        one = written_out(q[:, t : t + 1], k, v, False, starts + t + 1)
+        np.testing.assert_allclose(got[:, t : t + 1], one, atol=1e-5, rtol=0)
+
+
 def test_a_row_with_nothing_to_see_is_finite() -> None:
     q = random(0, 1, 8, 2, 4)
     assert np.isfinite(attend(q, q, q, kv_lengths=jnp.zeros(1, jnp.int32))).all()
