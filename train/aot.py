@@ -92,7 +92,7 @@ def abstract_step_batch(config: TrainConfig, spec: StateSpec, objective: Objecti
     batch = Batch(
         input_ids=array(B, S),
         labels=array(B, S),
-        position_ids=array(3, B, S),
+        position_ids=array(B, S, 3),
         lengths=array(B),
         patches=array(B, F, shape.patches, C, dtype=dtype),
         frame_hw=array(B, F, shape.frames, 2),

@@ -191,9 +191,4 @@ def _loss_of_params(spec: StateSpec, loss: LossFunction) -> Callable[..., Any]:
 
 def batch_shardings(batch: StepBatch, mesh: Mesh) -> StepBatch:
     """Rows, and the groups of frames that belong to them, are split over data and fsdp."""
-
-    def place(path: Any, _: Any) -> NamedSharding:
-        rows_second = any(getattr(k, "name", None) == "position_ids" for k in path)  # (parts, 3, B, S)
-        return NamedSharding(mesh, P(None, None, BATCH) if rows_second else P(None, BATCH))
-
-    return jax.tree_util.tree_map_with_path(place, batch)
+    return jax.tree.map(lambda _: NamedSharding(mesh, P(None, BATCH)), batch)

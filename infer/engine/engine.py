@@ -223,15 +223,9 @@ class Engine:
 
     def _placed(self, tree: Any) -> Any:
         """On the devices, each group's part on its own."""
-        mesh = self._mesh
-        if mesh is None:
+        if self._mesh is None:
             return jax.tree.map(jnp.asarray, tree)
-
-        def place(path: Any, x: np.ndarray) -> jax.Array:
-            rows_second = any(getattr(k, "name", None) == "position_ids" for k in path)  # (3, B, S)
-            return jax.device_put(x, NamedSharding(mesh, P(None, BATCH) if rows_second else P(BATCH)))
-
-        return jax.tree_util.tree_map_with_path(place, tree)
+        return jax.device_put(tree, NamedSharding(self._mesh, P(BATCH)))
 
 
 def _fill(prompts: SlotAssignment, at: tuple[int, int], request: Request, start: int, slot: int) -> None:

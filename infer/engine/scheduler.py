@@ -131,7 +131,7 @@ class Scheduler:
 def truncate(rows: Batch, length: int) -> Batch:
     """The rows without their tokens from `length` on, which are padding."""
     names = ("input_ids", "labels", "position_ids", "segment_ids", "vision_token_index")
-    return dataclasses.replace(rows, **{name: getattr(rows, name)[..., :length] for name in names})
+    return dataclasses.replace(rows, **{name: getattr(rows, name)[:, :length] for name in names})
 
 
 def _place(rows: list[Row], example: Example, first: bool) -> tuple[int, int] | None:

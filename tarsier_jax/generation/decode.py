@@ -75,7 +75,7 @@ def prefill(
         max_new_tokens=jnp.full(B, max_new_tokens, jnp.int32),
         last_token=jnp.zeros(B, jnp.int32),
         # Text goes on one after the largest id on any axis; `_emit` steps onto it.
-        last_position=jnp.max(jnp.where(valid, batch.position_ids, -1), axis=(0, 2)),
+        last_position=jnp.max(jnp.where(valid[..., None], batch.position_ids, -1), axis=(1, 2)),
         done=jnp.zeros(B, bool),
         seen_tokens=seen,
         keys=keys,

@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
         self.lm_head = None if tied else Linear(text.hidden_size, text.vocab_size, bias=False, rngs=rngs, **dtypes)
 
     def __call__(
-        self, x: Float[Array, "B T D"], position_ids: Int[Array, "3 B T"], segment_ids: Int[Array, "B T"] | None = None
+        self, x: Float[Array, "B T D"], position_ids: Int[Array, "B T 3"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """Final hidden states, after the last norm, of tokens that attend among themselves, within their segment."""
         return self._apply(x, position_ids, segment_ids, None)[0]
@@ -114,7 +114,7 @@ class Decoder(nnx.Module):
     def with_cache(
         self,
         x: Float[Array, "B T D"],
-        position_ids: Int[Array, "3 B T"],
+        position_ids: Int[Array, "B T 3"],
         cache: KVCache,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
@@ -125,7 +125,7 @@ class Decoder(nnx.Module):
         return self._apply(x, position_ids, segment_ids, cache)
 
     def extend_cache(
-        self, x: Float[Array, "B T D"], position_ids: Int[Array, "3 B T"], cache: KVCache
+        self, x: Float[Array, "B T D"], position_ids: Int[Array, "B T 3"], cache: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Final hidden states of T >= 1 tokens that follow the cache, and the cache; the caller sets its lengths.
 

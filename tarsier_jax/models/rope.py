@@ -21,7 +21,7 @@ def _cos_and_sin(angles: Array) -> tuple[Array, Array]:
 
 
 def mrope_tables(
-    position_ids: Int[Array, "3 B S"], head_dim: int, theta: float, sections: tuple[int, ...]
+    position_ids: Int[Array, "B S 3"], head_dim: int, theta: float, sections: tuple[int, ...]
 ) -> tuple[Float[Array, "B S H/2"], Float[Array, "B S H/2"]]:
     """cos and sin of multimodal RoPE: the first sections[0] frequencies turn with time, the next with row, then column.
 
@@ -30,7 +30,7 @@ def mrope_tables(
     Source: HF modeling_qwen2_vl.Qwen2VLRotaryEmbedding; Qwen2-VL report (arXiv 2409.12191), section 2.1.
     """
     axis = np.repeat(np.arange(len(sections)) % 3, sections)  # (H/2,) which position turns each frequency
-    positions = jnp.moveaxis(position_ids.astype(jnp.float32)[axis], 0, -1)  # (B, S, H/2)
+    positions = position_ids.astype(jnp.float32)[..., axis]  # (B, S, H/2)
     return _cos_and_sin(positions * inverse_frequencies(head_dim, theta))
 
 

@@ -65,7 +65,7 @@ class Tarsier(nnx.Module):
     def extend(
         self,
         x: Float[Array, "B T D"],
-        position_ids: Int[Array, "3 B T"],
+        position_ids: Int[Array, "B T 3"],
         cache: KVCache,
         num_new: Int[Array, " B"],
     ) -> tuple[Float[Array, "B V"], KVCache]:
@@ -87,7 +87,7 @@ class Tarsier(nnx.Module):
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """One more token a row, at the given M-RoPE position (the same on all three axes)."""
         x = self.decoder.embed(tokens[:, None]).astype(self.config.dtype)
-        position_ids = jnp.broadcast_to(positions[None, :, None], (3, *positions.shape, 1))
+        position_ids = jnp.broadcast_to(positions[:, None, None], (*positions.shape, 1, 3))
         x, cache = self.decoder.extend_cache(x, position_ids, cache)
         return self.decoder.logits(x)[:, 0], dataclasses.replace(cache, lengths=cache.lengths + 1)
 

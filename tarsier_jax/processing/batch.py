@@ -44,7 +44,7 @@ class Batch:
     values): inference has one group, so that frames are padded least; training has a group a row, so that devices that
     split the rows exchange no frames. A bin holds up to M frames, one after the other.
 
-    input_ids, labels: int32 (B, S).  position_ids: int32 (3, B, S).  lengths: int32 (B,), valid tokens of each row.
+    input_ids, labels: int32 (B, S).  position_ids: int32 (B, S, 3).  lengths: int32 (B,), valid tokens of each row.
     patches: float32 (G, F, P, C).  frame_hw: int32 (G, F, M, 2), each frame's height and width in patches; (0, 0) for
     none. Without visuals F is 0.
     vision_token_index: int32 (B, S), which merged patch stands at a token, counted through the padded array (F *
@@ -135,11 +135,11 @@ def make_batch(
     S = bucket(buckets, "tokens", int(lengths.max()))
     input_ids = np.full((len(examples), S), pad_id, np.int32)
     labels = np.full((len(examples), S), -100, np.int32)
-    position_ids = np.zeros((3, len(examples), S), np.int32)
+    position_ids = np.zeros((len(examples), S, 3), np.int32)
     for row, (example, n) in enumerate(zip(examples, lengths, strict=True)):
         input_ids[row, :n], labels[row, :n] = example.input_ids, example.labels
-        position_ids[:, row, :n] = example.position_ids
-        position_ids[:, row, n:] = example.position_ids.max(initial=-1) + 1 + np.arange(S - n)
+        position_ids[row, :n] = example.position_ids.T
+        position_ids[row, n:] = example.position_ids.max(initial=-1) + 1 + np.arange(S - n)[:, None]
     patches, frame_hw = _pad_frames(examples, config.vision.patch_dim, buckets)
     vision_token_index = np.full((len(examples), S), -1, np.int32)
     # Frames and placeholders come in the same order: by row, and in a row by place.

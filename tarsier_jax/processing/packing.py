@@ -70,13 +70,13 @@ class Row:
         """The row as a batch of one row and one group, patches in `dtype`."""
         shape, S = self.shape, self.shape.tokens
         input_ids, labels = np.full((1, S), pad_id, np.int32), np.full((1, S), -100, np.int32)
-        position_ids, segment_ids = np.zeros((3, 1, S), np.int32), np.zeros((1, S), np.int32)
+        position_ids, segment_ids = np.zeros((1, S, 3), np.int32), np.zeros((1, S), np.int32)
         vision_token_index = np.full((1, S), -1, np.int32)
         start = 0
         for segment, (example, index) in enumerate(self.examples, 1):
             at = slice(start, start := start + len(example.input_ids))
             input_ids[0, at], labels[0, at] = example.input_ids, example.labels
-            position_ids[:, 0, at], segment_ids[0, at] = example.position_ids, segment
+            position_ids[0, at], segment_ids[0, at] = example.position_ids.T, segment
             placeholders = np.isin(example.input_ids, (self.config.image_token_id, self.config.video_token_id))
             vision_token_index[0, at][placeholders] = index
         patches = np.zeros((1, shape.bins, shape.patches, self.config.vision.patch_dim), dtype)
@@ -128,7 +128,5 @@ class Row:
 def stack_rows(rows: Sequence[Batch]) -> Batch:
     """Rows of one shape as one batch, each a group of its own."""
 
-    def join(name: str) -> np.ndarray:
-        return np.concatenate([getattr(row, name) for row in rows], axis=1 if name == "position_ids" else 0)
-
-    return Batch(**{field.name: join(field.name) for field in dataclasses.fields(Batch)})
+    names = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(**{name: np.concatenate([getattr(row, name) for row in rows]) for name in names})

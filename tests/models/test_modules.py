@@ -32,15 +32,15 @@ def random(*shape: int) -> np.ndarray:
 
 
 def position_ids() -> np.ndarray:
-    """Ids of text, of a video, and of text around position 1,000; (3, 1, S)."""
+    """Ids of text, of a video, and of text around position 1,000; (1, S, 3)."""
     config = reference.ModelConfig(image_token_id=reference.IMAGE, video_token_id=reference.VIDEO)
-    return reference.make_example([40, (T, H, W), 1000, (2, 4, 4), 20], config).position_ids[:, None]
+    return reference.make_example([40, (T, H, W), 1000, (2, 4, 4), 20], config).position_ids.T[None]
 
 
 def test_mrope_tables(models: tuple[Any, Tarsier]) -> None:
     theirs, ours = models
     text, ids = ours.config.text, position_ids()
-    expected = theirs.model.language_model.rotary_emb(torch.zeros(1), torch.from_numpy(ids).long())
+    expected = theirs.model.language_model.rotary_emb(torch.zeros(1), torch.from_numpy(ids).permute(2, 0, 1).long())
     got = mrope_tables(ids, text.head_dim, text.rope_theta, text.mrope_section)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(np.tile(a, 2), b.numpy(), atol=ATOL, rtol=0)
@@ -113,11 +113,11 @@ def test_frames_that_share_a_bin(models: tuple[Any, Tarsier]) -> None:
 
 def test_decoder_layer(models: tuple[Any, Tarsier]) -> None:
     theirs, ours = models
-    text, ids = ours.config.text, position_ids()[:, :, :600]
-    x = random(1, ids.shape[-1], text.hidden_size)
+    text, ids = ours.config.text, position_ids()[:, :600]
+    x = random(1, ids.shape[1], text.hidden_size)
     language_model = theirs.model.language_model
     with torch.no_grad():
-        tables = language_model.rotary_emb(torch.zeros(1), torch.from_numpy(ids).long())
+        tables = language_model.rotary_emb(torch.zeros(1), torch.from_numpy(ids).permute(2, 0, 1).long())
         causal = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
         expected = language_model.layers[1](torch.from_numpy(x), attention_mask=causal, position_embeddings=tables)
     cos, sin = mrope_tables(ids, text.head_dim, text.rope_theta, text.mrope_section)

@@ -99,7 +99,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
 def _swapped_sections(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = tarsier_jax.models.decoder.mrope_tables
     monkeypatch.setattr(
-        tarsier_jax.models.decoder, "mrope_tables", lambda p, h, t, s: tables(p[jnp.array([1, 0, 2])], h, t, s)
+        tarsier_jax.models.decoder, "mrope_tables", lambda p, h, t, s: tables(p[..., jnp.array([1, 0, 2])], h, t, s)
     )
 
 
@@ -176,10 +176,10 @@ def test_a_cache_continued_in_chunks_equals_the_full_forward_pass(tiny: tuple[An
     extend = jax.jit(lambda m, ids, *x: m.extend(m.decoder.embed(ids), *x))
     for first in range(0, 500, chunk):
         num_new = np.clip(suffixes - first, 0, chunk)
-        ids, positions = np.zeros((2, chunk), np.int32), np.zeros((3, 2, chunk), np.int32)
+        ids, positions = np.zeros((2, chunk), np.int32), np.zeros((2, chunk, 3), np.int32)
         for row, (example, start, n) in enumerate(zip(examples, starts + first, num_new, strict=True)):
             ids[row, :n] = example.input_ids[start : start + n]
-            positions[:, row, :n] = example.position_ids[:, start : start + n]
+            positions[row, :n] = example.position_ids[:, start : start + n].T
         logits, cache = extend(ours, ids, positions, cache, jnp.asarray(num_new))
         for row in np.flatnonzero(num_new):
             expected = whole[row, starts[row] + first + num_new[row] - 1]

@@ -53,8 +53,8 @@ def test_two_samples_in_a_row() -> None:
     np.testing.assert_array_equal(batch.labels, [[*first.labels, *second.labels, *[-100] * 18]])
     np.testing.assert_array_equal(batch.segment_ids, [[*[1] * 8, *[2] * 6, *[0] * 18]])
     np.testing.assert_array_equal(batch.vision_token_index, [[-1, 0, 1, 2, 3, *[-1] * 27]])
-    np.testing.assert_array_equal(batch.position_ids[:, 0, :8], first.position_ids)
-    np.testing.assert_array_equal(batch.position_ids[:, 0, 8:14], second.position_ids)  # from 0 again
+    np.testing.assert_array_equal(batch.position_ids[0, :8].T, first.position_ids)
+    np.testing.assert_array_equal(batch.position_ids[0, 8:14].T, second.position_ids)  # from 0 again
     np.testing.assert_array_equal(batch.lengths, [14])
     np.testing.assert_array_equal(batch.frame_hw, [[[[4, 4], [0, 0], [0, 0]], *[[[0, 0]] * 3] * 2]])
     assert batch.patches.shape == (1, 3, 24, 1176)
@@ -169,11 +169,11 @@ def test_rows_become_a_batch_with_a_group_each() -> None:
     samples = [example(3, (1, 4, 4), seed=1), example(5, seed=2), example(2, (2, 2, 4), seed=3)]
     rows = [filled([samples[0]], [samples[1]]).build(0), filled([samples[2]]).build(0)]
     batch = stack_rows(rows)
-    assert batch.input_ids.shape == (2, 32) and batch.position_ids.shape == (3, 2, 32)
+    assert batch.input_ids.shape == (2, 32) and batch.position_ids.shape == (2, 32, 3)
     assert batch.patches.shape == (2, 3, 24, 1176) and batch.frame_hw.shape == (2, 3, 3, 2)
     np.testing.assert_array_equal(batch.lengths, [13, 6 + 1])
     for i, row in enumerate(rows):
-        np.testing.assert_array_equal(batch.position_ids[:, i], row.position_ids[:, 0])
+        np.testing.assert_array_equal(batch.position_ids[i], row.position_ids[0])
         np.testing.assert_array_equal(
             batch.vision_token_index[i], row.vision_token_index[0]
         )  # counted within its group

@@ -58,7 +58,7 @@ def test_planted_bugs_are_seen(run: tuple[StateSpec, TrainState]) -> None:
     counting = jnp.arange(batch.input_ids.shape[-1], dtype=jnp.int32)
     bugs = {
         "segments": {"segment_ids": jnp.minimum(batch.segment_ids, 1)},
-        "positions": {"position_ids": jnp.broadcast_to(counting, batch.position_ids.shape)},
+        "positions": {"position_ids": jnp.broadcast_to(counting[:, None], batch.position_ids.shape)},
         "frames": {"frame_hw": batch.frame_hw.at[..., 0, :].multiply(2)},
     }
     loss, _ = loss_and_gradients(spec.graph, state.params, good)

@@ -30,7 +30,7 @@ def scores(query: np.ndarray, key: np.ndarray, tables: tuple[jnp.ndarray, jnp.nd
 
 
 def decoder_scores(query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    return scores(query, key, mrope_tables(jnp.asarray(GRID)[:, None], H, THETA, SECTIONS))
+    return scores(query, key, mrope_tables(jnp.asarray(GRID).T[None], H, THETA, SECTIONS))
 
 
 @pytest.mark.parametrize("offset", [(-1, 0, 0), (-1, 0, 1), (0, -1, 0), (-2, 0, 0), (0, 0, 0)])
@@ -53,7 +53,7 @@ def test_a_head_looks_at_one_place_beside_its_query(offset: tuple[int, int, int]
 def test_the_decoder_of_micro(micro: Tarsier) -> None:
     """Whatever the tokens are, its heads look where MICRO says; those of later layers look nowhere."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, GRID.shape[1], 192)), jnp.float32)
-    tables = mrope_tables(jnp.asarray(GRID)[:, None], H, THETA, SECTIONS)
+    tables = mrope_tables(jnp.asarray(GRID).T[None], H, THETA, SECTIONS)
     middle = GRID.T.tolist().index([3, 2, 2])
     for layer, offsets in enumerate(MICRO["looking"]["decoder"]):
         attn = micro.decoder.layers[layer].attn
