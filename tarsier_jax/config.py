@@ -1,6 +1,11 @@
 """Model configuration: frozen dataclasses. `tarsier_jax.families.load_config` reads them from a checkpoint."""
 
 import dataclasses
+from typing import TypeVar
+
+import numpy as np
+
+Patches = TypeVar("Patches", int, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,10 @@ class VisionConfig:
     def merge_factor(self) -> int:
         """Patches that the merger joins into one token."""
         return self.spatial_merge_size**2
+
+    def num_tokens(self, patches: Patches) -> Patches:
+        """Tokens that the merger makes of a frame, or a bin of frames, with that many patches."""
+        return patches // self.merge_factor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,3 +148,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             load_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_VL_2B))
     assert load_config(tmp_path) == parse_config(QWEN2_VL_2B)
+
+
+def test_tokens_of_a_frame() -> None:
+    """4 x 6 patches merge two by two into 2 x 3 tokens; 6 x 9 patches merge three by three into as many."""
+    assert VisionConfig().num_tokens(4 * 6) == 6
+    assert VisionConfig(spatial_merge_size=3).num_tokens(6 * 9) == 6

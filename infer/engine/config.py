@@ -77,14 +77,14 @@ def fit_config(
     processor: Processor, slots: int, new_tokens: int, groups: int = 1, prompt_tokens: int | None = None
 ) -> EngineConfig:
     """A shape for what the processor's options let through: n_frames of the largest frame, and text."""
-    options, merge = processor.options, processor.config.vision.merge_factor
+    options, vision = processor.options, processor.config.vision
     area = min(options.max_pixels * _ROUNDING, processor.image.max_pixels)
-    frame = max(_round_up(area / processor.config.vision.patch_size**2, 4), _SMALLEST_FRAME)
+    frame = max(_round_up(area / vision.patch_size**2, 4), _SMALLEST_FRAME)
     shown = temporal_patches(options.n_frames, processor.image.temporal_patch_size, processor.double_frames)
-    visual = shown * frame // merge
+    visual = vision.num_tokens(shown * frame)
     prompt_tokens = prompt_tokens or min(_round_up(visual + _LONG_TEXT, 64), options.max_seq_len)
     tokens = max(prompt_tokens, _SHORTEST_ROW)
-    patches = tokens * merge * visual / (visual + _TEXT)
+    patches = tokens * vision.merge_factor * visual / (visual + _TEXT)
     rows = tuple(
         RowShape(
             tokens=tokens,

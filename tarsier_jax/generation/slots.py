@@ -104,7 +104,7 @@ def encode_frames(
 
     Runs `step` bins of each group at a time, and so many times as are in use; `step` divides F.
     """
-    merged = step * patches.shape[2] // model.config.vision.merge_factor
+    merged = model.config.vision.num_tokens(step * patches.shape[2])
     features = jnp.zeros((patches.shape[0], room, model.config.text.hidden_size), model.config.dtype)
 
     def one(i: Int[Array, ""], features: Array) -> Array:

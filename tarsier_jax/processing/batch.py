@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tarsier_jax.config import ModelConfig
+from tarsier_jax.config import ModelConfig, VisionConfig
 from tarsier_jax.errors import InputError
 
 
@@ -145,7 +145,7 @@ def make_batch(
     # Frames and placeholders come in the same order: by row, and in a row by place.
     valid = np.arange(S) < lengths[:, None]
     placeholders = valid & np.isin(input_ids, (config.image_token_id, config.video_token_id))
-    vision_token_index[placeholders] = _feature_index(frame_hw, patches.shape[1], config.vision.merge_factor)
+    vision_token_index[placeholders] = _feature_index(frame_hw, patches.shape[1], config.vision)
     return Batch(input_ids, labels, position_ids, lengths, patches[None], frame_hw[None, :, None], vision_token_index)
 
 
@@ -172,8 +172,8 @@ def frame_sizes(example: Example) -> np.ndarray:
     return np.repeat(example.grid_thw[:, 1:], example.grid_thw[:, 0], axis=0)
 
 
-def _feature_index(frame_hw: np.ndarray, patches: int, merge_factor: int) -> np.ndarray:
+def _feature_index(frame_hw: np.ndarray, patches: int, vision: VisionConfig) -> np.ndarray:
     """Where the merged patches of all frames stand in the padded array, flattened: int32 (visual tokens,)."""
-    features = patches // merge_factor  # of a padded frame
-    used = np.arange(features) < frame_hw.prod(axis=1, keepdims=True) // merge_factor  # (F, features)
+    features = np.arange(vision.num_tokens(patches))  # of a padded frame
+    used = features < vision.num_tokens(frame_hw.prod(axis=1, keepdims=True))  # (F, features)
     return np.flatnonzero(used).astype(np.int32)

@@ -107,9 +107,9 @@ class Row:
 
     def _index(self, example: Example, placed: list[tuple[int, int]]) -> np.ndarray:
         """Where the example's merged patches lie in the row's padded array, int32 (visual tokens,)."""
-        merge = self.config.vision.merge_factor
+        num_tokens = self.config.vision.num_tokens
         parts = [
-            (bin_ * self.shape.patches + offset) // merge + np.arange(size // merge)
+            num_tokens(bin_ * self.shape.patches + offset) + np.arange(num_tokens(size))
             for (bin_, offset), size in zip(placed, frame_sizes(example).prod(axis=1).tolist(), strict=True)
         ]
         return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int32)

@@ -108,7 +108,7 @@ class Processor:
             rng if training else None,
         )
         pixel_values, grid_thw = self._patches(visuals, self._pixel_limits(sample, visuals))
-        counts = iter(grid_thw.prod(axis=1) // self.config.vision.merge_factor)
+        counts = iter(self.config.vision.num_tokens(grid_thw.prod(axis=1)))
         for item in (item for m in messages for item in m["content"] if item["type"] != "text"):
             item["num_vision_tokens"] = int(next(counts))
         input_ids, labels = encode_messages(
