@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarsier_jax.api import use_mesh_of
+from tarsier_jax.api import answer, use_mesh_of
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.families import family_of
-from tarsier_jax.generation.decode import generate_batch
-from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch, Example
 from tarsier_jax.processing.processor import Processor
@@ -68,9 +67,8 @@ class Ours:
         return np.asarray(self._run(self._logits, self.processor.batch([example]))[0, : len(example.input_ids)])
 
     def answer(self, example: Example, n: int) -> list[int]:
-        options = {"sampling": make_sampling(1), "eos_ids": self.processor.eos_token_ids, "max_new_tokens": n}
-        (answer,) = self._run(lambda m, b: generate_batch(m, b, **options), self.processor.batch([example]))
-        return answer.tokens
+        (generation,) = answer(self.model, self.processor, [example], SamplingOptions(max_new_tokens=n))
+        return generation.tokens
 
 
 class HuggingFace:

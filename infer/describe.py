@@ -9,38 +9,15 @@ import dataclasses
 import sys
 import time
 
-import jax
-import jax.numpy as jnp
-
 import tarsier_jax
 from infer.bulk.inputs import find_media
-from tarsier_jax.api import use_mesh_of
-from tarsier_jax.errors import InputError
+from tarsier_jax.api import answer
 from tarsier_jax.files import path_text
-from tarsier_jax.generation.decode import generate_batch
-from tarsier_jax.generation.sampling import Sampling, check_sampling, make_sampling
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.jsonl import to_json
 from tarsier_jax.processing.processor import Processor, ProcessorOptions, media_sample
 from tarsier_jax.programs import add_model_flag, add_precision_flags, prepare_process, resolve_dtype, run
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How an answer is generated; the fields are those of `tarsier_jax.generate`. Raises InputError for unfit ones."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_sampling(self.temperature, 0, self.top_p, seed=self.seed)
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
-
-    def sampling(self) -> Sampling:
-        return make_sampling(1, temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,31 +33,22 @@ class Caption:
     finish_reason: str
 
 
-def describe_file(model: Tarsier, processor: Processor, path: str, prompt: str, options: Options) -> Caption:
+def describe_file(model: Tarsier, processor: Processor, path: str, prompt: str, options: SamplingOptions) -> Caption:
     """Answers `prompt` about one video, GIF or image.
 
     Raises:
         InputError: the file cannot be used.
     """
     example = processor(media_sample(path, prompt))
-    batch = jax.tree.map(jnp.asarray, processor.batch([example]))
-    with use_mesh_of(model):
-        (answer,) = generate_batch(
-            model,
-            batch,
-            sampling=options.sampling(),
-            eos_ids=processor.eos_token_ids,
-            max_new_tokens=options.max_new_tokens,
-            seed=options.seed,
-        )
+    (generation,) = answer(model, processor, [example], options)
     return Caption(
         input=path,
         prompt=prompt,
-        caption=processor.decode(answer.tokens),
+        caption=generation.text,
         n_frames=example.frames,
         prompt_tokens=len(example.input_ids),
-        new_tokens=len(answer.tokens),
-        finish_reason=answer.finish_reason,
+        new_tokens=len(generation.tokens),
+        finish_reason=generation.finish_reason,
     )
 
 
@@ -107,7 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     prepare_process()
     settings = ProcessorOptions(n_frames=args.n_frames)  # checked before the model is loaded, as all that can be
-    options = Options(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    options = SamplingOptions(args.max_new_tokens, args.temperature, top_p=args.top_p, seed=args.seed)
     paths, failed = [], 0
     for source in args.input:
         try:

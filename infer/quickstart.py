@@ -9,16 +9,17 @@ import sys
 
 import tarsier_jax
 from infer.contact_sheet import contact_sheet
-from infer.describe import Options, describe_file
+from infer.describe import describe_file
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.frame_sampling import sample_uniform
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.programs import prepare_process, run
 from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP
 
 _PROMPT = "Describe the video in detail."
-_OPTIONS = Options(max_new_tokens=96)
+_OPTIONS = SamplingOptions(max_new_tokens=96)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The two calls that most users need: load a checkpoint, and answer samples with it."""
+"""The calls that most users need: load a checkpoint, and answer samples with it."""
 
 import contextlib
 import dataclasses
@@ -10,10 +10,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from tarsier_jax.families import family_of, load_config
-from tarsier_jax.generation.decode import generate_batch
-from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.generation.decode import GeneratedTokens, generate_batch
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.attention import default_implementation
 from tarsier_jax.models.tarsier import Tarsier, unstack
+from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.weights import load_weights, resolve
 
@@ -63,18 +64,51 @@ def generate(
     Raises:
         InputError: a sample cannot be used; the message names the file and the mend.
     """
-    batch = processor.batch([processor(sample) for sample in samples])
-    sampling = make_sampling(len(samples), temperature, top_k, top_p, repetition_penalty)
+    options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    return [a.text for a in answer(model, processor, [processor(sample) for sample in samples], options)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        text: Without special tokens and surrounding white space, and up to the first stop string.
+        tokens: All that were generated, without the end-of-sequence token; those of a stop string and after it too.
+        finish_reason: "stop" (at a stop string), "eos" or "length".
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+
+
+def answer(
+    model: Tarsier, processor: Processor, examples: Sequence[Example], options: SamplingOptions
+) -> list[Generation]:
+    """Answers examples, which the processor makes of samples, as one batch.
+
+    Raises:
+        InputError: there is no example, or one is larger than the largest bucket.
+    """
     with use_mesh_of(model):
         answers = generate_batch(
             model,
-            batch,
-            sampling=sampling,
+            processor.batch(examples),
+            sampling=options.for_rows(len(examples)),
             eos_ids=processor.eos_token_ids,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
         )
-    return [processor.decode(answer.tokens) for answer in answers]
+    return [_to_text(processor, tokens, options.stop) for tokens in answers]
+
+
+def _to_text(processor: Processor, answer: GeneratedTokens, stop: Sequence[str]) -> Generation:
+    text = processor.decode(answer.tokens)
+    ends = [text.find(string) for string in stop if string in text]
+    if not ends:
+        return Generation(text, answer.tokens, answer.finish_reason)
+    return Generation(text[: min(ends)].strip(), answer.tokens, "stop")
 
 
 def use_mesh_of(model: Tarsier) -> contextlib.AbstractContextManager:

@@ -44,8 +44,8 @@ class DecodeState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
-    """One answer: its tokens, the end-of-sequence token left off, and why it ended ("eos" or "length")."""
+class GeneratedTokens:
+    """The tokens of one answer, without the end-of-sequence token, and why it ended ("eos" or "length")."""
 
     tokens: list[int]
     finish_reason: str
@@ -143,7 +143,7 @@ def generate_batch(
     max_new_tokens: int,
     seed: int = 0,
     on_tokens: Callable[[Int[np.ndarray, " B"]], None] | None = None,
-) -> list[Generation]:
+) -> list[GeneratedTokens]:
     """Answers every row of a batch.
 
     Args:
@@ -182,9 +182,9 @@ def _decode_streaming(
     return state
 
 
-def trim_at_eos(row: Int[np.ndarray, " max_new"], eos_ids: Collection[int]) -> Generation:
+def trim_at_eos(row: Int[np.ndarray, " max_new"], eos_ids: Collection[int]) -> GeneratedTokens:
     """The answer in a row of `DecodeState.tokens`."""
     tokens = row[row >= 0].tolist()
     if tokens and tokens[-1] in eos_ids:
-        return Generation(tokens[:-1], "eos")
-    return Generation(tokens, "length")
+        return GeneratedTokens(tokens[:-1], "eos")
+    return GeneratedTokens(tokens, "length")

@@ -9,6 +9,43 @@ from jaxtyping import Array, Bool, Float, Int
 from tarsier_jax.errors import InputError
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How an answer is generated.
+
+    Attributes:
+        max_new_tokens: Limit of an answer, in tokens.
+        temperature: 0 is greedy.
+        top_k: Most likely tokens that are sampled from; 0 keeps every token.
+        top_p: Probability of the most likely tokens that are sampled from; 1 keeps every token.
+        repetition_penalty: 1 is no penalty.
+        seed: Of the random draws.
+        stop: The text of an answer ends before the first of these strings.
+
+    Raises:
+        InputError: an option is outside its range.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise InputError(f"stop is {self.stop!r}; it must be a tuple of strings that are not empty.")
+
+    def for_rows(self, rows: int) -> "Sampling":
+        """Returns these options for every row of a batch."""
+        return make_sampling(rows, self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:

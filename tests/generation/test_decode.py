@@ -8,7 +8,7 @@ import pytest
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation import decode as decode_module
-from tarsier_jax.generation.decode import Generation, generate_batch
+from tarsier_jax.generation.decode import GeneratedTokens, generate_batch
 from tarsier_jax.generation.sampling import make_sampling
 from tarsier_jax.models.tarsier import Tarsier
 from tests import reference
@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Tarsier:
 
 def answers(
     model: Tarsier, case: str = CASE, n: int = 24, eos_ids: tuple[int, ...] = (), **options
-) -> list[Generation]:
+) -> list[GeneratedTokens]:
     examples, batch = reference.make_case(case, model.config)
     call = {name: options.pop(name) for name in ("seed", "on_tokens") if name in options}
     sampling = make_sampling(len(examples), **options)
@@ -38,13 +38,13 @@ def test_length_and_several_ends_of_sequence(model: Tarsier) -> None:
     eos = (free[0].tokens[5], free[1].tokens[9])
     for answer, whole in zip(answers(model, eos_ids=eos), free, strict=True):
         ends = [i for i, token in enumerate(whole.tokens) if token in eos]
-        expected = Generation(whole.tokens[: ends[0]], "eos") if ends else whole
+        expected = GeneratedTokens(whole.tokens[: ends[0]], "eos") if ends else whole
         assert answer == expected
 
 
 def test_an_answer_may_end_at_its_first_token(model: Tarsier) -> None:
     first = answers(model)[1].tokens[0]
-    assert answers(model, eos_ids=(first,))[1] == Generation([], "eos")
+    assert answers(model, eos_ids=(first,))[1] == GeneratedTokens([], "eos")
 
 
 def test_one_token(model: Tarsier) -> None:
