@@ -1,4 +1,7 @@
-"""Micro: a small Tarsier2 that learns to describe moving shapes from nothing. Its card says how well."""
+"""The embedded model, a small Tarsier2 that `train.micro` teaches to describe moving shapes; its card has the scores.
+
+`train.micro` writes the starting checkpoint and the clips. `train.sft` takes the recipe with a model and data.
+"""
 
 from ml_collections import ConfigDict
 
@@ -8,12 +11,9 @@ from train.config import default_config
 
 def get_config(size: str = "full") -> ConfigDict:
     config = default_config()
-    config.model = "untrained"
-    config.data.train = config.data.eval = "shapes"
-    config.data.shuffle = False  # short clips come first
+    config.data.shuffle = False  # the order of the curriculum
     config.num_train_steps = 9800
     config.remat = "none"
-    config.score_clips = 100
     config.log_every, config.save_every, config.eval_every, config.max_to_keep = 50, 1000, 1000, 1
     config.data.seq_len, config.data.vision_bins = 320, 20
     config.data.patches_per_bin, config.data.frames_per_bin = 48, 1

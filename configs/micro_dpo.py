@@ -14,7 +14,6 @@ from configs.debug import sized
 
 def get_config(size: str = "full") -> ConfigDict:
     config = micro.get_config()
-    config.model = config.data.train = config.data.eval = ""
     config.data.shuffle = True
     config.data.max_samples_per_seq = 4
     config.num_train_steps, config.save_every = 300, 100

@@ -71,7 +71,6 @@ def train(workdir: Path, annotations: Path, steps: int) -> Path:
         "data.eval": "",
         "data.media_root": annotations.parent,
         "num_train_steps": steps,
-        "score_clips": 0,
         "optimizer.peak_lr": 3e-4,
         "optimizer.warmup_steps": steps // 10,
     }

@@ -17,12 +17,6 @@ ALLOWED = {
     "benchmarks": {"convert", "eval", "infer", "train", "configs", "tarsier_jax"},
 }
 MICRO = "train.micro"
-EXCEPTIONS = (  # (module, import) that break a rule below until training is free of the moving shapes
-    ("train.data.samples", "train.micro.curriculum"),
-    ("train.main", "eval.micro"),
-    ("train.main", "eval.shapes.clips"),
-    ("train.run", "train.micro.data"),
-)
 
 
 def modules() -> dict[str, Path]:
@@ -82,7 +76,7 @@ def test_training_does_not_depend_on_the_moving_shapes() -> None:
     wrong = {
         (name, target) for name in core for target in IMPORTS[name] if in_micro(target) or package_of(target) == "eval"
     }
-    assert wrong == set(EXCEPTIONS)
+    assert wrong == set()
 
 
 def test_modules_have_no_import_cycle() -> None:
@@ -111,6 +105,6 @@ def test_libraries_do_not_import_programs() -> None:
         (name, target)
         for name, targets in IMPORTS.items()
         for target in targets
-        if is_program(target) and not is_program(name) and (name, target) not in EXCEPTIONS
+        if is_program(target) and not is_program(name)
     ]
     assert wrong == []

@@ -38,6 +38,8 @@ FORMER_KEYS = {
     "data.max_bad_share": "data.max_bad_fraction",
     "optimizer.muon": "optimizer.muon_params",
 }
+# Keys of earlier versions without a successor, and the remedy.
+REMOVED_KEYS = {"score_clips": "`python -m train.micro` scores the model that it trains: see its flag --score_clips."}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,6 @@ class TrainConfig:
         max_to_keep: Checkpoints that are kept.
         eval_every: Steps between two evaluations on data.eval; 0 never evaluates.
         eval_captions: Held-out samples that are captioned at each evaluation.
-        score_clips: Held-out clips of moving shapes that score the trained model at the end (`eval.micro`); 0 for none.
         profile_step: First of the three steps that are traced; 0 traces none.
         mesh: Devices.
         data: Annotations and packing.
@@ -116,7 +117,6 @@ class TrainConfig:
     max_to_keep: int = 2
     eval_every: int = 500
     eval_captions: int = 2
-    score_clips: int = 0
     profile_step: int = 0
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
@@ -129,7 +129,7 @@ class TrainConfig:
         check_choice(self, "attention", ("auto", *IMPLEMENTATIONS))
         check_choice(self, "remat", ("none", "dots", "full"))
         check_at_least(self, 0, "num_train_steps", "seed", "log_every", "save_every", "eval_every", "eval_captions")
-        check_at_least(self, 0, "score_clips", "profile_step")
+        check_at_least(self, 0, "profile_step")
         check_at_least(self, 1, "max_to_keep")
         make_schedule(self.optimizer, self.num_train_steps)  # checks the warm-up
 
@@ -166,9 +166,11 @@ def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
 
 def _check_former(key: str) -> None:
     """Raises InputError for a key of an earlier version, such as "config.parts"."""
-    former = FORMER_KEYS.get(key.removeprefix("config."))
-    if former:
+    name = key.removeprefix("config.")
+    if former := FORMER_KEYS.get(name):
         raise InputError(f"{key} is now config.{former}. Use the new name on the command line and in recipes.")
+    if name in REMOVED_KEYS:
+        raise InputError(f"{key} no longer exists. {REMOVED_KEYS[name]}")
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -267,7 +269,7 @@ def with_local_paths(config: TrainConfig) -> TrainConfig:
 def _recipe_keys(error: Exception) -> list[str]:
     """Keys that may be the one that a recipe sets and that does not exist; ml_collections names only its last part."""
     name = re.search(r"""Key ["'](\w+)["'] does not exist""", str(error))
-    return [f"config.{key}" for key in FORMER_KEYS if name and key.rpartition(".")[2] == name[1]]
+    return [f"config.{key}" for key in (*FORMER_KEYS, *REMOVED_KEYS) if name and key.rpartition(".")[2] == name[1]]
 
 
 def _given_keys() -> list[str]:

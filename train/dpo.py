@@ -25,8 +25,10 @@ from train.config import TrainConfig
 from train.data.packing import PackUnit
 from train.data.reference_logprobs import ReferenceFile, write_reference
 from train.data.samples import prepare_pair
+from train.debug_data import write_debug_data
+from train.loop import train
 from train.losses import dpo_loss
-from train.main import launch
+from train.main import define_run_flags, exclusive, read_run
 from train.run import Objective, TrainRun
 
 
@@ -69,7 +71,7 @@ def dpo_objective(config: TrainConfig) -> Objective:
 
     def before(run: TrainRun) -> None:
         stored.open(run)
-        # Process 0 has the lock for all, as in train.launch; runs with other workdirs may share the file.
+        # Process 0 has the lock for all, as in `train.main.exclusive`; runs with other workdirs may share the file.
         with locked(stored.path) if jax.process_index() == 0 else contextlib.nullcontext():
             write_reference(
                 dataclasses.replace(run, objective=Objective("reference", loss, chosen, load_with_key)), stored, pairs
@@ -96,5 +98,12 @@ def mask_shared(pair: Sequence[Example]) -> list[Example]:
     return [dataclasses.replace(example, labels=labels) for example, labels in zip(pair, masked, strict=True)]
 
 
+def main() -> int:
+    config, workdir = read_run(define_run_flags())
+    with exclusive(workdir):
+        config = write_debug_data(config, workdir)
+        return train(config, workdir, dpo_objective(config)).exit_status
+
+
 if __name__ == "__main__":
-    sys.exit(run(lambda: launch(dpo_objective)))
+    sys.exit(run(main))

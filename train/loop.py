@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -46,14 +45,19 @@ class Summary:
     compilations: int
     data_wait: float
 
+    @property
+    def exit_status(self) -> int:
+        """Of the program: 0, or 128 plus the number of the signal that ended the run, as in a shell."""
+        return 128 + self.stopped if self.stopped else 0
 
-def train(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], Objective]) -> Summary:
+
+def train(config: TrainConfig, workdir: Path, objective: Objective) -> Summary:
     """Runs from the start, or from the workdir's last checkpoint, to config.num_train_steps.
 
     Raises:
         TarsierError: something of the configuration, the data or the disk cannot be used; the message says what.
     """
-    run = open_run(config, workdir, make_job)
+    run = open_run(config, workdir, objective)
     with jax.set_mesh(run.spec.mesh):
         if run.objective.before:
             run.objective.before(run)

@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax._src.distributed import global_state  # the key-value store of jax.dist
 from jax.experimental import multihost_utils
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import new_directory
 
 _FAILURE, _SETTINGS = "tarsier_jax/failure", "tarsier_jax/settings"
 _FOREVER = 10**9  # milliseconds, longer than any run
@@ -52,6 +54,18 @@ def on_any(condition: bool) -> bool:
     return (
         bool(np.any(multihost_utils.process_allgather(np.array(condition)))) if jax.process_count() > 1 else condition
     )
+
+
+def write_once(directory: Path, write: Callable[[Path], object]) -> Path:
+    """Returns `directory`, which process 0 fills with `write` unless it exists.
+
+    The other processes do not wait here: they read it after `open_run` has compared their settings with process 0's.
+    """
+    if jax.process_index() == 0 and not directory.exists():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with new_directory(directory, 0) as partial:
+            write(partial)
+    return directory
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ from tarsier_jax.sharding import BATCH, make_mesh
 from tarsier_jax.weights import resolve
 from train.config import MeshConfig, TrainConfig
 from train.data.packing import PackedRow, PackingConfig, PackUnit, describe_files, fit_packing, make_rows
-from train.micro.data import with_builtin
 from train.processes import compare
 from train.record import check_run_metadata, flatten, record_start
 from train.state import LossFunction, StateSpec, StepBatch, batch_shardings, make_state_spec
@@ -95,7 +94,7 @@ class TrainRun:
         )
 
 
-def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig], Objective]) -> TrainRun:
+def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainRun:
     """Checks all that can be checked before the first batch.
 
     Raises:
@@ -105,15 +104,14 @@ def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"--workdir {workdir} cannot be made ({e.strerror}). Choose another one.") from None
-    given = config
     compare("configuration", {"--workdir": str(workdir), **_common(config)})
-    config = with_builtin(config, workdir)
     if not config.model:
         raise InputError("config.model names no checkpoint. Give --config.model=DIRECTORY or a hub id.")
     mesh = mesh_of(config.mesh)
     check_rows(config, mesh)
     directory = resolve(config.model)
-    objective, model_config = make_job(config), load_config(directory)
+    model_config = load_config(directory)
+    recorded = dataclasses.asdict(config)
     packing = fit_packing(config.data, config.processor, model_config.vision, objective.answers)
     config = dataclasses.replace(config, data=packing)
     model_config = run_config(model_config, config, mesh.devices.flat[0].platform)
@@ -122,12 +120,12 @@ def open_run(config: TrainConfig, workdir: Path, make_job: Callable[[TrainConfig
         spec = make_state_spec(model_config, config.optimizer, config.num_train_steps, mesh, objective.with_reference)
     except ValueError as e:
         raise InputError(f"{e} Choose other sizes in config.mesh.") from None
-    facts = _facts(config, given.model, objective, processor, directory, mesh)
+    facts = _facts(config, objective, processor, directory, mesh)
     compare("data", {**facts, "data.eval": describe_files(config.data.eval) if config.data.eval else []})
     changes = []
     if jax.process_index() == 0:
         check_run_metadata(workdir, facts)
-        changes = record_start(workdir, dataclasses.asdict(given))
+        changes = record_start(workdir, recorded)
     return TrainRun(config, workdir, directory, processor, spec, objective, tuple(changes))
 
 
@@ -149,7 +147,7 @@ def _common(config: TrainConfig) -> dict[str, Any]:
 
 
 def _facts(
-    config: TrainConfig, name: str, objective: Objective, processor: Processor, directory: Path, mesh: Mesh
+    config: TrainConfig, objective: Objective, processor: Processor, directory: Path, mesh: Mesh
 ) -> dict[str, Any]:
     """The facts that a run keeps when it is resumed: what its checkpoints contain, and what decides its data."""
     model, optimizer = processor.config, config.optimizer
@@ -171,7 +169,7 @@ def _facts(
         **{f"optimizer.{key}": getattr(optimizer, key) for key in ("freeze", "muon_params", "mu_dtype")},
     }
     if objective.name == "dpo":  # whose reference is the starting model, or a file of its log-probabilities
-        facts |= {"model": name, **flatten(dataclasses.asdict(config.dpo), "dpo.")}
+        facts |= {"model": config.model, **flatten(dataclasses.asdict(config.dpo), "dpo.")}
     return facts
 
 

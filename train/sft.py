@@ -13,14 +13,20 @@ from tarsier_jax.processing.processor import Processor
 from tarsier_jax.programs import run
 from train.config import TrainConfig
 from train.data.packing import PackUnit
-from train.data.samples import prepare
+from train.data.samples import Prepare, prepare
+from train.debug_data import write_debug_data
+from train.loop import train
 from train.losses import sft_loss
-from train.main import launch
+from train.main import define_run_flags, exclusive, read_run
 from train.run import Objective
 
 
-def sft_objective(config: TrainConfig) -> Objective:
-    """Trains on the assistant's turns."""
+def sft_objective(config: TrainConfig, prepare: Prepare = prepare) -> Objective:
+    """Trains on the assistant's turns.
+
+    Args:
+        prepare: Returns the chat of a line of annotations, as `train.data.samples.prepare` does.
+    """
 
     def plain(sample: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return prepare(sample, rng, config.processor.n_frames)
@@ -31,5 +37,12 @@ def sft_objective(config: TrainConfig) -> Objective:
     return Objective("sft", sft_loss, plain, load)
 
 
+def main() -> int:
+    config, workdir = read_run(define_run_flags())
+    with exclusive(workdir):
+        config = write_debug_data(config, workdir)
+        return train(config, workdir, sft_objective(config)).exit_status
+
+
 if __name__ == "__main__":
-    sys.exit(run(lambda: launch(sft_objective)))
+    sys.exit(run(main))

@@ -10,7 +10,8 @@ import pytest
 
 from convert import verify
 from tests.weights.conftest import bits
-from train.micro.checkpoint import TINY, write_untrained
+from train.debug_data import TINY
+from train.untrained import write_untrained
 
 pytestmark = pytest.mark.slow
 

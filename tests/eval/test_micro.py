@@ -12,8 +12,9 @@ from eval.shapes.clips import HELD_OUT
 from eval.shapes.describe import describe
 from eval.shapes.questions import questions
 from tarsier_jax.errors import InputError
-from train.micro.checkpoint import MICRO, write_untrained
-from train.micro.data import STAGES
+from train.micro.checkpoint import MICRO
+from train.micro.curriculum import STAGES
+from train.untrained import write_untrained
 
 
 class Oracle:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train.micro.checkpoint import TINY, write_untrained
+from train.debug_data import TINY
+from train.untrained import write_untrained
 
 
 @pytest.fixture(scope="session")

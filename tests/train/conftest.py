@@ -8,7 +8,8 @@ from PIL import Image
 
 from tarsier_jax.families import parse_config
 from tarsier_jax.processing.processor import Processor, load_processor
-from train.micro.checkpoint import TINY, shapes_tokenizer, untrained_config
+from train.debug_data import TINY
+from train.untrained import train_tokenizer, untrained_config
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def clip(tmp_path: Path) -> str:
 
 @pytest.fixture
 def processor(tmp_path: Path) -> Processor:
-    tokenizer = shapes_tokenizer()
+    tokenizer = train_tokenizer(TINY.texts)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens))

@@ -16,7 +16,16 @@ from tarsier_jax.config import ModelConfig, VisionConfig
 from tarsier_jax.errors import InputError
 from tarsier_jax.sharding import parameter_path
 from tarsier_jax.weights.names import abstract_state
-from train.config import FORMER_KEYS, MeshConfig, TrainConfig, default_config, define_flags, parse_config, read_flags
+from train.config import (
+    FORMER_KEYS,
+    REMOVED_KEYS,
+    MeshConfig,
+    TrainConfig,
+    default_config,
+    define_flags,
+    parse_config,
+    read_flags,
+)
 from train.data.packing import DataConfig, fit_packing
 from train.optimizer import lr_factors, make_schedule, split_frozen
 from train.record import flatten
@@ -89,7 +98,6 @@ NAN, INFINITY = float("nan"), float("inf")
         ("", "save_every", (-1,), "at least 0"),
         ("", "eval_every", (-5,), "at least 0"),
         ("", "eval_captions", (-1,), "at least 0"),
-        ("", "score_clips", (-1,), "at least 0"),
         ("", "profile_step", (-1,), "at least 0"),
         ("", "remat", ("offload", "", "Full"), "one of none, dots, full"),
         ("", "attention", ("flash", "sdpa"), "one of auto, xla, cudnn, splash"),
@@ -246,11 +254,17 @@ def test_help_lists_every_key(command_line: Callable[..., TrainConfig], capsys: 
         assert description, key
 
 
-@pytest.mark.parametrize(("former", "key"), FORMER_KEYS.items())
+@pytest.mark.parametrize(
+    ("former", "message"),
+    [
+        *((former, f"is now config.{key}. Use the new name") for former, key in FORMER_KEYS.items()),
+        *((removed, "no longer exists. `python -m train.micro`") for removed in REMOVED_KEYS),
+    ],
+)
 def test_keys_of_earlier_versions(
-    command_line: Callable[..., TrainConfig], recipe: str, tmp_path: Path, former: str, key: str
+    command_line: Callable[..., TrainConfig], recipe: str, tmp_path: Path, former: str, message: str
 ) -> None:
-    message = f"^config.{former} is now config.{key}. Use the new name"
+    message = f"^config.{former} {message}"
     with pytest.raises(InputError, match=message):
         command_line(recipe, f"--config.{former}=1")
     path = tmp_path / "former.py"

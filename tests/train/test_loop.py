@@ -21,8 +21,8 @@ from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.weights import convert_to_hf
 from train.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig, parse_config
-from train.loop import NonFiniteLoss, Terminator, train
-from train.micro.data import write_clips
+from train.debug_data import write_clips, write_debug_data
+from train.loop import NonFiniteLoss, Summary, Terminator, train
 from train.sft import sft_objective
 from train.state import TrainState
 
@@ -34,9 +34,14 @@ def debug_config(**over: Any) -> TrainConfig:
     return parse_config(config)
 
 
+def train_sft(config: TrainConfig, workdir: Path) -> Summary:
+    config = write_debug_data(config, workdir)
+    return train(config, workdir, sft_objective(config))
+
+
 def test_three_frames_train(tmp_path: Path) -> None:
     config = debug_config(num_train_steps=2, eval_every=0, **{"processor.n_frames": 3})
-    summary = train(config, tmp_path, sft_objective)
+    summary = train_sft(config, tmp_path)
     assert (summary.step, summary.stopped) == (2, False)
     assert not list(tmp_path.glob("bad_samples*"))
 
@@ -53,7 +58,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
         "data.media_root": str(clips.parent),
     }
     config = debug_config(**data, profile_step=1, **{"optimizer.peak_lr": 1e-3, "data.max_bad_fraction": 0.5})
-    summary = train(config, workdir, sft_objective)
+    summary = train_sft(config, workdir)
     assert (summary.step, summary.stopped, summary.compilations) == (4, False, 0)
 
     printed = capsys.readouterr().out
@@ -89,7 +94,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     config = debug_config(**{"optimizer.peak_lr": 1e20, "optimizer.warmup_steps": 0, "save_every": 1, "eval_every": 0})
     with pytest.raises(NonFiniteLoss, match=r"At step (\d).*lower optimizer.peak_lr") as raised:
-        train(config, tmp_path, sft_objective)
+        train_sft(config, tmp_path)
     step = int(str(raised.value).split("At step ")[1][0])
     (file,) = tmp_path.glob("non_finite_step_*.npz")
     rows = np.load(file)
@@ -130,7 +135,7 @@ def test_only_bad_samples(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"11 of 11 samples.*max_bad_fraction 0.01.*bad.jsonl line \d: .*no JSON object"
     ):
-        train(config, tmp_path / "run", sft_objective)
+        train_sft(config, tmp_path / "run")
 
 
 def test_held_out_samples_that_cannot_be_used_lose_no_training(tmp_path: Path) -> None:
@@ -139,7 +144,7 @@ def test_held_out_samples_that_cannot_be_used_lose_no_training(tmp_path: Path) -
     data = {"data.train": str(clips), "data.eval": str(bad), "data.media_root": str(clips.parent)}
     config = debug_config(**data)
     with pytest.raises(InputError, match=r"bad.jsonl line \d"):
-        train(config, tmp_path / "run", sft_objective)
+        train_sft(config, tmp_path / "run")
     assert Checkpoints(tmp_path / "run", keep=1).latest() == config.num_train_steps
 
 

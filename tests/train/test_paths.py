@@ -7,8 +7,7 @@ import pytest
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked
-from train import main as train_main
-from train.sft import sft_objective
+from train import sft
 
 CONFIG = Path(__file__).parents[2] / "configs" / "recap_7b.py"
 
@@ -27,10 +26,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("sys.argv", ["sft", f"--config={CONFIG}:debug", *flags])
-        monkeypatch.setattr(train_main, "train", train)
-        monkeypatch.setattr(train_main, "_keep_memory", lambda: None)
+        monkeypatch.setattr(sft, "write_debug_data", lambda config, _: config)
+        monkeypatch.setattr(sft, "train", train)
         with pytest.raises(KeyboardInterrupt):
-            train_main.launch(sft_objective)
+            sft.main()
         return trained[0]
 
     return run

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,31 @@ import pytest
 from configs.recap_7b import get_config
 from tarsier_jax.errors import InputError
 from train.config import parse_config
+from train.debug_data import write_clips, write_debug_data
 from train.dpo import dpo_objective
-from train.micro.data import write_clips
 from train.run import TrainRun, open_run
 from train.sft import sft_objective
 
 
-def open_debug(workdir: Path, objective: Any = sft_objective, **over: Any) -> TrainRun:
-    config = get_config("debug")
-    config.update_from_flattened_dict(over)
-    return open_run(parse_config(config), workdir, objective)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the debug data."""
+    return tmp_path_factory.mktemp("files")
 
 
 @pytest.fixture(scope="module")
-def started_sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def open_debug(files: Path) -> Callable[..., TrainRun]:
+    def open_debug(workdir: Path, make_objective: Any = sft_objective, **over: Any) -> TrainRun:
+        config = get_config("debug")
+        config.update_from_flattened_dict(over)
+        config = write_debug_data(parse_config(config), files)
+        return open_run(config, workdir, make_objective(config))
+
+    return open_debug
+
+
+@pytest.fixture(scope="module")
+def started_sft(tmp_path_factory: pytest.TempPathFactory, open_debug: Callable[..., TrainRun]) -> Path:
     workdir = tmp_path_factory.mktemp("sft")
     open_debug(workdir)
     (workdir / "checkpoints" / "3").mkdir(parents=True)
@@ -56,12 +68,14 @@ def started(tmp_path: Path, started_sft: Path) -> Path:
         ("optimizer.mu_dtype", "bfloat16", "'float32'"),
     ],
 )
-def test_what_decides_the_data_or_the_state_is_kept(started: Path, key: str, value: Any, was: str) -> None:
+def test_what_decides_the_data_or_the_state_is_kept(
+    open_debug: Callable[..., TrainRun], started: Path, key: str, value: Any, was: str
+) -> None:
     with pytest.raises(InputError, match=rf"belongs to another run: {key} was {was} and is now .*another --workdir"):
         open_debug(started, **{key: value})
 
 
-def test_what_does_not_is_free_and_named(started: Path) -> None:
+def test_what_does_not_is_free_and_named(open_debug: Callable[..., TrainRun], started: Path) -> None:
     free = {
         "data.num_workers": 1,
         "log_every": 2,
@@ -81,7 +95,7 @@ def of_files(*files: Path) -> dict[str, Any]:
     return {"data.train": ",".join(map(str, files)), "data.eval": "", "data.media_root": str(files[0].parent)}
 
 
-def test_annotations_are_told_by_their_content(tmp_path: Path) -> None:
+def test_annotations_are_told_by_their_content(open_debug: Callable[..., TrainRun], tmp_path: Path) -> None:
     a = write_clips(tmp_path / "clips")
     b = Path(shutil.copy(a, a.with_name("b.jsonl")))
     lines = a.read_text().splitlines(keepends=True)
@@ -102,31 +116,32 @@ def test_annotations_are_told_by_their_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "fact"),
     [
-        ("tokenizer.json", '"circle"', '"circles"', "tokenizer"),
+        ("tokenizer.json", '"square"', '"squares"', "tokenizer"),
         ("chat_template.jinja", "user", "User", "chat_template"),
     ],
 )
-def test_tokenizer_and_template_are_kept(started: Path, file: str, old: str, new: str, fact: str) -> None:
-    path = started / "random_model" / file
-    assert path.exists(), sorted(p.name for p in path.parent.iterdir())
+def test_tokenizer_and_template_are_kept(
+    open_debug: Callable[..., TrainRun], files: Path, started: Path, file: str, old: str, new: str, fact: str
+) -> None:
+    path = Path(shutil.copytree(files / "random_model", started / "model")) / file
     path.write_text(path.read_text().replace(old, new) + " ")
     with pytest.raises(InputError, match=f"{fact} was "):
-        open_debug(started)
+        open_debug(started, model=str(path.parent))
 
 
-def test_dpo_keeps_its_reference(tmp_path: Path) -> None:
+def test_dpo_keeps_its_reference(open_debug: Callable[..., TrainRun], files: Path, tmp_path: Path) -> None:
     open_debug(tmp_path, dpo_objective)
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(InputError, match=r"dpo.beta was 0.1 and is now 0.2"):
         open_debug(tmp_path, dpo_objective, **{"dpo.beta": 0.2})
-    other = shutil.copytree(tmp_path / "random_model", tmp_path / "other")
-    with pytest.raises(InputError, match=r"model was 'random' and is now '.*other'"):
+    other = shutil.copytree(files / "random_model", tmp_path / "other")
+    with pytest.raises(InputError, match=r"model was '.*random_model' and is now '.*other'"):
         open_debug(tmp_path, dpo_objective, model=str(other))
     with pytest.raises(InputError, match=r"program was 'dpo' and is now 'sft'"):
         open_debug(tmp_path, sft_objective)
 
 
-def test_the_recorded_configuration_is_the_one_that_was_given(started: Path) -> None:
+def test_the_recorded_configuration_is_the_one_that_was_given(files: Path, started: Path) -> None:
     start = json.loads((started / "runs.jsonl").read_text())
-    given = dataclasses.asdict(parse_config(get_config("debug")))
-    assert start["config"] == json.loads(json.dumps(given)) and start["config"]["model"] == "random"
+    given = dataclasses.asdict(write_debug_data(parse_config(get_config("debug")), files))
+    assert start["config"] == json.loads(json.dumps(given)) and start["config"]["data"]["vision_bins"] == -1

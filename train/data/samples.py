@@ -11,12 +11,9 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.frame_sampling import allocate_frames
 from tarsier_jax.processing.sample import read_messages
-from train.data.pretraining_tasks import TASKS as PRETRAINING
-from train.data.pretraining_tasks import Sample
-from train.micro.curriculum import moving_shapes
+from train.data.pretraining_tasks import TASKS, Sample
 
-TASKS = {**PRETRAINING, "moving_shapes": moving_shapes}
-
+Prepare = Callable[[Sample, np.random.Generator, int], dict[str, Any]]
 _MAX_FRAMES = 256  # of a sample, where its `fps` asks for more
 _PAIR = ("chosen", "rejected")
 _TAG = re.compile(r"<frame:[^<>\n]*>?")
@@ -28,7 +25,7 @@ def prepare(sample: Sample, rng: np.random.Generator, n_frames: int = 16) -> dic
 
     A line with `messages`, or another format of them that `normalize_sample` reads, is a chat already: its answers are
     checked, and an empty `text` takes its `reference`. Other lines become one by their task: object_tracking,
-    multi_images, video_permutation (frames to be put in order), or moving_shapes (a seed).
+    multi_images or video_permutation (frames to be put in order).
 
     Args:
         rng: what every random choice is drawn from.  n_frames: frames a sample shows, as the processor's option.

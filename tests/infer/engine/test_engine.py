@@ -17,7 +17,8 @@ from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.programs import Compilations
-from train.micro.checkpoint import MICRO, write_untrained
+from train.micro.checkpoint import MICRO
+from train.untrained import write_untrained
 
 SLOTS, TOKENS = 6, 24
 

@@ -20,11 +20,11 @@ from tarsier_jax.weights import convert_hf
 from tests import reference
 from train.config import TrainConfig, parse_config
 from train.data.reference_logprobs import ReferenceFile, digest_weights, fingerprint
+from train.debug_data import TINY, write_clips
 from train.dpo import dpo_objective
 from train.loop import train
-from train.micro.checkpoint import TINY, write_untrained
-from train.micro.data import write_clips
 from train.run import open_run
+from train.untrained import write_untrained
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,8 @@ def debug_config(**over: Any) -> TrainConfig:
 
 def compute(workdir: Path, **over: Any) -> None:
     """What a run does before its first step."""
-    run = open_run(debug_config(**over), workdir, dpo_objective)
+    config = debug_config(**over)
+    run = open_run(config, workdir, dpo_objective(config))
     assert run.objective.before
     with jax.set_mesh(run.spec.mesh):
         run.objective.before(run)
@@ -59,7 +60,8 @@ def test_the_disk_gives_what_the_weights_give(tmp_path: Path, capsys: pytest.Cap
     over = {"data.train": str(clips.parent / "train.jsonl"), "data.eval": str(clips.parent / "held_out.jsonl")}
     over |= {"data.media_root": str(clips.parent), "model": str(write_untrained(tmp_path / "model", TINY))}
     over |= {"dpo.reference": str(file)}
-    train(debug_config(**over), tmp_path / "run", dpo_objective)
+    config = debug_config(**over)
+    train(config, tmp_path / "run", dpo_objective(config))
     printed = capsys.readouterr().out
     assert "reference 8/8" in printed and "not used" not in printed
     values = measured(tmp_path / "run")

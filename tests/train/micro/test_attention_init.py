@@ -10,7 +10,8 @@ import tarsier_jax
 from tarsier_jax.models.rope import inverse_frequencies, mrope_tables, rotate, vision_tables
 from tarsier_jax.models.tarsier import Tarsier
 from train.micro.attention_init import SHARPNESS, head_biases
-from train.micro.checkpoint import MICRO, write_untrained
+from train.micro.checkpoint import DECODER_OFFSETS, MICRO, VISION_OFFSETS
+from train.untrained import write_untrained
 
 GRID = np.stack(np.meshgrid(range(5), range(4), range(4), indexing="ij")).reshape(3, -1)  # (time, row, column), S
 SECTIONS, H, THETA = (1,) * 8 + (0,), 16, 300.0
@@ -51,11 +52,11 @@ def test_a_head_looks_at_one_place_beside_its_query(offset: tuple[int, int, int]
 
 
 def test_the_decoder_of_micro(micro: Tarsier) -> None:
-    """Whatever the tokens are, its heads look where MICRO says; those of later layers look nowhere."""
+    """Whatever the tokens are, its heads look where DECODER_OFFSETS says; those of later layers look nowhere."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, GRID.shape[1], 192)), jnp.float32)
     tables = mrope_tables(jnp.asarray(GRID).T[None], H, THETA, SECTIONS)
     middle = GRID.T.tolist().index([3, 2, 2])
-    for layer, offsets in enumerate(MICRO["looking"]["decoder"]):
+    for layer, offsets in enumerate(DECODER_OFFSETS):
         attn = micro.decoder.layers[layer].attn
         q, k = (rotate(f(x).reshape(1, -1, heads, H), *tables)[0] for f, heads in ((attn.q, 12), (attn.k, 4)))
         for head, offset in enumerate(offsets):
@@ -80,7 +81,7 @@ def test_the_vision_tower_of_micro(micro: Tarsier) -> None:
     config = micro.config.vision
     rows, columns = np.divmod(np.arange(36), 6)
     tables = vision_tables(jnp.asarray(np.stack([rows, columns], -1))[None], config.head_dim, config.rope_theta)
-    for layer, offsets in enumerate(MICRO["looking"]["vision"]):
+    for layer, offsets in enumerate(VISION_OFFSETS):
         biases = np.asarray(micro.vision.blocks[layer].attn.qkv.bias[...]).reshape(3, config.num_heads, -1)
         for head, (down, right) in enumerate(offsets):
             aim = (2 + down) * 6 + 2 + right

@@ -12,8 +12,8 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.processor import Processor
 from tests.train.conftest import trained_on
 from train.data.packing import lines_of
-from train.data.samples import prepare
 from train.micro.curriculum import write_seeds
+from train.micro.samples import prepare
 
 
 def sample(**line: object) -> dict:

@@ -16,10 +16,12 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked
 from tarsier_jax.processing.perturb import KINDS
 from train.data.samples import prepare, split_preference
+from train.debug_data import TINY
 from train.micro import preference_pairs
-from train.micro.checkpoint import MICRO, TINY, write_untrained
-from train.micro.data import STAGES
+from train.micro.checkpoint import MICRO
+from train.micro.curriculum import STAGES
 from train.micro.preference_pairs import FIRST_SEED, preferred
+from train.untrained import write_untrained
 
 EVENTS = ["The red circle moves to the left.", "The red circle jumps.", "The blue bar grows."]
 
