@@ -16,7 +16,8 @@ from tarsier_jax.errors import TarsierError
 from tarsier_jax.programs import Compilations
 from train.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig
-from train.data.packing import PackedRow, check_share, lines_of
+from train.data.annotations import lines_of
+from train.data.packing import PackedRow, check_share
 from train.export import export_trained
 from train.metric_writer import BadSamples, Log, console_line, duration
 from train.optimizer import make_schedule

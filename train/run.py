@@ -24,7 +24,8 @@ from tarsier_jax.programs import resolve_dtype
 from tarsier_jax.sharding import BATCH, make_mesh
 from tarsier_jax.weights import resolve
 from train.config import MeshConfig, TrainConfig
-from train.data.packing import PackedRow, PackingConfig, PackUnit, describe_files, fit_packing, make_rows
+from train.data.annotations import describe_files
+from train.data.packing import PackedRow, PackingConfig, PackUnit, fit_packing, make_rows
 from train.processes import compare
 from train.record import check_run_metadata, flatten, record_start
 from train.state import LossFunction, StateSpec, StepBatch, batch_shardings, make_state_spec

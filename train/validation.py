@@ -9,7 +9,8 @@ import numpy as np
 
 from tarsier_jax.generation.decode import generate_batch
 from tarsier_jax.generation.sampling import make_sampling
-from train.data.packing import PackedRow, lines_of, read_sample
+from train.data.annotations import lines_of, read_sample
+from train.data.packing import PackedRow
 from train.run import TrainRun, global_batch
 from train.state import TrainState, build_model, make_eval_step
 

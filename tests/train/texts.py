@@ -10,7 +10,8 @@ import numpy as np
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Example
-from train.data.packing import PackingConfig, PackUnit, lines_of, make_rows
+from train.data.annotations import lines_of
+from train.data.packing import PackingConfig, PackUnit, make_rows
 
 ROWS = 4  # of a step
 

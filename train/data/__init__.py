@@ -1,3 +1,3 @@
 """The data of a training run."""
 
-from train.data.packing import AnnotationFile as AnnotationFile
+from train.data.annotations import AnnotationFile as AnnotationFile

@@ -1,30 +1,25 @@
-"""The data of a run: annotation lines, mixed and shuffled, decoded in threads, packed into rows (grain).
+"""Samples of annotation lines, decoded in threads and packed into rows (grain).
 
 One row of every batch packs the samples r, r + B, r + 2 B, ... of the shuffled mixture, for each r below B, the rows of
 a step in all. So the rows of a batch, but for their order, do not depend on how many processes or threads made them.
 """
 
-import codecs
 import dataclasses
-import hashlib
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import grain
 import numpy as np
 
 from tarsier_jax.config import VisionConfig
 from tarsier_jax.errors import InputError, reason_of
-from tarsier_jax.files import is_url
 from tarsier_jax.processing.batch import Batch
-from tarsier_jax.processing.formats import normalize_sample
-from tarsier_jax.processing.jsonl import check_line, parse_json
 from tarsier_jax.processing.packing import Row, RowShape, Unit
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from train.checks import check, check_at_least
+from train.data.annotations import AnnotationLine, read_sample
 
 FORGIVEN = 10  # bad samples that stop no run, whatever their share
 
@@ -132,15 +127,6 @@ def _largest_frame(budget: float) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class AnnotationLine:
-    """One line of an annotation file; `number` counts from 1."""
-
-    file: str
-    number: int
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
 class BadSample:
     """A sample that cannot be used, and why."""
 
@@ -177,90 +163,6 @@ class PackedRow:
 Load = Callable[[Mapping[str, Any], np.random.Generator], PackUnit]
 
 
-class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportMissingTypeArgument]
-    """The lines of a JSON lines file in UTF-8, read where they stand; memory has sixteen bytes per line.
-
-    Raises:
-        InputError: there is no such file, or it has no lines; it has another encoding, or is a JSON array.
-    """
-
-    def __init__(self, path: str):
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                starts, numbers, at = [], [], 0
-                for number, line in enumerate(file, 1):
-                    if line.removeprefix(codecs.BOM_UTF8).strip():
-                        check_line(path, number, line, first=not starts)
-                        starts.append(at)
-                        numbers.append(number)
-                    at += len(line)
-        except OSError as e:
-            raise InputError(f"The annotations {path} cannot be read ({e.strerror}). Check config.data.") from None
-        if not starts:
-            raise InputError(f"The annotations {path} hold no lines. Check config.data.")
-        self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: SupportsIndex) -> AnnotationLine:
-        i = int(index)
-        with open(self.path, "rb") as file:
-            file.seek(int(self._starts[i]))
-            line = file.readline().removeprefix(codecs.BOM_UTF8)
-            return AnnotationLine(
-                self.path, int(self._numbers[i]), line.decode(errors="replace")
-            )  # may have changed since
-
-
-def parse_files(files: str) -> list[tuple[str, float | None]]:
-    """ "a.jsonl=3,b.jsonl" -> [("a.jsonl", 3.0), ("b.jsonl", None)]. Raises InputError."""
-    parsed = []
-    for part in filter(None, (part.strip() for part in files.split(","))):
-        path, equals, weight = part.rpartition("=")
-        try:
-            parsed.append((path, float(weight)) if equals and not Path(part).exists() else (part, None))
-        except ValueError:
-            raise InputError(f"{part!r} in config.data should be FILE or FILE=WEIGHT.") from None
-    weights = [weight for _, weight in parsed if weight is not None]
-    if len(weights) not in (0, len(parsed)) or not all(0 < weight < math.inf for weight in weights):
-        raise InputError(f"{files!r} in config.data: give every file a weight above 0, or none of them.")
-    if not parsed:
-        raise InputError("config.data.train names no file. Give --config.data.train=annotations.jsonl.")
-    return parsed
-
-
-def describe_files(files: str) -> list[str]:
-    """Size, hash and weight of every annotation file: what tells one from another, wherever it is stored.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    descriptions = []
-    for path, weight in parse_files(files):
-        try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-                size = file.tell()
-        except OSError as e:
-            raise InputError(f"The annotations {path} cannot be read ({e.strerror}). Check config.data.") from None
-        descriptions.append(f"{size} bytes, blake2b {digest}" + (f", weight {weight:g}" if weight else ""))
-    return descriptions
-
-
-def lines_of(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grain.MapDataset:
-    """The mixture: endless if `repeat`, and then shuffled unless told not to; else every line once and in order."""
-    parsed = parse_files(files)
-    sources = [AnnotationFile(path) for path, _ in parsed]
-    if not repeat:
-        return grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
-    datasets = [grain.MapDataset.source(s).seed(seed + i) for i, s in enumerate(sources)]
-    datasets = [(dataset.shuffle() if shuffle else dataset).repeat() for dataset in datasets]
-    weights = [weight or float(len(source)) for (_, weight), source in zip(parsed, sources, strict=True)]
-    return grain.MapDataset.mix(datasets, [w / sum(weights) for w in weights])
-
-
 @dataclasses.dataclass(frozen=True)
 class LoadLine(grain.transforms.RandomMap):
     """AnnotationLine -> PackUnit or BadSample."""
@@ -281,36 +183,6 @@ class LoadLine(grain.transforms.RandomMap):
             return loaded
         except Exception as e:  # whatever a line of millions does, the run goes on; the share of bad ones is bounded
             return BadSample(element.file, element.number, reason_of(e))
-
-
-def read_sample(text: str, media_root: str) -> dict[str, Any]:
-    """The sample of a line, in the annotation format, with `media_root` before every relative path of a medium.
-
-    Raises:
-        InputError: the line is not JSON, or `normalize_sample` cannot read it.
-    """
-    sample = parse_json(text, "The line")
-    if not isinstance(sample, dict):
-        raise InputError("The line is no JSON object.")
-    return with_root(dict(normalize_sample(sample)), media_root)
-
-
-def with_root(value: Any, root: str) -> Any:
-    """A sample in the annotation format with `root` before every relative path of a medium."""
-    if not root:
-        return value
-    if isinstance(value, list):
-        return [with_root(v, root) for v in value]
-    if not isinstance(value, dict):
-        return value
-    media = ("video_file", "image_file", "frames")
-    return {key: _join(v, root) if key in media else with_root(v, root) for key, v in value.items()}
-
-
-def _join(source: Any, root: str) -> Any:
-    if isinstance(source, list):
-        return [_join(frame, root) for frame in source]
-    return str(Path(root, source)) if isinstance(source, str) and source and not is_url(source) else source
 
 
 class PackedRows(grain.IterDataset):

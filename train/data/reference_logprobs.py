@@ -23,7 +23,7 @@ from tarsier_jax.weights import is_converted
 from tarsier_jax.weights.orbax import PARAMS
 from tarsier_jax.weights.safetensors import open_tensors
 from train.config import TrainConfig
-from train.data.packing import AnnotationLine, lines_of, read_sample
+from train.data.annotations import AnnotationLine, lines_of, read_sample
 from train.data.samples import prepare_pair
 from train.losses import pair_log_probs
 from train.metric_writer import duration

@@ -19,6 +19,7 @@ from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from tests.train.texts import ROWS, load, open_rows, write_lines, write_texts
 from train.config import TrainConfig
+from train.data.annotations import lines_of
 from train.data.packing import (
     FORGIVEN,
     BadSample,
@@ -28,7 +29,6 @@ from train.data.packing import (
     PackUnit,
     check_share,
     fit_packing,
-    lines_of,
     row_states,
 )
 from train.run import Objective

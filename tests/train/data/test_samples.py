@@ -9,7 +9,8 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor
 from tests.train.conftest import question_and_answer, trained_on
-from train.data.packing import AnnotationLine, BadSample, LoadLine, PackingConfig, PackUnit
+from train.data.annotations import AnnotationLine
+from train.data.packing import BadSample, LoadLine, PackingConfig, PackUnit
 from train.data.samples import check_grounding, prepare, split_preference
 
 

@@ -11,7 +11,7 @@ from eval.shapes.judge import events_of
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.processor import Processor
 from tests.train.conftest import trained_on
-from train.data.packing import lines_of
+from train.data.annotations import lines_of
 from train.micro.curriculum import write_seeds
 from train.micro.samples import prepare
 

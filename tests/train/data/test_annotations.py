@@ -7,7 +7,7 @@ import pytest
 
 from tarsier_jax.errors import InputError
 from tests.train.texts import write_lines, write_texts
-from train.data.packing import AnnotationFile, AnnotationLine, describe_files, parse_files, read_sample, with_root
+from train.data.annotations import AnnotationFile, AnnotationLine, describe_files, parse_files, read_sample, with_root
 
 
 def test_lines_are_read_where_they_stand(tmp_path: Path) -> None:
