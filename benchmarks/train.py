@@ -30,8 +30,8 @@ from tarsier_jax.processing.packing import Row, RowShape
 from tarsier_jax.sharding import make_mesh
 from train.data.packing import PackedRow
 from train.losses import sft_loss
+from train.mesh import global_batch
 from train.optimizer import OptimizerConfig
-from train.run import global_batch
 from train.state import StateSpec, StepBatch, TrainState, init_state, make_state_spec, make_train_step
 from train.throughput import Work, peak_flops, step_flops, work_of
 

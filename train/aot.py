@@ -39,7 +39,8 @@ from tarsier_jax.programs import run
 from train.config import TrainConfig, define_flags, read_flags
 from train.data.packing import fit_packing
 from train.dpo import dpo_objective
-from train.run import Objective, check_rows, mesh_of, run_config
+from train.mesh import check_rows, mesh_of
+from train.run import Objective, run_config
 from train.sft import sft_objective
 from train.state import StateSpec, StepBatch, batch_shardings, make_state_spec, make_train_step
 

@@ -19,9 +19,10 @@ from train.config import TrainConfig
 from train.data.annotations import lines_of
 from train.data.packing import PackedRow, check_share
 from train.export import export_trained
+from train.mesh import global_batch
 from train.metric_writer import BadSamples, Log, console_line, duration
 from train.optimizer import make_schedule
-from train.run import Objective, TrainRun, global_batch, open_run
+from train.run import Objective, TrainRun, open_run
 from train.state import TrainState, init_state, load_reference, make_train_step
 from train.throughput import Meter, Work, work_of
 from train.validation import Evaluation

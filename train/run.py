@@ -3,32 +3,30 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import InputError
 from tarsier_jax.families import family_of, load_config
 from tarsier_jax.models.attention import default_implementation
-from tarsier_jax.processing.packing import stack_rows
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.templates import training_template
 from tarsier_jax.programs import resolve_dtype
-from tarsier_jax.sharding import BATCH, make_mesh
 from tarsier_jax.weights import resolve
-from train.config import MeshConfig, TrainConfig
+from train.config import TrainConfig
 from train.data.annotations import describe_files
-from train.data.packing import PackedRow, PackingConfig, PackUnit, fit_packing, make_rows
+from train.data.packing import PackingConfig, PackUnit, fit_packing, make_rows
+from train.mesh import check_rows, mesh_of, row_share
 from train.processes import compare
 from train.record import check_run_metadata, flatten, record_start
-from train.state import LossFunction, StateSpec, StepBatch, batch_shardings, make_state_spec
+from train.state import LossFunction, StateSpec, make_state_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,61 +198,3 @@ def training_processor(directory: Path, model: ModelConfig, config: TrainConfig)
     processor = family_of(model).load_processor(directory, model)
     template = training_template(processor.chat_template)
     return dataclasses.replace(processor, chat_template=template, options=config.processor)
-
-
-def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh, with -1 filled in.
-
-    Raises:
-        InputError: the axes do not match the devices.
-    """
-    count = len(devices) if devices is not None else jax.device_count()
-    sizes = dataclasses.asdict(config)
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
-    given = int(np.prod([size for size in sizes.values() if size != -1]))
-    negative = min(sizes.values()) < -1
-    if negative or len(open_axes) > 1 or given < 1 or count % given or (not open_axes and given != count):
-        text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise InputError(
-            f"config.mesh {text} does not match {count} devices: the sizes multiply to {given}. Their product has to "
-            f"be {count}; one of them may be -1 for what the others leave."
-        )
-    return make_mesh(**{axis: count // given if size == -1 else size for axis, size in sizes.items()}, devices=devices)
-
-
-def check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises InputError when a step's rows cannot be split into accumulation steps and over the mesh."""
-    across = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows, steps = config.data.global_batch_size, config.grad_accum_steps
-    if min(steps, rows) < 1 or rows % (steps * across):
-        raise InputError(
-            f"config.data.global_batch_size={rows} is not a multiple of config.grad_accum_steps={steps} times the "
-            f"{across} devices along data and fsdp. Choose a multiple of {max(steps, 1) * across}."
-        )
-
-
-def row_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this process loads the index-th of `count` equal shares of a step's rows.
-
-    Processes share rows where the tensor axis spans them.
-    """
-    sharding = NamedSharding(mesh, P(BATCH))
-    across = mesh.shape["data"] * mesh.shape["fsdp"]
-    indices = sharding.addressable_devices_indices_map((across,)).values()
-    starts = sorted({index[0].start or 0 for index in indices if index is not None})
-    return starts[0] // len(starts), across // len(starts)
-
-
-def global_batch(rows: Sequence[PackedRow], parts: int, mesh: Mesh) -> StepBatch:
-    """The rows of all processes as one step's arrays on the devices."""
-    n = len(rows) // parts
-    stacked = [
-        StepBatch(
-            stack_rows([row.batch for row in rows[i * n : (i + 1) * n]]),
-            {name: np.concatenate([row.extra[name] for row in rows[i * n : (i + 1) * n]]) for name in rows[0].extra},
-        )
-        for i in range(parts)
-    ]
-    local = jax.tree.map(lambda *x: x[0][None] if parts == 1 else np.stack(x), *stacked)
-    shardings = batch_shardings(local, mesh)
-    return jax.tree.map(lambda s, x: jax.make_array_from_process_local_data(s, x), shardings, local)

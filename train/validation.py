@@ -11,7 +11,8 @@ from tarsier_jax.generation.decode import generate_batch
 from tarsier_jax.generation.sampling import make_sampling
 from train.data.annotations import lines_of, read_sample
 from train.data.packing import PackedRow
-from train.run import TrainRun, global_batch
+from train.mesh import global_batch
+from train.run import TrainRun
 from train.state import TrainState, build_model, make_eval_step
 
 _CAPTION_TOKENS = 128

@@ -16,8 +16,8 @@ from tarsier_jax.processing.packing import Row, RowShape, Unit
 from tarsier_jax.sharding import make_mesh
 from tests import reference
 from train.data.packing import PackedRow
+from train.mesh import global_batch
 from train.optimizer import OptimizerConfig
-from train.run import global_batch
 from train.state import StateSpec, StepBatch, TrainState, init_state, make_state_spec
 
 SHAPE = RowShape(tokens=128, bins=6, patches=64, frames=4, samples=8)

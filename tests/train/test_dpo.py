@@ -20,8 +20,8 @@ from train.data.packing import DataConfig
 from train.data.samples import prepare_pair
 from train.dpo import dpo_objective, mask_shared
 from train.losses import dpo_loss
+from train.mesh import global_batch
 from train.optimizer import OptimizerConfig
-from train.run import global_batch
 from train.state import StepBatch, build_model
 
 

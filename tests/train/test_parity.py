@@ -15,8 +15,8 @@ from tarsier_jax.processing.batch import Example
 from tests import reference
 from tests.train.packs import SHAPE, make_examples, make_run, pack, step_batch
 from train.losses import dpo_loss, sft_loss
+from train.mesh import global_batch
 from train.optimizer import OptimizerConfig
-from train.run import global_batch
 from train.state import make_train_step
 
 STEPS = 10

@@ -26,9 +26,10 @@ from train.config import TrainConfig
 from train.data.annotations import AnnotationLine, lines_of, read_sample
 from train.data.samples import prepare_pair
 from train.losses import pair_log_probs
+from train.mesh import global_batch
 from train.metric_writer import duration
 from train.optimizer import Params
-from train.run import TrainRun, global_batch
+from train.run import TrainRun
 from train.state import StepBatch, build_model, load_reference
 
 
