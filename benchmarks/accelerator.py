@@ -43,7 +43,7 @@ import tarsier_jax
 from benchmarks.attention_parity import TOLERANCE, cases, errors
 from benchmarks.samples import NoTexts, make_example, time_calls
 from benchmarks.train import TEXT_2B, VIDEO_2B, StepTiming, config_2b, measure_step, row_2b
-from eval.shapes.annotations import ask
+from eval.shapes.annotations import user_turn
 from eval.shapes.clips import HELD_OUT, draw_clips
 from infer.engine import Completion, Engine, EngineConfig, Request, fit_config
 from tarsier_jax.api import use_mesh_of
@@ -301,7 +301,7 @@ def engine(bench: Bench) -> Iterator[Result]:
 def embedded_answers(dtype: str) -> tuple[list[list[int]], list[list[int]]]:
     """The embedded model's answers about 16 clips: those of the engine, and one by one."""
     model, processor = tarsier_jax.load(EMBEDDED, dtype)
-    examples = [processor({"messages": [ask(clip.video)]}) for clip in draw_clips(HELD_OUT, 16)]
+    examples = [processor({"messages": [user_turn(clip.video)]}) for clip in draw_clips(HELD_OUT, 16)]
     config = fit_config(processor, 8, 96)
     config = SingleConfig(config.slots, config.prompt_tokens, config.new_tokens, config.buckets[-1:])
     answers = {}

@@ -26,14 +26,14 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from eval.shapes.annotations import GROUNDED_PROMPT, PROMPT
+from eval.shapes.annotations import GROUNDED_PROMPT, VIDEO_PROMPT
 from eval.shapes.clips import HELD_OUT, draw_clips
 from eval.shapes.render import write_clip
 from tarsier_jax.weights import EMBEDDED, resolve
 
 SHORT_SIDES = (360, 480, 540, 720, 1080)
 ASPECTS = (16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16)
-PROMPTS = (PROMPT, GROUNDED_PROMPT, "What happens first?")
+PROMPTS = (VIDEO_PROMPT, GROUNDED_PROMPT, "What happens first?")
 
 
 def write_clips(directory: Path, count: int, small: bool) -> list[Path]:

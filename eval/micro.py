@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 import tarsier_jax
-from eval.shapes.annotations import ask, question_annotation
-from eval.shapes.clips import HELD_OUT, Clip, draw_clips
+from eval.shapes.annotations import question_annotation, user_turn
+from eval.shapes.clips import HELD_OUT, ShapeClip, draw_clips
 from eval.shapes.describe import event_sentences
 from eval.shapes.judge import corpus_scores
-from eval.shapes.questions import a_question, letter_in
+from eval.shapes.questions import letter_in, sample_question
 from eval.shapes.render import write_clip
 from eval.shapes.world import reverse
 from infer.engine import Engine, answer_samples, fit_config
@@ -35,45 +35,45 @@ _SLOTS = 32
 _MAX_NEW_TOKENS = 96
 
 
-def backwards(clip: Clip) -> Clip:
-    return Clip(reverse(clip.scene), {"frames": clip.video["frames"][::-1]})
+def backwards(clip: ShapeClip) -> ShapeClip:
+    return ShapeClip(reverse(clip.scene), {"frames": clip.video["frames"][::-1]})
 
 
-def one_frame(clip: Clip) -> Clip:
+def one_frame(clip: ShapeClip) -> ShapeClip:
     """The frame in the middle."""
     frames = clip.video["frames"]
-    return Clip(clip.scene, {"frames": frames[len(frames) // 2][None]})
+    return ShapeClip(clip.scene, {"frames": frames[len(frames) // 2][None]})
 
 
-def shuffled(clip: Clip) -> Clip:
+def shuffled(clip: ShapeClip) -> ShapeClip:
     frames = clip.video["frames"]
-    return Clip(clip.scene, {"frames": np.random.default_rng(len(frames)).permutation(frames)})
+    return ShapeClip(clip.scene, {"frames": np.random.default_rng(len(frames)).permutation(frames)})
 
 
-def as_file(clip: Clip, path: Path) -> Clip:
-    return Clip(clip.scene, {"video_file": str(write_clip(path, clip.video["frames"]))})
+def as_file(clip: ShapeClip, path: Path) -> ShapeClip:
+    return ShapeClip(clip.scene, {"video_file": str(write_clip(path, clip.video["frames"]))})
 
 
 class Scorer:
     def __init__(self, engine: Engine):
         self._engine = engine
 
-    def describe(self, name: str, clips: Iterable[Clip]) -> dict[str, float]:
+    def describe(self, name: str, clips: Iterable[ShapeClip]) -> dict[str, float]:
         """Recall, precision and F1 of the events in descriptions of the clips."""
         events = []
 
         def asked() -> Iterator[dict[str, Any]]:
             for clip in clips:
                 events.append(event_sentences(clip.scene))
-                yield {"messages": [ask(clip.video)]}
+                yield {"messages": [user_turn(clip.video)]}
 
         return corpus_scores(answer_samples(self._engine, asked(), _MAX_NEW_TOKENS, name=name), events)
 
-    def choose(self, clips: Iterable[Clip], seed: int) -> dict[str, tuple[int, int]]:
+    def choose(self, clips: Iterable[ShapeClip], seed: int) -> dict[str, tuple[int, int]]:
         """One question a clip: for each kind, how many were asked and how many answered rightly."""
         asked, kinds, letters = [], [], []
         for i, clip in enumerate(clips):
-            question = a_question(clip.scene, np.random.default_rng(seed + i))
+            question = sample_question(clip.scene, np.random.default_rng(seed + i))
             asked.append(question_annotation(question, clip.video, i, i))
             kinds.append(question.kind)
             letters.append(question.answer)
@@ -93,7 +93,7 @@ def score(model: Tarsier, processor: Processor, clips: int, seed: int) -> dict[s
         scores[name] = round(value, 4)
         print(f"{name:<28} {value:.3f}  {detail}", flush=True)
 
-    def describe(name: str, shown: Iterable[Clip]) -> None:
+    def describe(name: str, shown: Iterable[ShapeClip]) -> None:
         found = scorer.describe(name, shown)
         note(f"F1, {name}", found["f1"], f"recall {found['recall']:.3f}  precision {found['precision']:.3f}")
 

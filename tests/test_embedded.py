@@ -8,8 +8,8 @@ import pytest
 import tarsier_jax
 from convert.backends import HuggingFace
 from eval.micro import Scorer
-from eval.shapes.annotations import ask
-from eval.shapes.clips import HELD_OUT, Clip, draw_clips
+from eval.shapes.annotations import user_turn
+from eval.shapes.clips import HELD_OUT, ShapeClip, draw_clips
 from eval.shapes.describe import event_sentences
 from eval.shapes.judge import corpus_scores
 from infer.engine import Engine, answer_samples, fit_config
@@ -23,12 +23,12 @@ CLIPS, SLOTS, TOKENS = 50, 16, 96
 
 
 @pytest.fixture(scope="module")
-def clips() -> list[Clip]:
+def clips() -> list[ShapeClip]:
     return list(draw_clips(HELD_OUT + 10**6, CLIPS))
 
 
-def question(clip: Clip) -> dict[str, Any]:
-    return {"messages": [ask(clip.video)]}
+def question(clip: ShapeClip) -> dict[str, Any]:
+    return {"messages": [user_turn(clip.video)]}
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,12 @@ def engine() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def captions(engine: Engine, clips: list[Clip]) -> list[str]:
+def captions(engine: Engine, clips: list[ShapeClip]) -> list[str]:
     """Ours, by the engine."""
     return answer_samples(engine, map(question, clips), TOKENS)
 
 
-def reference_captions(directory: Path, clips: list[Clip]) -> list[str]:
+def reference_captions(directory: Path, clips: list[ShapeClip]) -> list[str]:
     """Those of transformers, one by one."""
     model, processor = tarsier_jax.load(directory)
     theirs = HuggingFace(directory, model.config, processor.eos_token_ids)
@@ -51,7 +51,7 @@ def reference_captions(directory: Path, clips: list[Clip]) -> list[str]:
     return [processor.decode(theirs.answer(example, TOKENS)) for example in examples]
 
 
-def test_it_describes_clips_it_has_not_seen(clips: list[Clip], captions: list[str]) -> None:
+def test_it_describes_clips_it_has_not_seen(clips: list[ShapeClip], captions: list[str]) -> None:
     assert corpus_scores(captions, [event_sentences(clip.scene) for clip in clips])["f1"] > 0.7
 
 
@@ -61,11 +61,11 @@ def test_it_answers_questions_better_than_by_guessing(engine: Engine) -> None:
     assert sum(right for _, right in counted) / sum(asked for asked, _ in counted) > 0.35
 
 
-def test_transformers_says_the_same(clips: list[Clip], captions: list[str]) -> None:
+def test_transformers_says_the_same(clips: list[ShapeClip], captions: list[str]) -> None:
     assert reference_captions(resolve(EMBEDDED), clips) == captions
 
 
-def test_so_it_does_after_a_round_trip(tmp_path: Path, clips: list[Clip], captions: list[str]) -> None:
+def test_so_it_does_after_a_round_trip(tmp_path: Path, clips: list[ShapeClip], captions: list[str]) -> None:
     convert_hf(resolve(EMBEDDED), tmp_path / "orbax")
     convert_to_hf(tmp_path / "orbax", tmp_path / "hf")
     assert reference_captions(tmp_path / "hf", clips) == captions

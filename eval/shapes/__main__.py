@@ -12,7 +12,7 @@ import numpy as np
 
 from eval.shapes.annotations import annotation, question_annotation
 from eval.shapes.clips import HELD_OUT, draw_clips
-from eval.shapes.questions import a_question
+from eval.shapes.questions import sample_question
 from eval.shapes.render import write_clip
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path, locked
@@ -34,18 +34,18 @@ def main(args: argparse.Namespace) -> int:
     if args.clips < 1 or args.seed < 0:
         raise InputError(f"--clips {args.clips} has to be at least 1, and --seed {args.seed} at least 0.")
     with locked(args.output, inside=True):
-        write(args)
+        write_benchmark(args)
     print(f"{args.clips} clips, descriptions.jsonl and questions.jsonl are in {args.output}")
     return 0
 
 
-def write(args: argparse.Namespace) -> None:
+def write_benchmark(args: argparse.Namespace) -> None:
     descriptions, asked = [], []
     for i, clip in enumerate(draw_clips(args.seed, args.clips)):
         path = write_clip(args.output / f"{i}{'.gif' if args.gif else '.mp4'}", clip.video["frames"])
         video, rng = {"video_file": path.name}, np.random.default_rng(args.seed + i)
         descriptions.append(annotation(clip.scene, video, i))
-        asked.append(question_annotation(a_question(clip.scene, rng), video, i, i))
+        asked.append(question_annotation(sample_question(clip.scene, rng), video, i, i))
     for name, lines in (("descriptions", descriptions), ("questions", asked)):
         (args.output / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 

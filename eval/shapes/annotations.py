@@ -7,7 +7,7 @@ from eval.shapes.describe import describe, event_sentences
 from eval.shapes.questions import Question
 from eval.shapes.world import Scene
 
-PROMPT = "Describe the video in detail."
+VIDEO_PROMPT = "Describe the video in detail."
 IMAGE_PROMPT = "Describe the image in detail."
 GROUNDED_PROMPT = "Describe the video in detail, and give the frames of each event."
 _QUESTION_SETS = {"order": "Event Order", "direction": "Moving Direction", "antonym": "Event Antonym"}
@@ -19,7 +19,7 @@ def annotation(
     idx: int,
     rate: float = 16.0,
     reference: str | None = None,
-    prompt: str = PROMPT,
+    prompt: str = VIDEO_PROMPT,
 ) -> dict[str, Any]:
     """A line that asks for a description.
 
@@ -41,7 +41,7 @@ def annotation(
     }
     answer = {"type": "text", "text": "", "reference": describe(scene) if reference is None else reference}
     return {
-        "messages": [ask(video, prompt), {"role": "assistant", "content": [answer]}],
+        "messages": [user_turn(video, prompt), {"role": "assistant", "content": [answer]}],
         "dataset": f"Shapes/{len(events)}_events",
         "task": "video/caption",
         "idx": idx,
@@ -54,7 +54,7 @@ def question_annotation(question: Question, video: Mapping[str, Any], idx: int, 
     """A line that asks a question; its reference is the right option, and then the letter."""
     answer = {"type": "text", "text": "", "reference": question.reply()}
     return {
-        "messages": [ask(video, question.prompt()), {"role": "assistant", "content": [answer]}],
+        "messages": [user_turn(video, question.prompt()), {"role": "assistant", "content": [answer]}],
         "dataset": f"ShapesQA/{_QUESTION_SETS[question.kind]}",
         "task": "video/QA",
         "idx": idx,
@@ -62,7 +62,7 @@ def question_annotation(question: Question, video: Mapping[str, Any], idx: int, 
     }
 
 
-def ask(video: Mapping[str, Any], prompt: str = PROMPT) -> dict[str, Any]:
+def user_turn(video: Mapping[str, Any], prompt: str = VIDEO_PROMPT) -> dict[str, Any]:
     """The user's turn: a video item of that source (see `annotation`), and a prompt."""
     items = [{"type": "video", "video": dict(video)}, {"type": "text", "text": prompt}]
     return {"role": "user", "content": items}

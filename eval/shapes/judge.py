@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from eval.shapes.words import ALONE, OF_TWO, WITH, name_after
-from eval.shapes.world import COLOURS, KINDS, Fact
+from eval.shapes.world import COLOURS, SHAPE_KINDS, Fact
 from tarsier_jax.errors import InputError
 
 UNREAD = "unread"  # the verb of what cannot be read
@@ -23,7 +23,7 @@ def _any(words: Sequence[str]) -> str:
 
 _OF_TWO = {phrase: verb for verb, phrases in OF_TWO.items() for phrase in phrases}
 _WITH = {phrase: verb for verb, phrases in WITH.items() for phrase in phrases}
-_NAME = f"(?:(?:an?|the) )?({_any(list(COLOURS))} {_any(KINDS)})"
+_NAME = f"(?:(?:an?|the) )?({_any(list(COLOURS))} {_any(SHAPE_KINDS)})"
 _LINKS = "(?:(?:and|then|next|first|finally|after that|at the end|also) )*"
 _END = "(?: |$)"
 _PAIR_CLAUSE = re.compile(f"{_LINKS}{_NAME} and {_NAME} ({_any(list(_OF_TWO))}){_END}")
@@ -80,7 +80,7 @@ def events_of(text: str) -> list[Fact]:
     return reader.events
 
 
-def matches(described: Sequence[Fact], reference: Sequence[Fact]) -> int:
+def count_matches(described: Sequence[Fact], reference: Sequence[Fact]) -> int:
     """The length of the longest common subsequence; what could not be read equals nothing."""
     row = [0] * (len(reference) + 1)
     for fact in described:
@@ -92,11 +92,11 @@ def matches(described: Sequence[Fact], reference: Sequence[Fact]) -> int:
     return row[-1]
 
 
-def score(description: str, reference_events: Sequence[str]) -> tuple[float, float]:
+def score_description(description: str, reference_events: Sequence[str]) -> tuple[float, float]:
     """Recall and precision, 0 to 1. A list without events scores 1, as in AutoDQ."""
     described = events_of(description)
     reference = [fact for event in reference_events for fact in events_of(event)]
-    found = matches(described, reference)
+    found = count_matches(described, reference)
     return found / len(reference) if reference else 1.0, found / len(described) if described else 1.0
 
 
@@ -110,7 +110,7 @@ def corpus_scores(descriptions: Sequence[str], references: Sequence[Sequence[str
         raise InputError(
             f"There are {len(descriptions)} descriptions and {len(references)} lists of events. Give as many of each."
         )
-    scores = [score(text, events) for text, events in zip(descriptions, references, strict=True)]
+    scores = [score_description(text, events) for text, events in zip(descriptions, references, strict=True)]
     recall, precision = (sum(values) / len(scores) for values in zip(*scores, strict=True))
     both = recall + precision
     return {"recall": recall, "precision": precision, "f1": 2 * recall * precision / both if both else 0.0}

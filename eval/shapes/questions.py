@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.shapes.words import WAYS, as_sentence, clause, plain
+from eval.shapes.words import DIRECTION_PHRASES, as_sentence, clause, plain
 from eval.shapes.world import COLOURS, DIRECTIONS, ROUND, TURNS, Fact, Scene, facts, names_of, opposite
 
 LETTERS = "ABCD"
@@ -50,13 +50,13 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return [question for question in asked if question is not None]
 
 
-def a_question(scene: Scene, rng: np.random.Generator) -> Question:
+def sample_question(scene: Scene, rng: np.random.Generator) -> Question:
     """One of them at random."""
     asked = questions(scene, rng)
     return asked[int(rng.integers(len(asked)))]
 
 
-def untrue(scene: Scene, rng: np.random.Generator) -> list[Fact]:
+def false_events(scene: Scene, rng: np.random.Generator) -> list[Fact]:
     """Events that do not happen in the scene, in random order."""
     told = set(facts(scene))
     pool = []
@@ -75,7 +75,7 @@ def untrue(scene: Scene, rng: np.random.Generator) -> list[Fact]:
 
 def _antonym(scene: Scene, told: Sequence[Fact], rng: np.random.Generator) -> Question:
     right = told[int(rng.integers(len(told)))]
-    wrong = [*_backwards(right, told), *untrue(scene, rng)]
+    wrong = [*_backwards(right, told), *false_events(scene, rng)]
     return _events("antonym", "Which of these happens in the video?", right, wrong, rng)
 
 
@@ -102,7 +102,7 @@ def _ordered(
     if len(told) < 2:
         return None
     others = [told[i] for i in rng.permutation(len(told)) if i not in (right, but)]
-    wrong = [*others, *_backwards(told[right], told), *untrue(scene, rng)]
+    wrong = [*others, *_backwards(told[right], told), *false_events(scene, rng)]
     return _events("order", text, told[right], wrong, rng)
 
 
@@ -114,9 +114,9 @@ def _direction(scene: Scene, told: Sequence[Fact], rng: np.random.Generator) -> 
     if not movers:
         return None
     fact = movers[int(rng.integers(len(movers)))]
-    wrong = [as_sentence(WAYS[way][0]) for way in DIRECTIONS if way != fact.detail]
+    wrong = [as_sentence(DIRECTION_PHRASES[way][0]) for way in DIRECTIONS if way != fact.detail]
     text = f"In which direction does the {fact.names[0]} move?"
-    return _question("direction", text, as_sentence(WAYS[fact.detail][0]), wrong, rng)
+    return _question("direction", text, as_sentence(DIRECTION_PHRASES[fact.detail][0]), wrong, rng)
 
 
 def _backwards(fact: Fact, told: Sequence[Fact]) -> list[Fact]:

@@ -1,4 +1,4 @@
-"""Scenes as pixels: `render`, and `write_clip` for files."""
+"""Scenes as pixels: `render_scene`, and `write_clip` for files."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ _MP4: dict[str, Any] = {
 }
 
 
-def render(scene: Scene, height: int = 112, width: int = 112, indices: Sequence[int] | None = None) -> np.ndarray:
+def render_scene(scene: Scene, height: int = 112, width: int = 112, indices: Sequence[int] | None = None) -> np.ndarray:
     """The frames of a scene, uint8 (frames, height, width, 3), fitted into the middle, anti-aliased.
 
     Args:

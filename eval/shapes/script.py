@@ -1,4 +1,4 @@
-"""Random scenes: `generate`. The same seed gives the same story at any number of frames."""
+"""Random scenes: `draw_scene`. The same seed gives the same story at any number of frames."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,8 +8,8 @@ import numpy as np
 from eval.shapes.world import (
     COLOURS,
     DIRECTIONS,
-    KINDS,
     PAIR_VERBS,
+    SHAPE_KINDS,
     TURNS,
     VERBS,
     Background,
@@ -60,7 +60,7 @@ class _Stage:
     told: set[Fact]
 
 
-def generate(
+def draw_scene(
     rng: np.random.Generator,
     frames: int = 32,
     aspect: float = 1.0,
@@ -128,7 +128,7 @@ def _set_stage(rng: np.random.Generator, size: tuple[float, float], n_shapes: in
     stage = _Stage(*size, [], [], [], {}, set())
     columns, rows = (round(_ROWS * side) for side in size)
     for i, place in enumerate(rng.permutation(columns * rows)[:n_shapes]):
-        kind, colour, large = _pick(rng, KINDS), _pick(rng, tuple(COLOURS)), rng.uniform(*_LARGE)
+        kind, colour, large = _pick(rng, SHAPE_KINDS), _pick(rng, tuple(COLOURS)), rng.uniform(*_LARGE)
         if f"{colour} {kind}" in stage.names:
             return None
         row, column = divmod(int(place), columns)

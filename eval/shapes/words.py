@@ -10,7 +10,7 @@ The first of several ways to say a thing is the plain one.
 from eval.shapes.world import COLOURS, DIRECTIONS, TURNS, Fact
 
 MOVES = ("moves", "slides", "glides")
-WAYS = {
+DIRECTION_PHRASES = {
     "left": ("to the left", "left"),
     "right": ("to the right", "right"),
     "up": ("up", "upwards"),
@@ -47,7 +47,7 @@ JOINED = ("and then", "and")  # a second event in the same sentence
 def predicates(verb: str, detail: str) -> list[str]:
     """What may be said of one shape that does something."""
     if verb == "move":
-        return [f"{move} {way}" for move in MOVES for way in WAYS[detail]]
+        return [f"{move} {way}" for move in MOVES for way in DIRECTION_PHRASES[detail]]
     if verb == "turn":
         return [f"{spin} {detail}" for spin in SPINS]
     if verb == "recolour":

@@ -9,7 +9,7 @@ blue circle". No two shapes of a scene ever bear the same name.
 import dataclasses
 from collections.abc import Sequence
 
-KINDS = ("circle", "ring", "bar", "triangle", "cross")
+SHAPE_KINDS = ("circle", "ring", "bar", "triangle", "cross")
 ROUND = ("circle", "ring")  # which nobody sees turn
 COLOURS = {
     "red": (214, 40, 40),

@@ -28,7 +28,7 @@ class Oracle:
 
 
 @pytest.fixture
-def clips() -> list[micro.Clip]:
+def clips() -> list[micro.ShapeClip]:
     return list(micro.draw_clips(5, 25))
 
 
@@ -37,19 +37,19 @@ def scorer(monkeypatch: pytest.MonkeyPatch, answers: Sequence[str]) -> micro.Sco
     return micro.Scorer(None)  # type: ignore[arg-type]
 
 
-def test_full_marks(monkeypatch: pytest.MonkeyPatch, clips: list[micro.Clip]) -> None:
+def test_full_marks(monkeypatch: pytest.MonkeyPatch, clips: list[micro.ShapeClip]) -> None:
     oracle = scorer(monkeypatch, [describe(clip.scene) for clip in clips])
     assert oracle.describe("all", clips) == {"recall": 1, "precision": 1, "f1": 1}
 
 
-def test_backwards_is_another_story(monkeypatch: pytest.MonkeyPatch, clips: list[micro.Clip]) -> None:
+def test_backwards_is_another_story(monkeypatch: pytest.MonkeyPatch, clips: list[micro.ShapeClip]) -> None:
     turned = [micro.backwards(clip) for clip in clips]
     np.testing.assert_array_equal(turned[0].video["frames"][0], clips[0].video["frames"][-1])
     assert scorer(monkeypatch, [describe(c.scene) for c in turned]).describe("", turned)["f1"] == 1
     assert scorer(monkeypatch, [describe(c.scene) for c in clips]).describe("", turned)["f1"] < 0.5
 
 
-def test_questions(monkeypatch: pytest.MonkeyPatch, clips: list[micro.Clip]) -> None:
+def test_questions(monkeypatch: pytest.MonkeyPatch, clips: list[micro.ShapeClip]) -> None:
     letters = []
     for i, clip in enumerate(clips):
         rng = np.random.default_rng(9 + i)
@@ -61,7 +61,7 @@ def test_questions(monkeypatch: pytest.MonkeyPatch, clips: list[micro.Clip]) -> 
     assert all(right == 0 for _, right in wrong.values())
 
 
-def test_what_is_shown(clips: list[micro.Clip], tmp_path: Path) -> None:
+def test_what_is_shown(clips: list[micro.ShapeClip], tmp_path: Path) -> None:
     clip = clips[0]
     frames = clip.video["frames"]
     assert micro.one_frame(clip).video["frames"].shape == (1, *frames.shape[1:])

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from eval.shapes.annotations import GROUNDED_PROMPT, IMAGE_PROMPT, PROMPT
+from eval.shapes.annotations import GROUNDED_PROMPT, IMAGE_PROMPT, VIDEO_PROMPT
 from eval.shapes.describe import describe, describe_frame, describe_grounded
 from eval.shapes.questions import questions
-from eval.shapes.script import generate
+from eval.shapes.script import draw_scene
 from tarsier_jax.models.tarsier import Tarsier
 from train.micro.attention_init import look, see_change
 from train.untrained import UntrainedModel
@@ -31,9 +31,9 @@ def _initialize(model: Tarsier) -> None:
 def _texts() -> Iterator[str]:
     rng = np.random.default_rng(0)
     for _ in range(_SCENES):
-        scene = generate(rng)
+        scene = draw_scene(rng)
         yield "system\nYou are a helpful assistant.user\nassistant\n Answer: ()\n"
-        yield f"{PROMPT} {IMAGE_PROMPT} {GROUNDED_PROMPT}"
+        yield f"{VIDEO_PROMPT} {IMAGE_PROMPT} {GROUNDED_PROMPT}"
         yield describe(scene, rng)
         yield from (describe_frame(scene, frame) for frame in (0, scene.frames - 1))
         yield describe_grounded(scene, rng=rng)

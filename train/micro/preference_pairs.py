@@ -20,10 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 import tarsier_jax
-from eval.shapes.annotations import ask
-from eval.shapes.clips import Clip, draw_clips
+from eval.shapes.annotations import user_turn
+from eval.shapes.clips import ShapeClip, draw_clips
 from eval.shapes.describe import event_sentences
-from eval.shapes.judge import score
+from eval.shapes.judge import score_description
 from eval.shapes.render import write_clip
 from infer.engine import Engine, Request, RequestError, fit_config
 from tarsier_jax.errors import InputError
@@ -38,18 +38,21 @@ _MARGIN = 0.3
 
 def preferred(events: Sequence[str], clean: str, disturbed: str) -> bool:
     """Whether the first description is better than the second by enough, and worse in nothing."""
-    (recall, precision), (other_recall, other_precision) = score(clean, events), score(disturbed, events)
+    (recall, precision), (other_recall, other_precision) = (
+        score_description(clean, events),
+        score_description(disturbed, events),
+    )
     more_recall, more_precision = recall - other_recall, precision - other_precision
     return min(more_recall, more_precision) >= 0 and more_recall + more_precision >= _MARGIN
 
 
-def _asked(clip: Clip, disturb: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"messages": [ask(clip.video | ({"disturb": disturb} if disturb else {}))]}
+def _asked(clip: ShapeClip, disturb: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"messages": [user_turn(clip.video | ({"disturb": disturb} if disturb else {}))]}
 
 
 def _pair(path: Path, chosen: str, rejected: str) -> dict[str, Any]:
     answer = {"type": "text", "text": chosen, "chosen": chosen, "rejected": rejected}
-    messages = [ask({"video_file": path.name}), {"role": "assistant", "content": [answer]}]
+    messages = [user_turn({"video_file": path.name}), {"role": "assistant", "content": [answer]}]
     return {"messages": messages, "task": "video/caption", "idx": int(path.stem)}
 
 
@@ -98,11 +101,11 @@ def write(args: argparse.Namespace) -> int:
     return kept
 
 
-def described(engine: Engine, first: int, count: int, temperature: float) -> Iterator[tuple[int, Clip, str, str]]:
+def described(engine: Engine, first: int, count: int, temperature: float) -> Iterator[tuple[int, ShapeClip, str, str]]:
     """For each clip, in the order in which they are done: its seed, itself, and a sampled description of it as it is
     and one of it disturbed.
     """
-    clips: dict[int, Clip] = {}
+    clips: dict[int, ShapeClip] = {}
     told: dict[int, dict[str, str]] = collections.defaultdict(dict)
 
     def requests() -> Iterator[Request]:

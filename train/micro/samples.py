@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.shapes.annotations import GROUNDED_PROMPT, IMAGE_PROMPT, PROMPT
-from eval.shapes.clips import draw_scene
+from eval.shapes.annotations import GROUNDED_PROMPT, IMAGE_PROMPT, VIDEO_PROMPT
+from eval.shapes.clips import draw_clip_scene
 from eval.shapes.describe import describe, describe_frame, describe_grounded
 from eval.shapes.questions import questions
-from eval.shapes.render import render
+from eval.shapes.render import render_scene
 from eval.shapes.world import Scene
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.frame_sampling import sample_uniform
@@ -49,19 +49,19 @@ def moving_shapes(sample: Mapping[str, Any], n_frames: int) -> dict[str, Any]:
         raise InputError(f"A moving_shapes line needs a seed, a whole number from 0 on, not {seed!r}.")
     rng = np.random.default_rng(seed)
     shapes, events, verb = (sample.get(name) for name in ("shapes", "events", "verb"))
-    scene, size = draw_scene(rng, shapes=shapes, events=events, verb=verb)
+    scene, size = draw_clip_scene(rng, shapes=shapes, events=events, verb=verb)
     indices, kind = sample_uniform(scene.frames, n_frames), "video"
     if sample.get("still"):
         indices, kind = [int(rng.choice([0, *(event.last for event in scene.events)]))], "image"
         turns = [(IMAGE_PROMPT, describe_frame(scene, indices[0]))]
     elif sample.get("events"):
-        turns = [(PROMPT, describe(scene))]
+        turns = [(VIDEO_PROMPT, describe(scene))]
     else:
         turns = _turns(scene, rng, n_frames)
     messages = []
     for question, answer in turns:
         messages += [_turn("user", question), _turn("assistant", answer)]
-    frames = list(render(scene, *size, indices))
+    frames = list(render_scene(scene, *size, indices))
     messages[0]["content"].insert(0, {"type": kind, kind: {"frames": frames if kind == "video" else frames[0]}})
     return {"messages": messages, "task": f"{kind}/QA"}
 
@@ -82,5 +82,5 @@ def _turns(scene: Scene, rng: np.random.Generator, n_frames: int) -> list[tuple[
     choices = questions(scene, rng) if kind < _GROUNDED + _WITH_QUESTIONS else []
     order = rng.permutation(len(choices))[:_MAX_QUESTIONS].tolist()
     turns = [(choices[i].prompt(), choices[i].reply()) for i in order]
-    turns.insert(int(rng.integers(len(turns) + 1)), (PROMPT, describe(scene)))
+    turns.insert(int(rng.integers(len(turns) + 1)), (VIDEO_PROMPT, describe(scene)))
     return turns

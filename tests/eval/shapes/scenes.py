@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from eval.shapes.script import generate
+from eval.shapes.script import draw_scene
 from eval.shapes.world import Background, Change, Event, Pose, Scene, Shape
 
 PALE = Background("plain", ((220, 220, 220), (230, 230, 230)), 0.1, True)
@@ -12,7 +12,7 @@ PALE = Background("plain", ((220, 220, 220), (230, 230, 230)), 0.1, True)
 
 @functools.cache
 def scene(seed: int, frames: int = 32) -> Scene:
-    return generate(np.random.default_rng(seed), frames)
+    return draw_scene(np.random.default_rng(seed), frames)
 
 
 def by_hand() -> Scene:

@@ -2,23 +2,25 @@
 
 import numpy as np
 
-from eval.shapes.clips import OTHER_LENGTHS, OTHER_SIZES, PACES, SIZES, draw_scene
-from eval.shapes.render import render
-from eval.shapes.script import generate
+from eval.shapes.clips import OTHER_LENGTHS, OTHER_SIZES, PACES, TRAINING_SIZES, draw_clip_scene
+from eval.shapes.render import render_scene
+from eval.shapes.script import draw_scene
 
 
 def test_only_the_frames_asked_for() -> None:
-    scene = generate(np.random.default_rng(4), frames=24)
-    np.testing.assert_array_equal(render(scene, 42, 42, [0, 7, 7, 23]), render(scene, 42, 42)[[0, 7, 7, 23]])
+    scene = draw_scene(np.random.default_rng(4), frames=24)
+    np.testing.assert_array_equal(
+        render_scene(scene, 42, 42, [0, 7, 7, 23]), render_scene(scene, 42, 42)[[0, 7, 7, 23]]
+    )
 
 
 def test_what_is_drawn() -> None:
-    drawn = [draw_scene(np.random.default_rng(seed)) for seed in range(300)]
-    assert {size for _, size in drawn} == set(SIZES)
+    drawn = [draw_clip_scene(np.random.default_rng(seed)) for seed in range(300)]
+    assert {size for _, size in drawn} == set(TRAINING_SIZES)
     paces = [scene.frames / len(scene.events) for scene, _ in drawn]
     assert set(PACES) < set(paces) and min(paces) == 3 and all(scene.frames <= 40 for scene, _ in drawn)
     assert sum(pace in PACES for pace in paces) > 0.75 * len(paces)
-    scene, size = draw_scene(np.random.default_rng(0), other=True, shapes=1, events=5)
+    scene, size = draw_clip_scene(np.random.default_rng(0), other=True, shapes=1, events=5)
     assert len(scene.shapes) == 1 and len(scene.events) == 5
     assert size in OTHER_SIZES and scene.frames in OTHER_LENGTHS
-    assert not set(OTHER_SIZES) & set(SIZES) and min(OTHER_LENGTHS) > 5 * max(PACES)
+    assert not set(OTHER_SIZES) & set(TRAINING_SIZES) and min(OTHER_LENGTHS) > 5 * max(PACES)

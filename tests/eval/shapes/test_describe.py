@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eval.shapes.describe import describe, describe_frame, describe_grounded, event_sentences, frame_groups
-from eval.shapes.judge import UNREAD, corpus_scores, events_of, score
+from eval.shapes.judge import UNREAD, corpus_scores, events_of, score_description
 from eval.shapes.words import ALONE, PLACES, article, plain, predicates, sentences
 from eval.shapes.world import PAIR_VERBS, Fact, Pose, Shape, facts, opposite, reverse
 from tarsier_jax.processing.frame_sampling import sample_uniform
@@ -71,7 +71,7 @@ def test_full_marks_for_every_description() -> None:
     for seed in SEEDS:
         made, rng = scene(seed), np.random.default_rng(seed)
         texts = [describe(made), describe(made, rng), describe(made, rng), describe_grounded(made, 8, rng)]
-        assert all(score(text, event_sentences(made)) == (1.0, 1.0) for text in texts)
+        assert all(score_description(text, event_sentences(made)) == (1.0, 1.0) for text in texts)
         assert events_of(" ".join(event_sentences(made))) == facts(made)
 
 
@@ -84,7 +84,7 @@ def test_backwards() -> None:
     assert corpus_scores(backward, forward)["f1"] < 0.4
     for text, made in zip(backward, scenes, strict=True):
         either_way = sum(opposite(fact) in facts(made) for fact in facts(made))
-        assert score(text, event_sentences(made))[0] <= either_way / len(made.events)
+        assert score_description(text, event_sentences(made))[0] <= either_way / len(made.events)
 
 
 def test_grounded_by_hand() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.shapes.judge import UNREAD, corpus_scores, events_of, matches, score
+from eval.shapes.judge import UNREAD, corpus_scores, count_matches, events_of, score_description
 from eval.shapes.world import Fact
 from tarsier_jax.errors import InputError
 
@@ -18,7 +18,7 @@ MOVE = Fact("move", ("red circle",), "left")
 def test_pronouns_and_joined_sentences() -> None:
     text = "First, a red circle moves left and then turns blue. It swaps places with a green bar. It spins clockwise."
     assert events_of(text) == [fact for event in EVENTS for fact in events_of(event)]
-    assert score(text, EVENTS) == (1.0, 1.0)
+    assert score_description(text, EVENTS) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_small_variations(text: str) -> None:
     ],
 )
 def test_costs(text: str, recall: float, precision: float) -> None:
-    assert score(text, EVENTS) == pytest.approx((recall, precision))
+    assert score_description(text, EVENTS) == pytest.approx((recall, precision))
 
 
 def test_rubbish_is_one_event_a_sentence() -> None:
     events = events_of("The red circle moves left and then dances. Blah. The red circle and the ring collide.")
     assert [fact.verb for fact in events] == ["move", UNREAD, UNREAD, UNREAD]
-    assert matches(events, events) == 1  # rubbish matches nothing, not even itself
+    assert count_matches(events, events) == 1  # rubbish matches nothing, not even itself
 
 
 def test_the_two_of_a_pair_may_come_in_either_order() -> None:
@@ -79,8 +79,8 @@ def test_it_is_the_shape_named_last() -> None:
 
 
 def test_reference_without_events() -> None:
-    assert score("A red circle jumps.", []) == (1.0, 0.0)
-    assert score("", []) == (1.0, 1.0)
+    assert score_description("A red circle jumps.", []) == (1.0, 0.0)
+    assert score_description("", []) == (1.0, 1.0)
 
 
 def test_corpus() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from eval.shapes.__main__ import main, parse
 from eval.shapes.clips import HELD_OUT, draw_clips
-from eval.shapes.judge import score
+from eval.shapes.judge import score_description
 from eval.shapes.questions import letter_in
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked
@@ -28,7 +28,7 @@ def test_a_benchmark(tmp_path: Path, flags: list[str], ending: str) -> None:
             path = tmp_path / video[0]["video"]["video_file"]
             assert path.suffix == ending and open_clip(path).length == clip.scene.frames
             if name == "descriptions":
-                assert score(answer[0]["reference"], line["extra_info"]["events"]) == (1.0, 1.0)
+                assert score_description(answer[0]["reference"], line["extra_info"]["events"]) == (1.0, 1.0)
             else:
                 assert letter_in(answer[0]["reference"])
 

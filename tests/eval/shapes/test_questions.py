@@ -11,9 +11,9 @@ import pytest
 from eval.shapes.annotations import GROUNDED_PROMPT, annotation, question_annotation
 from eval.shapes.describe import describe, describe_grounded
 from eval.shapes.judge import events_of
-from eval.shapes.questions import LETTERS, Question, letter_in, questions, untrue
-from eval.shapes.render import render, write_clip
-from eval.shapes.words import WAYS
+from eval.shapes.questions import LETTERS, Question, false_events, letter_in, questions
+from eval.shapes.render import render_scene, write_clip
+from eval.shapes.words import DIRECTION_PHRASES
 from eval.shapes.world import DIRECTIONS, Scene, facts
 from tarsier_jax.processing.sample import open_visuals, read_messages
 from tests.eval.shapes.scenes import by_hand, scene
@@ -32,7 +32,7 @@ def _right(made: Scene, question: Question) -> list[str]:
     if question.kind == "direction":
         name = question.text.removeprefix("In which direction does the ").removesuffix(" move?")
         ways = [fact.detail for fact in told if fact.verb == "move" and fact.names == (name,)]
-        wanted = [f"{WAYS[way][0].capitalize()}." for way in ways]
+        wanted = [f"{DIRECTION_PHRASES[way][0].capitalize()}." for way in ways]
         return [letter for letter, option in zip(LETTERS, question.options, strict=True) if option in wanted]
     if question.kind == "antonym":
         wanted = told
@@ -64,16 +64,16 @@ def test_by_hand() -> None:
     assert first.options[LETTERS.index(first.answer)] == "The red circle moves to the left."
     assert {"The red circle becomes blue.", "The blue circle grows."} < set(first.options)  # right, at another time
     way = asked["In which direction does the red circle move?"]
-    assert set(way.options) == {f"{WAYS[way][0].capitalize()}." for way in DIRECTIONS}
+    assert set(way.options) == {f"{DIRECTION_PHRASES[way][0].capitalize()}." for way in DIRECTIONS}
     assert way.options[LETTERS.index(way.answer)] == "To the left."
     assert way.prompt().splitlines()[1] == f"(A) {way.options[0]}"
 
 
 def test_wrong_options_are_not_half_true() -> None:
     rng = np.random.default_rng(0)
-    assert not [fact for fact in untrue(by_hand(), rng) if fact.verb == "move" and "circle" in fact.names[0]]
+    assert not [fact for fact in false_events(by_hand(), rng) if fact.verb == "move" and "circle" in fact.names[0]]
     for seed in SEEDS:
-        assert not set(untrue(scene(seed), rng)) & set(facts(scene(seed)))
+        assert not set(false_events(scene(seed), rng)) & set(facts(scene(seed)))
 
 
 def _answer(line: dict[str, Any]) -> str:
@@ -81,7 +81,7 @@ def _answer(line: dict[str, Any]) -> str:
 
 
 def test_annotation_of_a_file(tmp_path: Path) -> None:
-    write_clip(tmp_path / "0.mp4", render(by_hand(), 56, 56), rate=10)
+    write_clip(tmp_path / "0.mp4", render_scene(by_hand(), 56, 56), rate=10)
     line = json.loads(json.dumps(annotation(by_hand(), {"video_file": str(tmp_path / "0.mp4")}, 5, rate=10)))
     assert (line["dataset"], line["task"], line["idx"]) == ("Shapes/3_events", "video/caption", 5)
     assert line["extra_info"] == {

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.shapes.render import render, write_clip
-from eval.shapes.script import generate
+from eval.shapes.render import render_scene, write_clip
+from eval.shapes.script import draw_scene
 from eval.shapes.world import COLOURS, reverse
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.frame_sampling import sample_uniform
@@ -22,7 +22,7 @@ def _pixels_changed(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def test_shapes_are_where_the_script_says() -> None:
-    frames = render(by_hand(), 100, 100)
+    frames = render_scene(by_hand(), 100, 100)
     assert frames.shape == (31, 100, 100, 3) and frames.dtype == np.uint8
     for frame, (x, y), colour in [(0, (70, 30), "red"), (10, (30, 30), "red"), (20, (30, 30), "blue")]:
         assert tuple(frames[frame, y, x]) == COLOURS[colour]
@@ -33,14 +33,14 @@ def test_shapes_are_where_the_script_says() -> None:
 
 
 def test_edges_are_smooth() -> None:
-    levels = {tuple(pixel) for pixel in render(by_hand(), 100, 100)[0][:50].reshape(-1, 3)}
+    levels = {tuple(pixel) for pixel in render_scene(by_hand(), 100, 100)[0][:50].reshape(-1, 3)}
     assert len(levels) > 8  # ground, red, and shades between them
 
 
 def test_nothing_changes_outside_spans() -> None:
     for seed in SEEDS:
         made = scene(seed)
-        frames = render(made, 56, 56)
+        frames = render_scene(made, 56, 56)
         for i in range(1, made.frames):
             if not any(event.first < i <= event.last for event in made.events):
                 assert np.array_equal(frames[i - 1], frames[i])
@@ -49,7 +49,7 @@ def test_nothing_changes_outside_spans() -> None:
 def test_every_event_shows_in_two_of_sixteen_sampled_frames() -> None:
     for seed in SEEDS:
         made = scene(seed)
-        frames = render(made, 56, 56)
+        frames = render_scene(made, 56, 56)
         steps = list(itertools.pairwise(sample_uniform(made.frames, 16)))
         for event in made.events:
             # Steps cut off at the ends of the span, so that no other event is seen.
@@ -61,20 +61,20 @@ def test_every_event_shows_in_two_of_sixteen_sampled_frames() -> None:
 @pytest.mark.parametrize("size", [(56, 56), (48, 90)])
 def test_reversed_scene_is_the_clip_backwards(size: tuple[int, int]) -> None:
     for seed in SEEDS:
-        assert np.array_equal(render(reverse(scene(seed)), *size), render(scene(seed), *size)[::-1])
+        assert np.array_equal(render_scene(reverse(scene(seed)), *size), render_scene(scene(seed), *size)[::-1])
 
 
 def test_wide_scene_fills_a_wide_frame() -> None:
-    made = [generate(np.random.default_rng(seed), aspect=1.5) for seed in range(20)]
+    made = [draw_scene(np.random.default_rng(seed), aspect=1.5) for seed in range(20)]
     assert max(shape.pose.x for m in made for shape in m.shapes) > 1.2
-    assert render(made[0], 64, 96).shape == (32, 64, 96, 3)
+    assert render_scene(made[0], 64, 96).shape == (32, 64, 96, 3)
 
 
 @pytest.mark.parametrize(
     ("name", "size", "tolerance"), [("clip.mp4", (64, 90), 3.0), ("clip.gif", (57, 91), 1.0), ("C.GIF", (64, 64), 1.0)]
 )
 def test_files_have_every_frame(tmp_path: Path, name: str, size: tuple[int, int], tolerance: float) -> None:
-    frames = render(scene(3), *size)
+    frames = render_scene(scene(3), *size)
     assert any(np.array_equal(a, b) for a, b in itertools.pairwise(frames))  # which GIF writers like to drop
     clip = open_clip(write_clip(tmp_path / name, frames, rate=20))
     read = np.stack([np.asarray(frame) for frame in clip.read(range(clip.length))])
@@ -84,6 +84,6 @@ def test_files_have_every_frame(tmp_path: Path, name: str, size: tuple[int, int]
 
 def test_refuses_what_the_formats_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="even height"):
-        write_clip(tmp_path / "odd.mp4", render(scene(0), 57, 56))
+        write_clip(tmp_path / "odd.mp4", render_scene(scene(0), 57, 56))
     with pytest.raises(InputError, match="one of the two endings"):
-        write_clip(tmp_path / "clip.avi", render(scene(0), 56, 56))
+        write_clip(tmp_path / "clip.avi", render_scene(scene(0), 56, 56))

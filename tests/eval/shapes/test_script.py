@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from eval.shapes.script import generate
+from eval.shapes.script import draw_scene
 from eval.shapes.world import (
     COLOURS,
-    KINDS,
     PAIR_VERBS,
+    SHAPE_KINDS,
     VERBS,
     Fact,
     Scene,
@@ -28,7 +28,7 @@ SEEDS = range(150)
 
 
 def test_same_seed_same_scene() -> None:
-    assert all(generate(np.random.default_rng(s)) == scene(s) for s in range(20))
+    assert all(draw_scene(np.random.default_rng(s)) == scene(s) for s in range(20))
     assert len({scene(s) for s in SEEDS}) == len(SEEDS)
 
 
@@ -42,34 +42,34 @@ def test_every_kind_colour_and_verb_occurs() -> None:
     verbs = Counter(event.verb for s in SEEDS for event in scene(s).events)
     assert verbs.keys() == set(VERBS)
     assert min(verbs.values()) >= 0.04 * verbs.total()
-    assert {shape.kind for s in SEEDS for shape in scene(s).shapes} == set(KINDS)
+    assert {shape.kind for s in SEEDS for shape in scene(s).shapes} == set(SHAPE_KINDS)
     assert {name.split()[0] for s in SEEDS for fact in facts(scene(s)) for name in fact.names} == set(COLOURS)
     assert {len(scene(s).events) for s in SEEDS} == {1, 2, 3, 4, 5}
     assert {len(scene(s).shapes) for s in SEEDS} == {1, 2, 3}
 
 
 def test_counts_that_are_asked_for() -> None:
-    made = generate(np.random.default_rng(0), frames=16, aspect=1.5, shapes=3, events=5)
+    made = draw_scene(np.random.default_rng(0), frames=16, aspect=1.5, shapes=3, events=5)
     assert (len(made.shapes), len(made.events), made.frames, made.width, made.height) == (3, 5, 16, 1.5, 1.0)
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_that_is_asked_for(verb: str) -> None:
     for seed in range(10):
-        made = generate(np.random.default_rng(seed), verb=verb)
+        made = draw_scene(np.random.default_rng(seed), verb=verb)
         assert made.events[0].verb == verb and len(made.shapes) >= (2 if verb in PAIR_VERBS else 1)
 
 
 @pytest.mark.parametrize("wrong", [{"verb": "fly"}, {"verb": "swap", "shapes": 1}])
 def test_refuses_verbs(wrong: dict[str, int]) -> None:
     with pytest.raises(InputError, match="shapes cannot"):
-        generate(np.random.default_rng(0), **wrong)
+        draw_scene(np.random.default_rng(0), **wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"frames": 14, "events": 5}, {"shapes": 4}, {"events": 0}, {"aspect": 3.0}])
 def test_refuses(wrong: dict[str, int]) -> None:
     with pytest.raises(InputError, match="1 to 3 shapes"):
-        generate(np.random.default_rng(0), **wrong)
+        draw_scene(np.random.default_rng(0), **wrong)
 
 
 @pytest.mark.parametrize("frames", [15, 16, 21, 32, 50])
@@ -91,7 +91,7 @@ def test_events_show_in_two_steps_between_sampled_frames(frames: int) -> None:
 @pytest.mark.parametrize("events", [1, 2, 5])
 def test_events_of_the_shortest_clips_take_two_steps(events: int) -> None:
     for seed in range(50):
-        made = generate(np.random.default_rng(seed), 3 * events, events=events)
+        made = draw_scene(np.random.default_rng(seed), 3 * events, events=events)
         assert all(event.last - event.first >= 2 for event in made.events)
 
 

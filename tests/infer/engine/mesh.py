@@ -6,7 +6,7 @@ import json
 import jax
 
 import tarsier_jax
-from eval.shapes.annotations import GROUNDED_PROMPT, PROMPT, ask
+from eval.shapes.annotations import GROUNDED_PROMPT, VIDEO_PROMPT, user_turn
 from eval.shapes.clips import draw_clips
 from infer.engine import Completion, Engine, Request, fit_config
 from tarsier_jax.processing.batch import Example
@@ -21,7 +21,7 @@ CLIPS, TOKENS = 14, 24
 def examples(processor: Processor) -> list[Example]:
     """Of mixed sizes, lengths and prompts."""
     clips = [*draw_clips(0, CLIPS // 2), *draw_clips(0, CLIPS // 2, other=True)]
-    asked = [ask(clip.video, (PROMPT, GROUNDED_PROMPT)[i % 2]) for i, clip in enumerate(clips)]
+    asked = [user_turn(clip.video, (VIDEO_PROMPT, GROUNDED_PROMPT)[i % 2]) for i, clip in enumerate(clips)]
     return [processor({"messages": [message]}) for message in asked]
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import tarsier_jax
-from eval.shapes.annotations import GROUNDED_PROMPT, PROMPT, ask
-from eval.shapes.clips import Clip, draw_clips
+from eval.shapes.annotations import GROUNDED_PROMPT, VIDEO_PROMPT, user_turn
+from eval.shapes.clips import ShapeClip, draw_clips
 from infer.engine import Completion, Engine, Request, RequestError, SharedEngine, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.models.tarsier import Tarsier
@@ -38,8 +38,8 @@ def engine(loaded: tuple[Tarsier, Processor]) -> Engine:
 @pytest.fixture(scope="module")
 def samples() -> list[dict]:
     """Of mixed sizes, lengths and prompts, and some without pictures."""
-    clips: list[Clip] = [*draw_clips(0, 8), *draw_clips(0, 6, other=True)]
-    asked = [ask(clip.video, (PROMPT, GROUNDED_PROMPT)[i % 2]) for i, clip in enumerate(clips)]
+    clips: list[ShapeClip] = [*draw_clips(0, 8), *draw_clips(0, 6, other=True)]
+    asked = [user_turn(clip.video, (VIDEO_PROMPT, GROUNDED_PROMPT)[i % 2]) for i, clip in enumerate(clips)]
     texts = [{"role": "user", "content": f"What comes after {'one ' * n}?"} for n in (1, 30)]
     return [{"messages": [message]} for message in (*asked[:5], texts[0], *asked[5:], texts[1])]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.shapes.annotations import GROUNDED_PROMPT, IMAGE_PROMPT, PROMPT
+from eval.shapes.annotations import GROUNDED_PROMPT, IMAGE_PROMPT, VIDEO_PROMPT
 from eval.shapes.judge import events_of
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.processor import Processor
@@ -32,7 +32,7 @@ def test_a_seed_is_a_clip() -> None:
 
 def test_what_is_asked(processor: Processor) -> None:
     """Descriptions, grounded ones, and descriptions beside up to two questions; answers are what is trained on."""
-    asked = {PROMPT: 0, GROUNDED_PROMPT: 0, "question": 0}
+    asked = {VIDEO_PROMPT: 0, GROUNDED_PROMPT: 0, "question": 0}
     for seed in range(200):
         chat = sample(seed=seed)
         prompt = chat["messages"][0]["content"][1]["text"]
