@@ -10,6 +10,7 @@ the end and frame tags do not matter.
 import re
 from collections.abc import Sequence
 
+from eval.metrics.events import mean_event_scores
 from eval.shapes.words import ALONE, OF_TWO, WITH, name_after
 from eval.shapes.world import COLOURS, SHAPE_KINDS, Fact
 from tarsier_jax.errors import InputError
@@ -111,6 +112,4 @@ def corpus_scores(descriptions: Sequence[str], references: Sequence[Sequence[str
             f"There are {len(descriptions)} descriptions and {len(references)} lists of events. Give as many of each."
         )
     scores = [score_description(text, events) for text, events in zip(descriptions, references, strict=True)]
-    recall, precision = (sum(values) / len(scores) for values in zip(*scores, strict=True))
-    both = recall + precision
-    return {"recall": recall, "precision": precision, "f1": 2 * recall * precision / both if both else 0.0}
+    return mean_event_scores(scores)

@@ -1,0 +1,46 @@
+"""Engines that answer in place of a model, and small benchmarks of moving shapes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from eval.benchmarks import Benchmark
+from eval.benchmarks.shapes import SHAPES, SHAPES_QA, description_samples, question_samples
+from infer.engine import Completion, Engine, Request, RequestError
+
+FIRST_SEED = 5
+
+
+class Oracle(Engine):
+    """An engine that answers a sample with `answer(sample)`; `samples` are those that it has answered."""
+
+    def __init__(self, answer: Callable[[Any], str]):
+        self._answer = answer
+        self.samples: list[Any] = []
+
+    def processor(self, sample: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return sample
+
+    def run(self, requests: Iterable[Request | RequestError]) -> Iterator[Completion | RequestError]:
+        for request in requests:
+            if isinstance(request, RequestError):
+                yield request
+                continue
+            self.samples.append(request.example)
+            yield Completion(request, [], "eos", 0.0)
+
+    def text(self, answer: Completion) -> str:
+        return self._answer(answer.request.example)
+
+
+def reference_of(sample: Any) -> str:
+    return sample["messages"][1]["content"][0]["reference"]
+
+
+def shapes(clips: int) -> Benchmark:
+    return dataclasses.replace(SHAPES, annotations=functools.partial(description_samples, FIRST_SEED, clips))
+
+
+def shapes_qa(clips: int) -> Benchmark:
+    return dataclasses.replace(SHAPES_QA, annotations=functools.partial(question_samples, FIRST_SEED, clips))
