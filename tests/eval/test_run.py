@@ -9,6 +9,7 @@ import pytest
 from eval.run import main, parse
 from tarsier_jax.errors import InputError
 from tarsier_jax.programs import run
+from tests.eval.benchmarks import Oracle, reference_of
 from train.micro.checkpoint import MICRO, write_untrained
 
 
@@ -16,7 +17,7 @@ def flags(output: Path, *more: str) -> list[str]:
     return ["--benchmarks", "shapes", "shapes-qa", "--output", str(output), *more]
 
 
-def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that knows nothing scores nothing in descriptions. Started again, the program generates nothing."""
     model = write_untrained(tmp_path / "model", MICRO)
     output = tmp_path / "output"
@@ -28,7 +29,9 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert "Shapes/held_out" in out and "OVERALL" in out and "shapes: " in err
     predictions = [(output / f"{name}.jsonl").read_bytes() for name in ("shapes", "shapes-qa")]
-    assert main(args) == 0 and capsys.readouterr().out == out
+    engine = Oracle(reference_of)
+    monkeypatch.setattr("eval.evaluation.Engine", lambda *_: engine)
+    assert main(args) == 0 and capsys.readouterr().out == out and not engine.samples
     assert [(output / f"{name}.jsonl").read_bytes() for name in ("shapes", "shapes-qa")] == predictions
     with pytest.raises(InputError, match=r"contains predictions with .* Choose another --output"):
         main(parse(flags(output, "--model", str(model), "--dtype", "bfloat16")))
