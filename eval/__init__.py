@@ -1,1 +1,1 @@
-"""Programs that score descriptions and answers, and clips to score them on."""
+"""Evaluation: benchmarks, metrics, and a generated world of moving shapes."""

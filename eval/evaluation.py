@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from eval.benchmarks import Benchmark
 from eval.metrics import Scores
-from eval.predictions import Prediction, Sample, key_of, read_predictions
+from eval.predictions import AnnotatedSample, Prediction, key_of, read_predictions
 from infer.bulk.inputs import with_prediction
 from infer.bulk.outputs import LineWriter
 from infer.engine import Engine, Request, RequestError, fit_config
@@ -65,7 +65,7 @@ def predict(engine: Engine, benchmark: Benchmark, path: Path, limit: int | None 
     return [Prediction.of(lines[key_of(sample)]) for sample in samples]
 
 
-def first_videos(samples: Iterable[Sample], limit: int | None) -> list[Sample]:
+def first_videos(samples: Iterable[AnnotatedSample], limit: int | None) -> list[AnnotatedSample]:
     """Returns the samples of the first `limit` videos; all samples if `limit` is None."""
     samples = list(samples)
     videos = set(list(dict.fromkeys(sample["vid"] for sample in samples))[:limit])
@@ -73,7 +73,7 @@ def first_videos(samples: Iterable[Sample], limit: int | None) -> list[Sample]:
 
 
 def _answers(
-    engine: Engine, benchmark: Benchmark, samples: Sequence[Sample], media: Path
+    engine: Engine, benchmark: Benchmark, samples: Sequence[AnnotatedSample], media: Path
 ) -> Iterator[tuple[int, str | RequestError]]:
     """Yields the position of a sample and its answer, or the reason why it has none, in the order of completion."""
 
@@ -90,7 +90,7 @@ def _answers(
         yield result.key, result if isinstance(result, RequestError) else engine.text(result)
 
 
-def _with_video(sample: Sample, source: object) -> Sample:
+def _with_video(sample: AnnotatedSample, source: object) -> AnnotatedSample:
     user, *rest = sample["messages"]
     content = [{**item, "video": source} if item["type"] == "video" else item for item in user["content"]]
     return {**sample, "messages": [{**user, "content": content}, *rest]}

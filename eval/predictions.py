@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from tarsier_jax.processing.jsonl import parse_json
 
-Sample = Mapping[str, Any]
+AnnotatedSample = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Prediction:
     extra_info: Mapping[str, Any]
 
     @classmethod
-    def of(cls, sample: Sample) -> Self:
+    def of(cls, sample: AnnotatedSample) -> Self:
         """Reads a sample whose last turn contains the answer beside its reference.
 
         A text of the assistant without a reference is the prefill, which is no part of the answer.
@@ -48,12 +48,12 @@ class Prediction:
         )
 
 
-def key_of(sample: Sample) -> tuple[str, str]:
+def key_of(sample: AnnotatedSample) -> tuple[str, str]:
     """Returns the subset and the index of a sample, which identify it."""
     return sample["dataset"], str(sample["idx"])
 
 
-def read_predictions(path: Path) -> dict[tuple[str, str], Sample]:
+def read_predictions(path: Path) -> dict[tuple[str, str], AnnotatedSample]:
     """Returns the lines of an earlier run by key, and removes a line that a killed run left unfinished at the end.
 
     Raises:

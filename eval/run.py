@@ -49,23 +49,23 @@ def write_scores(args: argparse.Namespace) -> None:
     for benchmark, scores in evaluate(model, processor, benchmarks, args.output, args.limit):
         print(scores.table(benchmark.name), end="\n\n", flush=True)
         report["scores"][benchmark.name] = scores.rows
-    write_json(args.output / "scores.json", report)
+    _write_json(args.output / "scores.json", report)
 
 
 def check_settings(path: Path, settings: dict[str, str]) -> None:
-    """Stores the settings of a run, so that a run with other settings does not add to its predictions.
+    """Stores the settings of a run. Predictions with different settings must not be mixed.
 
     Raises:
         InputError: `path` contains other settings.
     """
-    if path.exists() and (stored := json.loads(path.read_text(encoding="utf-8"))) != settings:
+    if path.exists() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != settings:
         raise InputError(
-            f"{path.parent} contains predictions with {stored}, not {settings}. Choose another --output, or remove it."
+            f"{path.parent} contains predictions with {earlier}, not {settings}. Choose another --output, or remove it."
         )
-    write_json(path, settings)
+    _write_json(path, settings)
 
 
-def write_json(path: Path, content: object) -> None:
+def _write_json(path: Path, content: object) -> None:
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.metrics import Scores
-from eval.predictions import Prediction, Sample
+from eval.predictions import AnnotatedSample, Prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Benchmark:
     """
 
     name: str
-    annotations: Callable[[], Iterable[Sample]]
-    video_source: Callable[[Sample, Path], Mapping[str, Any]]
+    annotations: Callable[[], Iterable[AnnotatedSample]]
+    video_source: Callable[[AnnotatedSample, Path], Mapping[str, Any]]
     metric: Callable[[Sequence[Prediction], Any], Scores]
     judge: Callable[[Prediction], Any]
     max_new_tokens: int

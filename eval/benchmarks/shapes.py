@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.benchmarks.benchmark import Benchmark
 from eval.metrics import accuracy, event_f1
-from eval.predictions import Prediction, Sample
+from eval.predictions import AnnotatedSample, Prediction
 from eval.shapes.annotations import annotation, question_annotation
 from eval.shapes.clips import HELD_OUT, FrameSize, draw_clip_scene
 from eval.shapes.judge import score_description
@@ -69,7 +69,7 @@ VARIANTS: dict[str, tuple[_Draw, _Show]] = {
 }
 
 
-def description_samples(first_seed: int, clips: int) -> Iterator[Sample]:
+def description_samples(first_seed: int, clips: int) -> Iterator[AnnotatedSample]:
     """Yields a sample per clip and variant; the clips have the seeds `first_seed`, `first_seed` + 1 and so on."""
     for seed in range(first_seed, first_seed + clips):
         for subset, (draw, _) in VARIANTS.items():
@@ -77,14 +77,14 @@ def description_samples(first_seed: int, clips: int) -> Iterator[Sample]:
             yield {**annotation(scene, _PLACEHOLDER, seed), "dataset": subset}
 
 
-def question_samples(first_seed: int, clips: int) -> Iterator[Sample]:
+def question_samples(first_seed: int, clips: int) -> Iterator[AnnotatedSample]:
     """Yields one random question with four options per clip."""
     for seed in range(first_seed, first_seed + clips):
         question = sample_question(_clip(seed)[0], np.random.default_rng(seed))
         yield question_annotation(question, _PLACEHOLDER, seed, seed)
 
 
-def video_source(sample: Sample, media: Path) -> Mapping[str, Any]:
+def video_source(sample: AnnotatedSample, media: Path) -> Mapping[str, Any]:
     """Renders the clip of a sample; `media` is the directory for mp4 files."""
     draw, show = VARIANTS.get(sample["dataset"], (_clip, _in_memory))
     scene, size = draw(sample["vid"])

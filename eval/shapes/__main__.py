@@ -1,7 +1,7 @@
 """Writes a small benchmark of moving shapes: `python -m eval.shapes --output DIR [--clips 100] [--seed N] [--gif]`.
 
-DIR holds the clips as video files; descriptions.jsonl asks for descriptions, as DREAM-1K does, and questions.jsonl a
-question with four options about each, as TVBench does. Their paths are relative to DIR.
+DIR contains the clips as video files; descriptions.jsonl has a description per clip in the format of DREAM-1K, and
+questions.jsonl a question with four options per clip in the format of TVBench. Paths in them are relative to DIR.
 """
 
 import argparse
@@ -26,13 +26,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=local_path, help="directory to write into")
     parser.add_argument("--clips", type=int, default=100)
     parser.add_argument("--seed", type=int, default=HELD_OUT, help="of the first clip (default: not trained on)")
-    parser.add_argument("--gif", action="store_true", help="GIF files instead of mp4")
+    parser.add_argument("--gif", action="store_true", help="write GIF files instead of mp4")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:
     if args.clips < 1 or args.seed < 0:
-        raise InputError(f"--clips {args.clips} has to be at least 1, and --seed {args.seed} at least 0.")
+        raise InputError(f"--clips {args.clips} must be at least 1, and --seed {args.seed} at least 0.")
     with locked(args.output, inside=True):
         write_benchmark(args)
     print(f"{args.clips} clips, descriptions.jsonl and questions.jsonl are in {args.output}")
@@ -40,13 +40,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def write_benchmark(args: argparse.Namespace) -> None:
-    descriptions, asked = [], []
+    descriptions, question_lines = [], []
     for i, clip in enumerate(draw_clips(args.seed, args.clips)):
         path = write_clip(args.output / f"{i}{'.gif' if args.gif else '.mp4'}", clip.video["frames"])
         video, rng = {"video_file": path.name}, np.random.default_rng(args.seed + i)
         descriptions.append(annotation(clip.scene, video, i))
-        asked.append(question_annotation(sample_question(clip.scene, rng), video, i, i))
-    for name, lines in (("descriptions", descriptions), ("questions", asked)):
+        question_lines.append(question_annotation(sample_question(clip.scene, rng), video, i, i))
+    for name, lines in (("descriptions", descriptions), ("questions", question_lines)):
         (args.output / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Lines of annotations as the benchmarks have them: descriptions like DREAM-1K's, questions like TVBench's."""
+"""Annotations in the formats of the benchmarks: descriptions as in DREAM-1K, questions as in TVBench."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,14 +21,15 @@ def annotation(
     reference: str | None = None,
     prompt: str = VIDEO_PROMPT,
 ) -> dict[str, Any]:
-    """A line that asks for a description.
+    """Returns the annotation of a description.
 
-    Beside what DREAM-1K has, `extra_info` holds `spans`, the first and last frame of every event (see `world`). Clips
-    are grouped by their number of events: `dataset` is "Shapes/3_events".
+    Besides the keys of DREAM-1K, `extra_info` has `spans`, the first and last frame of every event (see `world`).
+    Clips are grouped by their number of events: `dataset` is "Shapes/3_events".
 
     Args:
-        video: the item's source, {"video_file": "0.mp4"} or {"frames": array}.  rate: frames a second.
-        reference: the description; the plainest if not given.
+        video: Source of the video item, {"video_file": "0.mp4"} or {"frames": array}.
+        rate: Frames per second.
+        reference: The description; `describe(scene)` if None.
     """
     events = event_sentences(scene)
     extra = {
@@ -51,7 +52,7 @@ def annotation(
 
 
 def question_annotation(question: Question, video: Mapping[str, Any], idx: int, vid: int) -> dict[str, Any]:
-    """A line that asks a question; its reference is the right option, and then the letter."""
+    """Returns the annotation of a question; its reference is the text of the right option, then its letter."""
     answer = {"type": "text", "text": "", "reference": question.reply()}
     return {
         "messages": [user_turn(video, question.prompt()), {"role": "assistant", "content": [answer]}],
@@ -63,6 +64,6 @@ def question_annotation(question: Question, video: Mapping[str, Any], idx: int, 
 
 
 def user_turn(video: Mapping[str, Any], prompt: str = VIDEO_PROMPT) -> dict[str, Any]:
-    """The user's turn: a video item of that source (see `annotation`), and a prompt."""
+    """Returns the user's turn: a video item with the source `video` (see `annotation`), and a prompt."""
     items = [{"type": "video", "video": dict(video)}, {"type": "text", "text": prompt}]
     return {"role": "user", "content": items}

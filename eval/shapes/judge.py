@@ -1,10 +1,9 @@
-"""The judge: events out of a description by grammar (see `words`), entailment by matching, in order.
+"""A judge with rules: it parses the events of a description (see `words`) and matches them in order.
 
-Recall is the share of the reference's events that the description tells, precision the share of the description's
-events that are in the reference (AutoDQ, arXiv 2407.00634). Events match if they are equal and in the same order: they
-are the longest common subsequence of the two lists, so that of two events told the wrong way round one is lost.
-What cannot be read up to the end of a sentence is one event that matches nothing. Case, articles, commas, the period at
-the end and frame tags do not matter.
+Recall is the share of the reference's events that the description contains, precision is the share of the description's
+events that the reference contains (AutoDQ, arXiv 2407.00634). The matches are the longest common subsequence of the two
+lists of events: if two events are in the wrong order, one of them does not match. The part of a sentence that cannot be
+parsed is one event that matches nothing. Case, articles, commas, the final period and frame tags are ignored.
 """
 
 import re
@@ -15,7 +14,7 @@ from eval.shapes.words import ALONE, OF_TWO, WITH, name_after
 from eval.shapes.world import COLOURS, SHAPE_KINDS, Fact
 from tarsier_jax.errors import InputError
 
-UNREAD = "unread"  # the verb of what cannot be read
+UNREAD = "unread"  # the verb of text that cannot be parsed
 
 
 def _any(words: Sequence[str]) -> str:
@@ -34,7 +33,13 @@ _TAG = re.compile(r"<frame:[^>]*>")
 
 
 class _Reader:
-    """Reads clauses; remembers what "it" is, and who a clause without a subject is about."""
+    """Parses clauses.
+
+    Attributes:
+        events: The events up to the current position.
+        it: The shape that "it" refers to.
+        subject: The shape that a clause without a subject refers to.
+    """
 
     def __init__(self) -> None:
         self.events: list[Fact] = []
@@ -51,7 +56,7 @@ class _Reader:
             at = end
 
     def _clause(self, text: str, at: int) -> int | None:
-        """Reads one clause; says where it ends, or None if there is none to be read."""
+        """Parses one clause; returns its end, or None if there is no clause."""
         if match := _PAIR_CLAUSE.match(text, at):
             a, b, phrase = match.groups()
             self._note(Fact(_OF_TWO[phrase], tuple(sorted((a, b)))), None, b)
@@ -73,7 +78,7 @@ class _Reader:
 
 
 def events_of(text: str) -> list[Fact]:
-    """The events that a text tells, in order; what cannot be read has the verb UNREAD."""
+    """Returns the events of a text in order; text that cannot be parsed has the verb UNREAD."""
     reader = _Reader()
     for sentence in re.split(r"[.!?;\n]", _TAG.sub(" ", text.lower())):
         if words := " ".join(sentence.replace(",", " ").split()):
@@ -82,7 +87,7 @@ def events_of(text: str) -> list[Fact]:
 
 
 def count_matches(described: Sequence[Fact], reference: Sequence[Fact]) -> int:
-    """The length of the longest common subsequence; what could not be read equals nothing."""
+    """Returns the length of the longest common subsequence; UNREAD events match nothing."""
     row = [0] * (len(reference) + 1)
     for fact in described:
         before = row
@@ -94,22 +99,22 @@ def count_matches(described: Sequence[Fact], reference: Sequence[Fact]) -> int:
 
 
 def score_description(description: str, reference_events: Sequence[str]) -> tuple[float, float]:
-    """Recall and precision, 0 to 1. A list without events scores 1, as in AutoDQ."""
+    """Returns recall and precision, 0 to 1; the share of an empty list is 1, as in AutoDQ."""
     described = events_of(description)
     reference = [fact for event in reference_events for fact in events_of(event)]
-    found = count_matches(described, reference)
-    return found / len(reference) if reference else 1.0, found / len(described) if described else 1.0
+    matches = count_matches(described, reference)
+    return matches / len(reference) if reference else 1.0, matches / len(described) if described else 1.0
 
 
 def corpus_scores(descriptions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Mean recall and precision of many clips, and F1 of these means: keys recall, precision, f1.
+    """Returns the mean recall and precision of several clips, and F1 of the means: keys f1, recall, precision.
 
     Raises:
         InputError: the lists differ in length, or are empty.
     """
     if not descriptions or len(descriptions) != len(references):
         raise InputError(
-            f"There are {len(descriptions)} descriptions and {len(references)} lists of events. Give as many of each."
+            f"There are {len(descriptions)} descriptions and {len(references)} lists of events. Pass equally many."
         )
     scores = [score_description(text, events) for text, events in zip(descriptions, references, strict=True)]
     return mean_event_scores(scores)

@@ -1,8 +1,8 @@
 """Multiple-choice questions about a scene, with four options of which one is right.
 
-Wrong options are events of the scene at the wrong time, then the right one played backwards, then events that do not
-happen. No wrong option is half true: a shape that moves in any way is not said to move in another, nor one that changes
-colour to take on a colour on the way.
+Wrong options are events of the scene at another time, then the right event played backwards, then events that do not
+happen. No wrong option is half true: if a shape moves, no option has it move in another direction, and if it changes
+its colour, no option has another change of its colour.
 """
 
 import dataclasses
@@ -20,7 +20,14 @@ _MOTIONS = ("move", "jump", "collide", "swap")
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """`kind` is order, direction or antonym; `answer` is a letter, A to D."""
+    """A question.
+
+    Attributes:
+        kind: "order", "direction" or "antonym".
+        text: The question.
+        options: The four options.
+        answer: Letter of the right option, A to D.
+    """
 
     kind: str
     text: str
@@ -28,41 +35,41 @@ class Question:
     answer: str
 
     def prompt(self) -> str:
-        """The question as TVBench asks it, options on lines of their own."""
+        """Returns the prompt in the format of TVBench, with one option per line."""
         lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, self.options, strict=True)]
         return "\n".join([f"Question: {self.text}", *lines])
 
     def reply(self) -> str:
-        """The right option's words, and then its letter: from letters alone a small model learns next to nothing."""
+        """Returns the right option and then its letter: a small model learns next to nothing from letters alone."""
         return f" {self.options[LETTERS.index(self.answer)]} Answer: ({self.answer})"
 
 
 def letter_in(reply: str) -> str:
-    """The letter that a reply chooses: its last "(B)", or all that it says. Empty if there is none."""
-    chosen = re.findall(rf"\(([{LETTERS}])\)", reply) or re.findall(rf"^[ (]*([{LETTERS}])[ .)]*$", reply)
-    return chosen[-1] if chosen else ""
+    """Returns the letter of a reply: the last one in parentheses, or the whole reply. Empty if there is none."""
+    letters = re.findall(rf"\(([{LETTERS}])\)", reply) or re.findall(rf"^[ (]*([{LETTERS}])[ .)]*$", reply)
+    return letters[-1] if letters else ""
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """All questions that the scene has an answer to, at least one: which event happens at all, and not backwards."""
-    told = facts(scene)
-    asked = [ask(scene, told, rng) for ask in (_antonym, _first, _last, _after, _direction)]
-    return [question for question in asked if question is not None]
+    """Returns all questions that have an answer in the scene; one about an event that happens at all is among them."""
+    events = facts(scene)
+    candidates = [make(scene, events, rng) for make in (_antonym, _first, _last, _after, _direction)]
+    return [question for question in candidates if question is not None]
 
 
 def sample_question(scene: Scene, rng: np.random.Generator) -> Question:
-    """One of them at random."""
-    asked = questions(scene, rng)
-    return asked[int(rng.integers(len(asked)))]
+    """Returns one of the scene's questions at random."""
+    candidates = questions(scene, rng)
+    return candidates[int(rng.integers(len(candidates)))]
 
 
 def false_events(scene: Scene, rng: np.random.Generator) -> list[Fact]:
-    """Events that do not happen in the scene, in random order."""
-    told = set(facts(scene))
+    """Returns events that do not happen in the scene, in random order."""
+    events = set(facts(scene))
     pool = []
     for i, shape in enumerate(scene.shapes):
         names = names_of(scene, i)
-        verbs = {fact.verb for fact in told if names & set(fact.names)}
+        verbs = {fact.verb for fact in events if names & set(fact.names)}
         for name in sorted(names):
             pool += [Fact(verb, (name,)) for verb in ("grow", "shrink")]
             pool += [Fact("turn", (name,), turn) for turn in TURNS if shape.kind not in ROUND]
@@ -70,60 +77,60 @@ def false_events(scene: Scene, rng: np.random.Generator) -> list[Fact]:
             pool += [Fact("move", (name,), way) for way in DIRECTIONS if not verbs & set(_MOTIONS)]
             pool += [Fact(verb, (name,)) for verb in ("appear", "disappear")]
             pool += [Fact("recolour", (name,), c) for c in COLOURS if "recolour" not in verbs and c not in name]
-    return [pool[i] for i in rng.permutation(len(pool)) if pool[i] not in told]
+    return [pool[i] for i in rng.permutation(len(pool)) if pool[i] not in events]
 
 
-def _antonym(scene: Scene, told: Sequence[Fact], rng: np.random.Generator) -> Question:
-    right = told[int(rng.integers(len(told)))]
-    wrong = [*_backwards(right, told), *false_events(scene, rng)]
-    return _events("antonym", "Which of these happens in the video?", right, wrong, rng)
+def _antonym(scene: Scene, events: Sequence[Fact], rng: np.random.Generator) -> Question:
+    right = events[int(rng.integers(len(events)))]
+    wrong = [*_backwards(right, events), *false_events(scene, rng)]
+    return _event_question("antonym", "Which of these happens in the video?", right, wrong, rng)
 
 
-def _first(scene: Scene, told: Sequence[Fact], rng: np.random.Generator) -> Question | None:
-    return _ordered(scene, told, rng, "What happens first?", 0)
+def _first(scene: Scene, events: Sequence[Fact], rng: np.random.Generator) -> Question | None:
+    return _ordered(scene, events, rng, "What happens first?", 0)
 
 
-def _last(scene: Scene, told: Sequence[Fact], rng: np.random.Generator) -> Question | None:
-    return _ordered(scene, told, rng, "What happens last?", len(told) - 1)
+def _last(scene: Scene, events: Sequence[Fact], rng: np.random.Generator) -> Question | None:
+    return _ordered(scene, events, rng, "What happens last?", len(events) - 1)
 
 
-def _after(scene: Scene, told: Sequence[Fact], rng: np.random.Generator) -> Question | None:
-    """What comes next is asked in clips of three events or more; otherwise it is what happens last."""
-    if len(told) < 3:
+def _after(scene: Scene, events: Sequence[Fact], rng: np.random.Generator) -> Question | None:
+    """Returns a question about the next event; None for fewer than three events, where the next one is the last."""
+    if len(events) < 3:
         return None
-    i = int(rng.integers(1, len(told)))
-    return _ordered(scene, told, rng, f"What happens right after {clause(told[i - 1])}?", i, i - 1)
+    i = int(rng.integers(1, len(events)))
+    return _ordered(scene, events, rng, f"What happens right after {clause(events[i - 1])}?", i, i - 1)
 
 
 def _ordered(
-    scene: Scene, told: Sequence[Fact], rng: np.random.Generator, text: str, right: int, but: int = -1
+    scene: Scene, events: Sequence[Fact], rng: np.random.Generator, text: str, right: int, excluded: int = -1
 ) -> Question | None:
-    """Options are the event at `right` and others of the scene, save the one at `but`."""
-    if len(told) < 2:
+    """Returns a question whose options are events of the scene, without the one at `excluded`."""
+    if len(events) < 2:
         return None
-    others = [told[i] for i in rng.permutation(len(told)) if i not in (right, but)]
-    wrong = [*others, *_backwards(told[right], told), *false_events(scene, rng)]
-    return _events("order", text, told[right], wrong, rng)
+    others = [events[i] for i in rng.permutation(len(events)) if i not in (right, excluded)]
+    wrong = [*others, *_backwards(events[right], events), *false_events(scene, rng)]
+    return _event_question("order", text, events[right], wrong, rng)
 
 
-def _direction(scene: Scene, told: Sequence[Fact], rng: np.random.Generator) -> Question | None:
-    """Asked of a shape that moves once, and neither flies, bounces nor swaps places."""
+def _direction(scene: Scene, events: Sequence[Fact], rng: np.random.Generator) -> Question | None:
+    """Returns a question about a shape that moves once, and does not jump, collide or swap places."""
     aliases = [names_of(scene, i) for i in range(len(scene.shapes))]
-    motions = [[f for f in told if f.verb in _MOTIONS and names & set(f.names)] for names in aliases]
-    movers = [found[0] for found in motions if len(found) == 1 and found[0].verb == "move"]
+    motions = [[f for f in events if f.verb in _MOTIONS and names & set(f.names)] for names in aliases]
+    movers = [moves[0] for moves in motions if len(moves) == 1 and moves[0].verb == "move"]
     if not movers:
         return None
     fact = movers[int(rng.integers(len(movers)))]
-    wrong = [as_sentence(DIRECTION_PHRASES[way][0]) for way in DIRECTIONS if way != fact.detail]
+    wrong = [as_sentence(DIRECTION_PHRASES[direction][0]) for direction in DIRECTIONS if direction != fact.detail]
     text = f"In which direction does the {fact.names[0]} move?"
     return _question("direction", text, as_sentence(DIRECTION_PHRASES[fact.detail][0]), wrong, rng)
 
 
-def _backwards(fact: Fact, told: Sequence[Fact]) -> list[Fact]:
-    return [opposite(fact)] if opposite(fact) not in told else []
+def _backwards(fact: Fact, events: Sequence[Fact]) -> list[Fact]:
+    return [opposite(fact)] if opposite(fact) not in events else []
 
 
-def _events(kind: str, text: str, right: Fact, wrong: Sequence[Fact], rng: np.random.Generator) -> Question:
+def _event_question(kind: str, text: str, right: Fact, wrong: Sequence[Fact], rng: np.random.Generator) -> Question:
     distinct = [fact for fact in dict.fromkeys(wrong) if fact != right]
     return _question(kind, text, plain(right), [plain(fact) for fact in distinct[:3]], rng)
 

@@ -1,4 +1,4 @@
-"""Random scenes: `draw_scene`. The same seed gives the same story at any number of frames."""
+"""Random scenes: `draw_scene`. A seed has the same events at any number of frames."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -25,39 +25,51 @@ from eval.shapes.world import (
 )
 from tarsier_jax.errors import InputError
 
-_MIN_FRAMES = 3  # an event
-_ROWS = 3  # of places along the shorter side, where shapes stand when nothing happens to them
-_LOOSE = 0.008  # how far from the middle of its place, at most
-# The shortest an event lasts: a share of the clip, 2.5 of the 15 steps between 16 sampled frames, or in steps.
+_MIN_FRAMES = 3  # per event
+_ROWS = 3  # places for resting shapes along the shorter side
+_LOOSE = 0.008  # the largest distance of a shape from the middle of its place, per axis
+# The shortest duration of an event: a share of the clip, 2.5 of the 15 steps between 16 sampled frames, or in steps.
 _SHORTEST, _STEPS_SHORTEST = 0.165, 2
-_PAUSE = 0.015  # between two events, where there is time
-_TRIES = 60  # at a next event, before a scene is begun anew
-_STEPS = 8  # at which the way of a moving shape is checked
-_LARGE = (0.145, 0.155)  # of shapes; small ones are smaller by _RATIO
+_PAUSE = 0.015  # share of the clip between two events, if there is time
+_TRIES = 60  # of each event, before the scene is discarded
+_STEPS = 8  # at which the path of a moving shape is checked
+_LARGE = (0.145, 0.155)  # the range of large sizes; small ones are smaller by _RATIO
 _RATIO = 1.5
-# How often a verb is drawn: more often where it can seldom happen.
+# Weights of the verbs: larger for events that are seldom possible.
 _WEIGHTS = {
     **{"move": 10, "grow": 5, "shrink": 2, "turn": 3, "recolour": 2, "appear": 2},
     **{"disappear": 1, "jump": 5, "collide": 5, "swap": 5},
 }
-_DRAWN = tuple(verb for verb, weight in _WEIGHTS.items() for _ in range(weight))
-# Less than half of the angle at which a shape looks the same again, so that the direction can be seen.
+_VERB_POOL = tuple(verb for verb, weight in _WEIGHTS.items() for _ in range(weight))
+# Less than half of the angle at which a shape looks the same again: this shows the direction.
 _ANGLES = {"bar": 60.0, "triangle": 90.0, "cross": 30.0}
-# How near shapes come that collide, as a share of their size: corners may overlap a little, flat sides touch.
+# Distance of colliding shapes as a share of their size: corners may overlap a little, flat sides touch.
 _REACH = {"circle": 1.0, "ring": 1.0, "bar": 0.6, "triangle": 0.65, "cross": 0.8}
 
-Made = tuple[str, list[Change]]  # the event's detail, and what it does to each actor
+Outcome = tuple[str, list[Change]]  # the detail of an event, and one change per actor
 
 
 @dataclasses.dataclass
 class _Stage:
+    """The state of a scene while its events are drawn.
+
+    Attributes:
+        width: Of the scene.
+        height: Of the scene.
+        kinds: Kind per shape.
+        poses: Pose per shape.
+        large: Large size per shape.
+        names: The shape of every name up to now.
+        facts: The events up to now.
+    """
+
     width: float
     height: float
     kinds: list[str]
     poses: list[Pose]
-    large: list[float]  # the size that each shape has when it is large
-    names: dict[str, int]  # each name ever borne, and the shape that bears it
-    told: set[Fact]
+    large: list[float]
+    names: dict[str, int]
+    facts: set[Fact]
 
 
 def draw_scene(
@@ -68,16 +80,19 @@ def draw_scene(
     events: int | None = None,
     verb: str | None = None,
 ) -> Scene:
-    """A random scene of one to three shapes and one to five events.
+    """Returns a random scene of one to three shapes and one to five events.
 
     Args:
-        frames: how long the clip is.  Every event shows at work in at least two of the steps between frames, or
-            between 16 sampled ones if there are more.
-        aspect: width over height.  shapes, events: how many, drawn at random if not given.  verb: of the first event.
+        frames: Length of the clip. Every event is visible in at least two of the steps between frames, or between 16
+            sampled frames if the clip is longer.
+        aspect: Width over height.
+        shapes: Number of shapes; random if None.
+        events: Number of events; random if None.
+        verb: Verb of the first event; random if None.
 
     Raises:
-        InputError: the clip is too short for its events, a count is out of range, there is no such verb, or it takes
-            two shapes and there is one.
+        InputError: the clip is too short for its events, a number is out of range, the verb is unknown, or it needs two
+            shapes and there is one.
     """
     fewest = 2 if verb in PAIR_VERBS else 1
     n_shapes = int(rng.integers(fewest, 4)) if shapes is None else shapes
@@ -105,21 +120,21 @@ def _attempt(
     if stage is None:
         return None
     shapes = tuple(Shape(kind, pose) for kind, pose in zip(stage.kinds, stage.poses, strict=True))
-    seen = [pose.present for pose in stage.poses]
+    visible = [pose.present for pose in stage.poses]
     spans = _spans(rng, n_events, frames)
     events = []
     for first, last in spans:
-        drawn = (verb if verb and not events else _pick(rng, _DRAWN) for _ in range(_TRIES))
-        made = next((e for e in (_propose(rng, stage, v) for v in drawn) if e is not None), None)
-        if made is None:
+        verbs = (verb if verb and not events else _pick(rng, _VERB_POOL) for _ in range(_TRIES))
+        event = next((e for e in (_propose(rng, stage, v) for v in verbs) if e is not None), None)
+        if event is None:
             return None
-        done, detail, changes = made
+        event_verb, detail, changes = event
         for change in changes:
             stage.poses[change.shape] = change.after
             stage.names[f"{change.after.colour} {stage.kinds[change.shape]}"] = change.shape
-            seen[change.shape] |= change.after.present
-        events.append(Event(done, detail, first, last, tuple(changes)))
-    if not all(seen):
+            visible[change.shape] |= change.after.present
+        events.append(Event(event_verb, detail, first, last, tuple(changes)))
+    if not all(visible):
         return None
     return Scene(*size, frames, _background(rng), shapes, tuple(events))
 
@@ -143,7 +158,7 @@ def _set_stage(rng: np.random.Generator, size: tuple[float, float], n_shapes: in
 
 
 def _background(rng: np.random.Generator) -> Background:
-    """Dark or middling, and nearly grey, so that every colour and the shapes' rims stand out."""
+    """Returns a dark or medium, nearly grey background; every colour and the rims contrast with it."""
     level = rng.uniform(20, 100)
     contrast = rng.uniform(6, 18) * (1 if rng.random() < 0.5 else -1)
     tint = rng.uniform(-8, 8, 3)
@@ -154,7 +169,7 @@ def _background(rng: np.random.Generator) -> Background:
 
 
 def _spans(rng: np.random.Generator, n: int, frames: int) -> list[tuple[int, int]]:
-    """When the events happen: what is left beside their shortest duration is shared at random with the pauses."""
+    """Returns the first and last frame per event. Time beyond the shortest durations is distributed at random."""
     shortest = max(_SHORTEST, _STEPS_SHORTEST / (frames - 1))
     pause = min(_PAUSE, (1 - n * shortest) / n)
     free = 1 - n * shortest - (n - 1) * pause
@@ -168,25 +183,25 @@ def _spans(rng: np.random.Generator, n: int, frames: int) -> list[tuple[int, int
 
 
 def _propose(rng: np.random.Generator, stage: _Stage, verb: str) -> tuple[str, str, list[Change]] | None:
-    """A next event of that verb, if what was drawn can happen."""
+    """Returns verb, detail and changes of a random event with this verb, or None if it is not possible."""
     count = 2 if verb in PAIR_VERBS else 1
     if len(stage.poses) < count:
         return None
     actors = rng.permutation(len(stage.poses))[:count].tolist()
     if any(stage.poses[i].present == (verb == "appear") for i in actors):
         return None
-    made = _MAKERS[verb](rng, stage, actors)
-    if made is None or not _clear(stage, made[1], verb):
+    outcome = _MAKERS[verb](rng, stage, actors)
+    if outcome is None or not _clear(stage, outcome[1], verb):
         return None
-    fact = Fact(verb, tuple(sorted(f"{stage.poses[i].colour} {stage.kinds[i]}" for i in actors)), made[0])
-    if fact in stage.told:
+    fact = Fact(verb, tuple(sorted(f"{stage.poses[i].colour} {stage.kinds[i]}" for i in actors)), outcome[0])
+    if fact in stage.facts:
         return None
-    stage.told.add(fact)
-    return verb, *made
+    stage.facts.add(fact)
+    return verb, *outcome
 
 
-def _move(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
-    """By one place or two."""
+def _move(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Outcome:
+    """Moves a shape by one or two places."""
     pose, direction, places = stage.poses[actors[0]], _pick(rng, DIRECTIONS), int(rng.integers(1, 3))
     steps = -places if direction in ("left", "up") else places
     if direction in ("left", "right"):
@@ -194,19 +209,19 @@ def _move(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
     return direction, [_change(stage, actors[0], y=pose.y + steps * stage.height / round(_ROWS * stage.height))]
 
 
-def _grow(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made | None:
+def _grow(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Outcome | None:
     return _resize(stage, actors[0], stage.large[actors[0]])
 
 
-def _shrink(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made | None:
+def _shrink(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Outcome | None:
     return _resize(stage, actors[0], stage.large[actors[0]] / _RATIO)
 
 
-def _resize(stage: _Stage, shape: int, size: float) -> Made | None:
+def _resize(stage: _Stage, shape: int, size: float) -> Outcome | None:
     return None if size == stage.poses[shape].size else ("", [_change(stage, shape, size=size)])
 
 
-def _turn(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made | None:
+def _turn(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Outcome | None:
     angle, direction = _ANGLES.get(stage.kinds[actors[0]]), _pick(rng, TURNS)
     if angle is None:
         return None
@@ -214,44 +229,44 @@ def _turn(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made | 
     return direction, [_change(stage, actors[0], angle=stage.poses[actors[0]].angle + sign * angle)]
 
 
-def _recolour(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made | None:
+def _recolour(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Outcome | None:
     colour, shape = _pick(rng, tuple(COLOURS)), actors[0]
     if colour == stage.poses[shape].colour or stage.names.get(f"{colour} {stage.kinds[shape]}", shape) != shape:
         return None
     return colour, [_change(stage, shape, colour=colour)]
 
 
-def _appear(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
+def _appear(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Outcome:
     return "", [_change(stage, actors[0], present=True)]
 
 
-def _disappear(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
+def _disappear(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Outcome:
     return "", [_change(stage, actors[0], present=False)]
 
 
-def _jump(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
+def _jump(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Outcome:
     return "", [dataclasses.replace(_change(stage, actors[0]), via=(0.0, -rng.uniform(0.28, 0.34)))]
 
 
-def _collide(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made | None:
-    """Both run at each other, meet half-way, and bounce back to where they were."""
+def _collide(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Outcome | None:
+    """Moves two shapes towards each other until they touch half-way, and back to their places."""
     a, b = (stage.poses[i] for i in actors)
     distance = np.hypot(b.x - a.x, b.y - a.y)
     run = (distance - sum(stage.poses[i].size * _REACH[stage.kinds[i]] for i in actors)) / 2
     if run < 0.1:
         return None
     x, y = float((b.x - a.x) * run / distance), float((b.y - a.y) * run / distance)
-    ways = ((x, y), (-x, -y))
-    return "", [dataclasses.replace(_change(stage, i), via=way) for i, way in zip(actors, ways, strict=True)]
+    offsets = ((x, y), (-x, -y))
+    return "", [dataclasses.replace(_change(stage, i), via=via) for i, via in zip(actors, offsets, strict=True)]
 
 
-def _swap(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Made:
-    """Each runs straight to the other's place, one in front of the other where they meet."""
+def _swap(rng: np.random.Generator, stage: _Stage, actors: list[int]) -> Outcome:
+    """Moves two shapes straight to each other's place; one covers the other where they meet."""
     a, b = (stage.poses[i] for i in actors)
     return "", [_change(stage, actors[0], x=b.x, y=b.y), _change(stage, actors[1], x=a.x, y=a.y)]
 
 
-_MAKERS: dict[str, Callable[[np.random.Generator, _Stage, list[int]], Made | None]] = {
+_MAKERS: dict[str, Callable[[np.random.Generator, _Stage, list[int]], Outcome | None]] = {
     "move": _move,
     "grow": _grow,
     "shrink": _shrink,
@@ -271,10 +286,10 @@ def _change(stage: _Stage, shape: int, **to: object) -> Change:
 
 
 def _clear(stage: _Stage, changes: list[Change], verb: str) -> bool:
-    """Whether the actors stay inside the scene, and apart from all others."""
+    """Returns whether the actors stay inside the scene and apart from all other shapes."""
     actors = {c.shape for c in changes}
     others = [still("", p) for i, p in enumerate(stage.poses) if i not in actors]
-    # From the end on, where what cannot be mostly shows.
+    # From the last step on, where most conflicts are.
     moving = (between("", verb, c, step, _STEPS) for step in range(_STEPS, -1, -1) for c in changes)
     return all(_inside(s, stage) and not any(_near(s, o) for o in others) for s in moving)
 

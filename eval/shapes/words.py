@@ -1,6 +1,6 @@
-"""The language of the moving shapes: every phrase that `describe` uses and `judge` reads.
+"""The language of the moving shapes: every phrase that `describe` writes and `judge` parses.
 
-The first of several ways to say a thing is the plain one.
+The first of several phrases with one meaning is the plain one.
 
     sentence = [connective] (name | "it") predicate
              | [connective] name predicate-with name
@@ -25,11 +25,11 @@ SIMPLE = {
     "disappear": ("disappears", "fades out", "vanishes"),
     "jump": ("jumps", "hops", "jumps up and down"),
 }
-OF_TWO = {  # said of "the red circle and the blue square"
+OF_TWO = {  # after "the red circle and the blue square"
     "collide": ("collide", "bump into each other", "run into each other"),
     "swap": ("swap places", "trade places", "switch places"),
 }
-WITH = {  # said of the red circle, before "the blue square"
+WITH = {  # after "the red circle", before "the blue square"
     "collide": ("collides with", "bumps into", "runs into"),
     "swap": ("swaps places with", "trades places with", "switches places with"),
 }
@@ -45,7 +45,7 @@ JOINED = ("and then", "and")  # a second event in the same sentence
 
 
 def predicates(verb: str, detail: str) -> list[str]:
-    """What may be said of one shape that does something."""
+    """Returns the predicates of one shape."""
     if verb == "move":
         return [f"{move} {way}" for move in MOVES for way in DIRECTION_PHRASES[detail]]
     if verb == "turn":
@@ -55,40 +55,40 @@ def predicates(verb: str, detail: str) -> list[str]:
     return list(SIMPLE[verb])
 
 
-def sentences(fact: Fact, a: str, b: str = "") -> list[str]:
-    """All ways to tell a fact of one shape, called `a`, or of two. They begin in lower case and have no period."""
+def phrasings(fact: Fact, a: str, b: str = "") -> list[str]:
+    """Returns all phrasings of a fact about the shape `a`, or about `a` and `b`, in lower case without a period."""
     if not b:
         return [f"{a} {predicate}" for predicate in predicates(fact.verb, fact.detail)]
     return [f"{a} and {b} {p}" for p in OF_TWO[fact.verb]] + [f"{a} {p} {b}" for p in WITH[fact.verb]]
 
 
 def article(name: str) -> str:
-    """The name with "a" or "an"."""
+    """Returns the name with "a" or "an"."""
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def clause(fact: Fact, definite: bool = True) -> str:
-    """The plain way to tell a fact, inside of a sentence: "the red circle moves to the left"."""
+    """Returns the plain phrasing of a fact: "the red circle moves to the left"."""
     names = [f"the {name}" if definite else article(name) for name in fact.names]
-    return sentences(fact, *names)[0]
+    return phrasings(fact, *names)[0]
 
 
 def plain(fact: Fact, definite: bool = True) -> str:
-    """The canonical sentence of a fact, "The red circle moves to the left."."""
+    """Returns the canonical sentence of a fact, "The red circle moves to the left."."""
     return as_sentence(clause(fact, definite))
 
 
 def as_sentence(text: str) -> str:
-    """With a capital and a period."""
+    """Adds a capital and a period."""
     return f"{text[0].upper()}{text[1:]}."
 
 
 def name_after(fact: Fact) -> str:
-    """What the shape that did something is called from then on."""
+    """Returns the name of the event's shape after the event."""
     return f"{fact.detail} {fact.names[0].split()[1]}" if fact.verb == "recolour" else fact.names[0]
 
 
-ALONE = {  # every predicate of one shape, and what it says
+ALONE = {  # per predicate of one shape, its verb and detail
     predicate: (verb, detail)
     for verb, details in (
         ("move", DIRECTIONS),

@@ -1,16 +1,16 @@
-"""What a clip of moving shapes is: shapes on a background, and events that change them, one after another.
+"""Scenes of moving shapes: shapes on a background, and events that change them, one after another.
 
-Lengths are in units of the shorter side of the scene, y points down, angles are degrees clockwise. Frames count from 0.
-An event leaves frame `first` as it is, changes every frame after that, and is over at frame `last`.
-A shape is named by its colour when an event begins, and its kind: "the red circle turns blue" and from then on is "the
-blue circle". No two shapes of a scene ever bear the same name.
+Lengths are in units of the shorter side of the scene, y points down, angles are degrees clockwise. Frames are numbered
+from 0. An event changes the frames after `first`, up to and including `last`.
+The name of a shape is its colour at the start of an event and its kind: when "the red circle turns blue", its name is
+"the blue circle" in later events. Two shapes of a scene never have the same name.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
 SHAPE_KINDS = ("circle", "ring", "bar", "triangle", "cross")
-ROUND = ("circle", "ring")  # which nobody sees turn
+ROUND = ("circle", "ring")  # turning them is not visible
 COLOURS = {
     "red": (214, 40, 40),
     "orange": (245, 133, 24),
@@ -30,7 +30,16 @@ OPPOSITE = {a: b for pair in _OPPOSITES for a, b in (pair, pair[::-1])}
 
 @dataclasses.dataclass(frozen=True)
 class Pose:
-    """How a shape is while nothing happens to it. `size` is the distance from its centre to its farthest corner."""
+    """The state of a shape between events.
+
+    Attributes:
+        x: Of the centre.
+        y: Of the centre.
+        size: Distance from the centre to the farthest corner.
+        angle: Degrees clockwise.
+        colour: Name of the colour.
+        present: Whether the shape is visible.
+    """
 
     x: float
     y: float
@@ -50,7 +59,14 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What an event does to one shape; half-way it is (x, y) `via` off the straight line between the two poses."""
+    """The effect of an event on one shape.
+
+    Attributes:
+        shape: Index of the shape.
+        before: Pose before the event.
+        after: Pose after the event.
+        via: Offset (x, y) from the straight line between the two poses, half-way.
+    """
 
     shape: int
     before: Pose
@@ -58,13 +74,21 @@ class Change:
     via: tuple[float, float] = (0.0, 0.0)
 
 
-# Where two shapes collide, a spark flies while they are nearest, so that it shows between frames too.
+# A spark is drawn while colliding shapes are near each other: sampled frames may miss the moment of contact.
 _SPARK_FROM, _SPARK_SIZE, _SPARK_RGB = 0.5, 0.1, (255.0, 235.0, 120.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """`detail` is a direction (move, turn), the new colour (recolour), or empty."""
+    """An event.
+
+    Attributes:
+        verb: One of VERBS.
+        detail: Direction (move, turn), new colour (recolour), or empty.
+        first: The last frame before the event.
+        last: The first frame in which the event is over.
+        changes: One per shape that takes part.
+    """
 
     verb: str
     detail: str
@@ -75,17 +99,24 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Background:
-    """`style` is plain, gradient, stripes or checks, of two colours; `period` is the width of a stripe or a check."""
+    """The background of a scene.
+
+    Attributes:
+        style: "plain", "gradient", "stripes" or "checks".
+        colours: Two RGB colours.
+        period: Width of a stripe or a check.
+        vertical: Whether the colours change from top to bottom instead of from left to right.
+    """
 
     style: str
     colours: tuple[tuple[int, int, int], tuple[int, int, int]]
     period: float
-    vertical: bool  # from top to bottom; else from left to right
+    vertical: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """The script of a clip of `frames` frames."""
+    """The script of a clip with `frames` frames."""
 
     width: float
     height: float
@@ -97,7 +128,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Sprite:
-    """A shape as it is drawn in one frame; `alpha` is 0 where it is absent, 1 where it is present."""
+    """A shape as drawn in one frame; `alpha` is its opacity, 0 to 1."""
 
     kind: str
     x: float
@@ -110,7 +141,13 @@ class Sprite:
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """An event as words tell it: `names` has the shape's name, or in alphabetical order those of two."""
+    """An event in words.
+
+    Attributes:
+        verb: One of VERBS.
+        names: Name of the shape, or the names of two shapes in alphabetical order.
+        detail: See `Event`.
+    """
 
     verb: str
     names: tuple[str, ...]
@@ -118,7 +155,7 @@ class Fact:
 
 
 def facts(scene: Scene) -> list[Fact]:
-    """What happens, in order."""
+    """Returns the events of a scene in words, in order."""
     return [_fact(scene, event) for event in scene.events]
 
 
@@ -128,7 +165,7 @@ def _fact(scene: Scene, event: Event) -> Fact:
 
 
 def opposite(fact: Fact) -> Fact:
-    """The fact of the same event played backwards."""
+    """Returns the fact of the same event played backwards."""
     if fact.verb == "recolour":
         colour, kind = fact.names[0].split()
         return Fact("recolour", (f"{fact.detail} {kind}",), colour)
@@ -136,13 +173,13 @@ def opposite(fact: Fact) -> Fact:
 
 
 def names_of(scene: Scene, shape: int) -> set[str]:
-    """All names that a shape bears in the course of a scene."""
+    """Returns all names that a shape has in the course of a scene."""
     poses = [scene.shapes[shape].pose, *(c.after for e in scene.events for c in e.changes if c.shape == shape)]
     return {f"{pose.colour} {scene.shapes[shape].kind}" for pose in poses}
 
 
 def reverse(scene: Scene) -> Scene:
-    """The scene played backwards: its frames are those of the scene in reversed order, exactly."""
+    """Returns the scene played backwards; its frames are exactly those of the scene in reversed order."""
     shapes = tuple(Shape(s.kind, pose_at(scene, i, scene.frames - 1)) for i, s in enumerate(scene.shapes))
     events = tuple(_reverse_event(event, scene.frames - 1) for event in reversed(scene.events))
     return dataclasses.replace(scene, shapes=shapes, events=events)
@@ -156,7 +193,7 @@ def _reverse_event(event: Event, end: int) -> Event:
 
 
 def pose_at(scene: Scene, shape: int, frame: int) -> Pose:
-    """The pose that the events over by `frame` leave a shape in."""
+    """Returns the pose of a shape after the events that are over at `frame`."""
     pose = scene.shapes[shape].pose
     for event in scene.events:
         if event.last > frame:
@@ -166,7 +203,7 @@ def pose_at(scene: Scene, shape: int, frame: int) -> Pose:
 
 
 def sprites_at(scene: Scene, frame: int) -> list[Sprite]:
-    """The shapes as they are drawn in a frame, from the rearmost on."""
+    """Returns the shapes as drawn in a frame, from back to front."""
     running = next((e for e in scene.events if e.first < frame < e.last), None)
     sprites = [still(shape.kind, pose_at(scene, i, frame)) for i, shape in enumerate(scene.shapes)]
     if running is not None:
@@ -181,25 +218,25 @@ def sprites_at(scene: Scene, frame: int) -> list[Sprite]:
 
 
 def bounce(step: int, steps: int) -> float:
-    """How near colliding shapes are to where they meet, 0 to 1."""
+    """Returns the share of the way to the meeting point that colliding shapes have covered, 0 to 1."""
     return 2 * min(step, steps - step) / steps
 
 
 def still(kind: str, pose: Pose) -> Sprite:
-    """A shape in a pose."""
+    """Returns a shape in a pose."""
     return Sprite(kind, pose.x, pose.y, pose.size, pose.angle, COLOURS[pose.colour], float(pose.present))
 
 
 def between(kind: str, verb: str, change: Change, step: int, steps: int) -> Sprite:
-    """A shape in the middle of a change, the same to the last bit when the change is played backwards."""
+    """Returns a shape in the middle of a change, bit by bit the same when the change is played backwards."""
     a, b = still(kind, change.before), still(kind, change.after)
-    left = steps - step
+    remaining = steps - step
 
     def mix(u: float, v: float) -> float:
-        return u if u == v else (u * left + v * step) / steps
+        return u if u == v else (u * remaining + v * step) / steps
 
-    # Colliding shapes run straight and bounce; those that jump fly in a parabola.
-    bend = bounce(step, steps) if verb == "collide" else 4 * step * left / steps**2
+    # Colliding shapes move straight and back; jumping shapes move along a parabola.
+    bend = bounce(step, steps) if verb == "collide" else 4 * step * remaining / steps**2
     (red, green, blue) = (mix(u, v) for u, v in zip(a.rgb, b.rgb, strict=True))
     return Sprite(
         kind,
@@ -213,5 +250,5 @@ def between(kind: str, verb: str, change: Change, step: int, steps: int) -> Spri
 
 
 def changed_frames(event: Event, indices: Sequence[int]) -> list[int]:
-    """Which of some frames (given by index, ascending) show the event at work or just done, as positions from 0."""
+    """Returns the positions in `indices` (ascending) of the frames that show an event in progress or just completed."""
     return [i for i, frame in enumerate(indices) if event.first < frame <= event.last]

@@ -8,7 +8,7 @@ import pytest
 
 from eval.shapes.describe import describe, describe_frame, describe_grounded, event_sentences, frame_groups
 from eval.shapes.judge import UNREAD, corpus_scores, events_of, score_description
-from eval.shapes.words import ALONE, PLACES, article, plain, predicates, sentences
+from eval.shapes.words import ALONE, PLACES, article, phrasings, plain, predicates
 from eval.shapes.world import PAIR_VERBS, Fact, Pose, Shape, facts, opposite, reverse
 from tarsier_jax.processing.frame_sampling import sample_uniform
 from tests.eval.shapes.scenes import by_hand, scene
@@ -64,7 +64,7 @@ def test_every_phrase_is_read_as_what_it_says() -> None:
         assert events_of(f"A red ring {predicate}.") == [Fact(verb, ("red ring",), detail)]
     for verb in PAIR_VERBS:
         fact = Fact(verb, ("blue cross", "red ring"))
-        assert all(events_of(text) == [fact] for text in sentences(fact, "a blue cross", article("red ring")))
+        assert all(events_of(text) == [fact] for text in phrasings(fact, "a blue cross", article("red ring")))
 
 
 def test_full_marks_for_every_description() -> None:

@@ -87,7 +87,7 @@ def test_corpus() -> None:
     scores = corpus_scores([" ".join(EVENTS), EVENTS[0]], [EVENTS, EVENTS])
     assert scores == pytest.approx({"recall": 5 / 8, "precision": 1.0, "f1": 2 * 5 / 8 / (13 / 8)})
     assert corpus_scores(["Rubbish."], [EVENTS]) == {"recall": 0.0, "precision": 0.0, "f1": 0.0}
-    with pytest.raises(InputError, match="as many of each"):
+    with pytest.raises(InputError, match="equally many"):
         corpus_scores([], [])
     with pytest.raises(InputError, match="2 descriptions and 1 lists"):
         corpus_scores(["", ""], [EVENTS])

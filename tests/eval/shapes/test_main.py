@@ -43,7 +43,7 @@ def test_seeds_are_clips(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flags", [["--clips", "0"], ["--seed", "-1"]])
 def test_bad_flags(tmp_path: Path, flags: list[str]) -> None:
-    with pytest.raises(InputError, match="has to be at least 1"):
+    with pytest.raises(InputError, match="must be at least 1"):
         main(parse(["--output", str(tmp_path), *flags]))
 
 
