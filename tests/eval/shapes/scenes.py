@@ -11,19 +11,19 @@ PALE = Background("plain", ((220, 220, 220), (230, 230, 230)), 0.1, True)
 
 
 @functools.cache
-def scene(seed: int, frames: int = 32) -> Scene:
+def random_scene(seed: int, frames: int = 32) -> Scene:
     return draw_scene(np.random.default_rng(seed), frames)
 
 
 def by_hand() -> Scene:
     """A red circle moves to the left, turns blue and grows, beside a green bar."""
     start = Pose(0.7, 0.3, 0.1, 0.0, "red")
-    left = Pose(0.3, 0.3, 0.1, 0.0, "red")
+    beside = Pose(0.3, 0.3, 0.1, 0.0, "red")
     blue = Pose(0.3, 0.3, 0.1, 0.0, "blue")
     large = Pose(0.3, 0.3, 0.2, 0.0, "blue")
     events = (
-        Event("move", "left", 0, 10, (Change(0, start, left),)),
-        Event("recolour", "blue", 10, 20, (Change(0, left, blue),)),
+        Event("move", "left", 0, 10, (Change(0, start, beside),)),
+        Event("recolour", "blue", 10, 20, (Change(0, beside, blue),)),
         Event("grow", "", 21, 30, (Change(0, blue, large),)),
     )
     bar = Shape("bar", Pose(0.7, 0.8, 0.1, 0.0, "green"))

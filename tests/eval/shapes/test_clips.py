@@ -1,4 +1,4 @@
-"""Some frames of a scene, and what the embedded model is trained on and scored on."""
+"""Selected frames of a scene, and the clips that the embedded model is trained and scored on."""
 
 import numpy as np
 
@@ -14,11 +14,11 @@ def test_only_the_frames_asked_for() -> None:
     )
 
 
-def test_what_is_drawn() -> None:
-    drawn = [draw_clip_scene(np.random.default_rng(seed)) for seed in range(300)]
-    assert {size for _, size in drawn} == set(TRAINING_SIZES)
-    paces = [scene.frames / len(scene.events) for scene, _ in drawn]
-    assert set(PACES) < set(paces) and min(paces) == 3 and all(scene.frames <= 40 for scene, _ in drawn)
+def test_sizes_and_lengths() -> None:
+    samples = [draw_clip_scene(np.random.default_rng(seed)) for seed in range(300)]
+    assert {size for _, size in samples} == set(TRAINING_SIZES)
+    paces = [scene.frames / len(scene.events) for scene, _ in samples]
+    assert set(PACES) < set(paces) and min(paces) == 3 and all(scene.frames <= 40 for scene, _ in samples)
     assert sum(pace in PACES for pace in paces) > 0.75 * len(paces)
     scene, size = draw_clip_scene(np.random.default_rng(0), other=True, shapes=1, events=5)
     assert len(scene.shapes) == 1 and len(scene.events) == 5

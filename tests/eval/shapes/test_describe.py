@@ -1,4 +1,4 @@
-"""Descriptions: the judge gives every phrasing full marks, and frames for every event."""
+"""Descriptions: every phrasing has full marks, and grounded ones have frames for every event."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from eval.shapes.judge import UNREAD, corpus_scores, events_of, score_descriptio
 from eval.shapes.words import ALONE, PLACES, article, phrasings, plain, predicates
 from eval.shapes.world import PAIR_VERBS, Fact, Pose, Shape, facts, opposite, reverse
 from tarsier_jax.processing.frame_sampling import sample_uniform
-from tests.eval.shapes.scenes import by_hand, scene
+from tests.eval.shapes.scenes import by_hand, random_scene
 from train.data.samples import check_grounding
 
 SEEDS = range(300)
@@ -28,26 +28,28 @@ def test_plain() -> None:
     )
 
 
-def test_what_is_where_in_a_frame() -> None:
+def test_shapes_of_a_frame() -> None:
     """Row by row, from left to right, in ninths of the frame, under the names that the shapes bear by then."""
     assert describe_frame(by_hand(), 0) == "A small red circle at the top right, a small green bar at the bottom right."
     assert (
         describe_frame(by_hand(), 30) == "A large blue circle at the top left, a small green bar at the bottom right."
     )
-    turned = dataclasses.replace(by_hand().shapes[1].pose, size=0.15)
+    pose = dataclasses.replace(by_hand().shapes[1].pose, size=0.15)
     for angle, tilt in ((0.0, ""), (60.0, "tilted clockwise "), (120.0, "tilted counterclockwise "), (180.0, "")):
-        bar = Shape("bar", dataclasses.replace(turned, angle=angle))
+        bar = Shape("bar", dataclasses.replace(pose, angle=angle))
         scene = dataclasses.replace(by_hand(), shapes=(bar,), events=())
         assert describe_frame(scene, 0) == f"A large green bar {tilt}at the bottom right."
-    bar, gone = by_hand().shapes[1], Pose(0.5, 0.5, 0.1, 0.0, "red", present=False)
-    middle = dataclasses.replace(by_hand(), shapes=(Shape("ring", gone), bar), events=())
+    bar, absent = by_hand().shapes[1], Pose(0.5, 0.5, 0.1, 0.0, "red", present=False)
+    middle = dataclasses.replace(by_hand(), shapes=(Shape("ring", absent), bar), events=())
     assert describe_frame(middle, 0) == "A small green bar at the bottom right."
     assert describe_frame(dataclasses.replace(middle, shapes=middle.shapes[:1]), 0) == "Nothing."
     above = dataclasses.replace(by_hand(), shapes=(bar, Shape("ring", dataclasses.replace(bar.pose, y=0.2))), events=())
     assert describe_frame(above, 0).startswith("A small green ring at the top right, a small green bar")
-    seen = {Shape("ring", dataclasses.replace(gone, present=True, x=x, y=y)) for x in (0.3, 0.4) for y in (0.6, 0.7)}
-    told = {describe_frame(dataclasses.replace(middle, shapes=(shape,)), 0) for shape in seen}
-    assert told == {f"A small red ring {place}." for row in PLACES[1:] for place in row[:2]}
+    shapes = {
+        Shape("ring", dataclasses.replace(absent, present=True, x=x, y=y)) for x in (0.3, 0.4) for y in (0.6, 0.7)
+    }
+    texts = {describe_frame(dataclasses.replace(middle, shapes=(shape,)), 0) for shape in shapes}
+    assert texts == {f"A small red ring {place}." for row in PLACES[1:] for place in row[:2]}
 
 
 def test_random_phrasings() -> None:
@@ -69,22 +71,22 @@ def test_every_phrase_is_read_as_what_it_says() -> None:
 
 def test_full_marks_for_every_description() -> None:
     for seed in SEEDS:
-        made, rng = scene(seed), np.random.default_rng(seed)
-        texts = [describe(made), describe(made, rng), describe(made, rng), describe_grounded(made, 8, rng)]
-        assert all(score_description(text, event_sentences(made)) == (1.0, 1.0) for text in texts)
-        assert events_of(" ".join(event_sentences(made))) == facts(made)
+        scene, rng = random_scene(seed), np.random.default_rng(seed)
+        texts = [describe(scene), describe(scene, rng), describe(scene, rng), describe_grounded(scene, 8, rng)]
+        assert all(score_description(text, event_sentences(scene)) == (1.0, 1.0) for text in texts)
+        assert events_of(" ".join(event_sentences(scene))) == facts(scene)
 
 
 def test_backwards() -> None:
-    scenes = [scene(seed) for seed in SEEDS]
+    scenes = [random_scene(seed) for seed in SEEDS]
     forward = [event_sentences(s) for s in scenes]
     backward = [describe(reverse(s)) for s in scenes]
     assert corpus_scores(backward, [event_sentences(reverse(s)) for s in scenes])["f1"] == 1.0
-    # What is left happens either way: jumps, collisions, swaps, and what is undone later, like growing and shrinking.
+    # The other events happen either way: jumps, collisions, swaps, and pairs that undo each other.
     assert corpus_scores(backward, forward)["f1"] < 0.4
-    for text, made in zip(backward, scenes, strict=True):
-        either_way = sum(opposite(fact) in facts(made) for fact in facts(made))
-        assert score_description(text, event_sentences(made))[0] <= either_way / len(made.events)
+    for text, scene in zip(backward, scenes, strict=True):
+        either_way = sum(opposite(fact) in facts(scene) for fact in facts(scene))
+        assert score_description(text, event_sentences(scene))[0] <= either_way / len(scene.events)
 
 
 def test_grounded_by_hand() -> None:
@@ -100,28 +102,30 @@ def test_grounded_by_hand() -> None:
 @pytest.mark.parametrize("n", [4, 8, 16])
 def test_grounded(n: int) -> None:
     for seed in SEEDS:
-        made = scene(seed)
-        check_grounding(describe_grounded(made, n), n)
-        groups = frame_groups(made, n)
-        assert [i for _, _, events in groups for i in events] == list(range(len(made.events)))
+        scene = random_scene(seed)
+        check_grounding(describe_grounded(scene, n), n)
+        groups = frame_groups(scene, n)
+        assert [i for _, _, events in groups for i in events] == list(range(len(scene.events)))
         assert all(a[1] < b[0] for a, b in itertools.pairwise(groups))
         if n == 16:
-            assert len(groups) == len(made.events)
+            assert len(groups) == len(scene.events)
             assert all(last > first for first, last, _ in groups)
 
 
 def test_tags_cover_the_frames_that_show_an_event() -> None:
     indices = sample_uniform(32, 16)
     for seed in range(50):
-        for first, last, (i,) in frame_groups(scene(seed), 16):
-            event = scene(seed).events[i]
+        for first, last, (i,) in frame_groups(random_scene(seed), 16):
+            event = random_scene(seed).events[i]
             assert indices[first - 2] <= event.first < indices[first - 1]
             assert indices[last - 1] <= event.last
             assert last == 16 or event.last < indices[last]
 
 
 def test_nothing_is_left_unread() -> None:
-    verbs = {fact.verb for seed in SEEDS for fact in events_of(describe(scene(seed), np.random.default_rng(seed)))}
+    verbs = {
+        fact.verb for seed in SEEDS for fact in events_of(describe(random_scene(seed), np.random.default_rng(seed)))
+    }
     assert UNREAD not in verbs
 
 

@@ -1,4 +1,4 @@
-"""The judge reads all that can be said, and and every kind of mistake costs what it should."""
+"""The judge parses every phrase, and every kind of mistake has its cost."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_small_variations(text: str) -> None:
         (" ".join([EVENTS[0]] * 4), 1 / 4, 1 / 4),  # the same again and again
         (f"{EVENTS[0]} Wonderful colours abound.", 1 / 4, 1 / 2),
         ("Nothing that can be read", 0, 0),
-        ("It moves to the left.", 0, 0),  # what does?
+        ("It moves to the left.", 0, 0),  # without a subject
         ("Moves to the left.", 0, 0),
         ("", 0, 1),
     ],

@@ -16,42 +16,42 @@ from eval.shapes.render import render_scene, write_clip
 from eval.shapes.words import DIRECTION_PHRASES
 from eval.shapes.world import DIRECTIONS, Scene, facts
 from tarsier_jax.processing.sample import open_visuals, read_messages
-from tests.eval.shapes.scenes import by_hand, scene
+from tests.eval.shapes.scenes import by_hand, random_scene
 from train.data.samples import prepare
 
 SEEDS = range(200)
 
 
-def _asked(seed: int) -> list[Question]:
-    return questions(scene(seed), np.random.default_rng(seed))
+def _questions(seed: int) -> list[Question]:
+    return questions(random_scene(seed), np.random.default_rng(seed))
 
 
-def _right(made: Scene, question: Question) -> list[str]:
-    """The letters of all options that are right, found from the text alone."""
-    told = facts(made)
+def _right(scene: Scene, question: Question) -> list[str]:
+    """The letters of all options that are right, derived from the text alone."""
+    events = facts(scene)
     if question.kind == "direction":
         name = question.text.removeprefix("In which direction does the ").removesuffix(" move?")
-        ways = [fact.detail for fact in told if fact.verb == "move" and fact.names == (name,)]
-        wanted = [f"{DIRECTION_PHRASES[way][0].capitalize()}." for way in ways]
-        return [letter for letter, option in zip(LETTERS, question.options, strict=True) if option in wanted]
+        ways = [fact.detail for fact in events if fact.verb == "move" and fact.names == (name,)]
+        right = [f"{DIRECTION_PHRASES[way][0].capitalize()}." for way in ways]
+        return [letter for letter, option in zip(LETTERS, question.options, strict=True) if option in right]
     if question.kind == "antonym":
-        wanted = told
+        right = events
     elif "right after" in question.text:
         before = events_of(question.text.removeprefix("What happens right after ").removesuffix("?"))[0]
-        wanted = [told[told.index(before) + 1]]
+        right = [events[events.index(before) + 1]]
     else:
-        wanted = [told[0] if "first" in question.text else told[-1]]
-    return [letter for letter, option in zip(LETTERS, question.options, strict=True) if events_of(option)[0] in wanted]
+        right = [events[0] if "first" in question.text else events[-1]]
+    return [letter for letter, option in zip(LETTERS, question.options, strict=True) if events_of(option)[0] in right]
 
 
 def test_exactly_one_option_is_right() -> None:
     kinds, answers = Counter(), Counter()
     for seed in SEEDS:
-        asked = _asked(seed)
-        assert asked
-        for question in asked:
+        candidates = _questions(seed)
+        assert candidates
+        for question in candidates:
             assert len(set(question.options)) == len(question.options) == 4
-            assert _right(scene(seed), question) == [question.answer], question
+            assert _right(random_scene(seed), question) == [question.answer], question
             kinds[question.kind] += 1
             answers[question.answer] += 1
     assert min(kinds[kind] for kind in ("order", "direction", "antonym")) > 20
@@ -59,11 +59,11 @@ def test_exactly_one_option_is_right() -> None:
 
 
 def test_by_hand() -> None:
-    asked = {q.text: q for q in questions(by_hand(), np.random.default_rng(0))}
-    first = asked["What happens first?"]
+    candidates = {q.text: q for q in questions(by_hand(), np.random.default_rng(0))}
+    first = candidates["What happens first?"]
     assert first.options[LETTERS.index(first.answer)] == "The red circle moves to the left."
     assert {"The red circle becomes blue.", "The blue circle grows."} < set(first.options)  # right, at another time
-    way = asked["In which direction does the red circle move?"]
+    way = candidates["In which direction does the red circle move?"]
     assert set(way.options) == {f"{DIRECTION_PHRASES[way][0].capitalize()}." for way in DIRECTIONS}
     assert way.options[LETTERS.index(way.answer)] == "To the left."
     assert way.prompt().splitlines()[1] == f"(A) {way.options[0]}"
@@ -73,7 +73,7 @@ def test_wrong_options_are_not_half_true() -> None:
     rng = np.random.default_rng(0)
     assert not [fact for fact in false_events(by_hand(), rng) if fact.verb == "move" and "circle" in fact.names[0]]
     for seed in SEEDS:
-        assert not set(false_events(scene(seed), rng)) & set(facts(scene(seed)))
+        assert not set(false_events(random_scene(seed), rng)) & set(facts(random_scene(seed)))
 
 
 def _answer(line: dict[str, Any]) -> str:
@@ -92,7 +92,7 @@ def test_annotation_of_a_file(tmp_path: Path) -> None:
         "n_shots": 1,
         "n_subjects": 2,
     }
-    assert line["messages"][1]["content"][0]["text"] == ""  # nothing is given away to a program that generates
+    assert line["messages"][1]["content"][0]["text"] == ""  # a program that generates must not see the reference
     chat = prepare(line, np.random.default_rng(0))
     assert _answer(chat) == describe(by_hand())
     (visual,) = open_visuals(read_messages(chat), 16, 256, "v1", 1, None)
@@ -102,14 +102,14 @@ def test_annotation_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [4, 8, 16])
 def test_grounded_annotation_of_frames_in_memory(n: int) -> None:
     for seed in range(30):
-        text = describe_grounded(scene(seed), n)
+        text = describe_grounded(random_scene(seed), n)
         video = {"frames": np.zeros((32, 8, 8, 3), np.uint8)}
-        line = annotation(scene(seed), video, seed, reference=text, prompt=GROUNDED_PROMPT)
+        line = annotation(random_scene(seed), video, seed, reference=text, prompt=GROUNDED_PROMPT)
         assert _answer(prepare(line, np.random.default_rng(0), n_frames=n)) == text
 
 
 def test_question_annotation() -> None:
-    for i, question in enumerate(_asked(1)):
+    for i, question in enumerate(_questions(1)):
         line = json.loads(json.dumps(question_annotation(question, {"video_file": "1.mp4"}, i, vid=1)))
         assert line["task"] == "video/QA" and line["dataset"].startswith("ShapesQA/")
         assert line["messages"][0]["content"][1]["text"].startswith("Question: ")
