@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from tarsier_jax.errors import InputError
 from tarsier_jax.processing.jsonl import parse_json
 
 AnnotatedSample = Mapping[str, Any]
@@ -57,7 +58,7 @@ def read_predictions(path: Path) -> dict[tuple[str, str], AnnotatedSample]:
     """Returns the lines of an earlier run by key, and removes a line that a killed run left unfinished at the end.
 
     Raises:
-        InputError: a line is not JSON.
+        InputError: a line is not a prediction.
     """
     if not path.exists():
         return {}
@@ -66,5 +67,12 @@ def read_predictions(path: Path) -> dict[tuple[str, str], AnnotatedSample]:
         end = data.rfind(b"\n") + 1
         file.truncate(end)
     lines = data[:end].decode(errors="surrogateescape").split("\n")[:-1]
-    samples = (parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1))
+    samples = (_parse(line, f"{path} line {number}") for number, line in enumerate(lines, 1))
     return {key_of(sample): sample for sample in samples}
+
+
+def _parse(line: str, where: str) -> AnnotatedSample:
+    sample = parse_json(line, where)
+    if not isinstance(sample, Mapping) or not {"dataset", "idx", "messages"} <= sample.keys():
+        raise InputError(f"{where} is not a prediction. Choose another --output, or remove the file.")
+    return sample

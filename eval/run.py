@@ -14,6 +14,7 @@ from eval.benchmarks import BENCHMARKS
 from eval.evaluation import evaluate
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import atomic_write, local_path, locked
+from tarsier_jax.processing.jsonl import parse_json
 from tarsier_jax.programs import add_model_flag, prepare_process, resolve_dtype, run
 
 
@@ -44,6 +45,7 @@ def write_scores(args: argparse.Namespace) -> None:
     settings = {"model": args.model, "dtype": resolve_dtype(args.dtype)}
     check_settings(args.output / "settings.json", settings)
     model, processor = tarsier_jax.load(settings["model"], dtype=settings["dtype"])
+    _write_json(args.output / "settings.json", settings)
     benchmarks = [benchmark for benchmark in BENCHMARKS if benchmark.name in args.benchmarks]
     report = {**settings, "limit": args.limit, "scores": {}}
     for benchmark, scores in evaluate(model, processor, benchmarks, args.output, args.limit):
@@ -53,16 +55,15 @@ def write_scores(args: argparse.Namespace) -> None:
 
 
 def check_settings(path: Path, settings: dict[str, str]) -> None:
-    """Stores the settings of a run. Predictions with different settings must not be mixed.
+    """Checks that the predictions of an earlier run, if `path` exists, have these settings.
 
     Raises:
         InputError: `path` contains other settings.
     """
-    if path.exists() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != settings:
+    if path.exists() and (earlier := parse_json(path.read_text(encoding="utf-8"), str(path))) != settings:
         raise InputError(
             f"{path.parent} contains predictions with {earlier}, not {settings}. Choose another --output, or remove it."
         )
-    _write_json(path, settings)
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -62,7 +62,9 @@ def test_prefill_is_no_part_of_the_prediction() -> None:
     assert prediction == Prediction("TVBench/Action Count", 1, "Question: Why?", "B)", "B", {})
 
 
-def test_a_damaged_file_of_predictions(tmp_path: Path) -> None:
-    (tmp_path / "qa.jsonl").write_text('{"dataset": "ShapesQA/Event Order", "idx": 1}\nnothing\n')
+@pytest.mark.parametrize("line", ["nothing", "[]", '{"dataset": "ShapesQA/Event Order", "idx": 1}'])
+def test_a_line_that_is_not_a_prediction(tmp_path: Path, line: str) -> None:
+    messages = '{"dataset": "ShapesQA/Event Order", "idx": 1, "messages": []}'
+    (tmp_path / "qa.jsonl").write_text(f"{messages}\n{line}\n")
     with pytest.raises(InputError, match=r"qa\.jsonl line 2 is "):
         read_predictions(tmp_path / "qa.jsonl")

@@ -57,3 +57,4 @@ def test_missing_model_and_unwritable_output(tmp_path: Path, capsys: pytest.Capt
         assert run(functools.partial(main, parse(flags(output, "--model", model)))) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "output" / "settings.json").exists()  # the next run may name another model
