@@ -49,7 +49,7 @@ from infer.engine import Completion, Engine, EngineConfig, Request, fit_config
 from tarsier_jax.api import use_mesh_of
 from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
 from tarsier_jax.generation.decode import DecodeState, generate_batch
-from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.generation.slots import SlotAssignment, decode_slots, empty_slots, encode_frames, prefill_into_slots
 from tarsier_jax.models.attention import default_implementation
 from tarsier_jax.models.tarsier import Tarsier, unstack
@@ -305,7 +305,9 @@ def embedded_answers(dtype: str) -> tuple[list[list[int]], list[list[int]]]:
     config = fit_config(processor, 8, 96)
     config = SingleConfig(config.slots, config.prompt_tokens, config.new_tokens, config.buckets[-1:])
     answers = {}
-    for answer in Engine(model, processor, config).run(Request(i, e, 96) for i, e in enumerate(examples)):
+    for answer in Engine(model, processor, config).run(
+        Request(i, e, SamplingOptions(96)) for i, e in enumerate(examples)
+    ):
         assert isinstance(answer, Completion), answer
         answers[answer.key] = answer.tokens
     sizes = [frame_sizes(example) for example in examples]
@@ -320,8 +322,7 @@ def embedded_answers(dtype: str) -> tuple[list[list[int]], list[list[int]]]:
 
 def _answer(model: Tarsier, processor: Processor, example: Example) -> list[int]:
     batch = jax.tree.map(jnp.asarray, processor.batch([example]))
-    options = {"sampling": make_sampling(1), "eos_ids": processor.eos_token_ids, "max_new_tokens": 96}
-    return generate_batch(model, batch, **options)[0].tokens
+    return generate_batch(model, batch, SamplingOptions(max_new_tokens=96), processor.eos_token_ids)[0].tokens
 
 
 def _equal(answers: list[list[int]], others: list[list[int]]) -> float:
@@ -452,7 +453,7 @@ def clips(bench: Bench) -> Iterator[Result]:
     runner = Engine(bench.model, processor, bench.engine_config)
     limits = [answer // 2 + answer * (7 * i % n) // (n - 1) for i in range(n)]  # 0.5 to 1.5 times the mean
     start = time.perf_counter()
-    for result in runner.run(Request(i, bench.clip, limit) for i, limit in enumerate(limits)):
+    for result in runner.run(Request(i, bench.clip, SamplingOptions(limit)) for i, limit in enumerate(limits)):
         assert isinstance(result, Completion), result
     rate = n / (time.perf_counter() - start)
     note = f"{n} clips, {sum(limits) / n:.0f} new tokens each; device busy {runner.stats.busy_share:.0%}"

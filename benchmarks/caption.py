@@ -33,6 +33,7 @@ from eval.shapes.annotations import user_turn
 from eval.shapes.clips import draw_clips
 from infer.engine import Completion, Engine, EngineConfig, Request, fit_config
 from tarsier_jax.families import load_config
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.tarsier import unstack
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.packing import RowShape
@@ -121,7 +122,7 @@ def main() -> int:
     def ours() -> list[list[int]]:
         found: dict[int, list[int]] = {}
         for answer in engine.run(
-            Request(i, e, limit) for i, (e, limit) in enumerate(zip(examples, limits, strict=True))
+            Request(i, e, SamplingOptions(limit)) for i, (e, limit) in enumerate(zip(examples, limits, strict=True))
         ):
             assert isinstance(answer, Completion), answer
             found[answer.key] = answer.tokens

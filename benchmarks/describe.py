@@ -29,7 +29,7 @@ from benchmarks.samples import END, IMAGE, START, seconds
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.families import load_config
 from tarsier_jax.generation.decode import decode, prefill
-from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.generation.sampling import Sampling, SamplingOptions
 from tarsier_jax.models.tarsier import unstack
 from tarsier_jax.processing.batch import Example, make_batch
 from tarsier_jax.processing.positions import mrope_positions
@@ -114,7 +114,7 @@ def measure(theirs: Any, ours: Any, rows: int, new_tokens: int, rounds: int) -> 
     batch = jax.tree.map(jnp.asarray, make_batch(examples, ours.config))
     print(f"\nbatch {rows}: {len(examples[0].input_ids)} tokens padded to {batch.input_ids.shape[1]}, ", end="")
     print(f"{HEIGHT * WIDTH} patches a frame to {batch.patches.shape[2]}, frames to {batch.patches.shape[1]}")
-    inputs, sampling = reference_inputs(examples), make_sampling(rows)
+    inputs, sampling = reference_inputs(examples), Sampling.repeat(SamplingOptions(), rows)
     keys, eos = jax.random.split(jax.random.key(0), rows), jnp.zeros(0, jnp.int32)
     state: Any = None
 

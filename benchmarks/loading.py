@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,8 +32,7 @@ from PIL import Image
 import tarsier_jax
 from benchmarks.bulk import write_clips
 from infer.bulk.inputs import Item
-from infer.bulk.loading import LoadStats, load_requests
-from infer.engine import Request
+from infer.bulk.loading import ItemLoader
 from tarsier_jax.processing.frame_sampling import sample_uniform
 from tarsier_jax.processing.image import ImageOptions, fit_budget
 from tarsier_jax.processing.processor import Processor
@@ -105,11 +105,12 @@ def original(paths: Sequence[Path], max_pixels: int) -> int:
 
 
 def ours(paths: Sequence[Path], processor: Processor, workers: int) -> int:
-    report = LoadStats()
+    loader = ItemLoader(processor, PROMPT)
     items = [Item(i, i, str(path), {}) for i, path in enumerate(paths)]
-    for loaded in load_requests(items, processor, PROMPT, Request, workers, report):
-        assert isinstance(loaded, Request), loaded
-    return report.frames
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(loader, items):
+            pass
+    return loader.frames
 
 
 def compare(clips: int, workers: int, rounds: int) -> None:

@@ -23,6 +23,9 @@ class NoTexts:
     def __init__(self, config: ModelConfig):
         self.config = config
 
+    def decode(self, tokens: list[int]) -> str:
+        return ""
+
 
 def make_example(config: ModelConfig, frames: int, height: int, width: int, answer: int, seed: int) -> Example:
     """A video, a question of 20 tokens and an answer."""

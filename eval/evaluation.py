@@ -12,9 +12,11 @@ from eval.metrics import Scores
 from eval.predictions import AnnotatedSample, Prediction, key_of, read_predictions
 from infer.bulk.inputs import with_prediction
 from infer.bulk.outputs import LineWriter
-from infer.engine import Engine, Request, RequestError, fit_config
-from tarsier_jax.errors import InputError, reason_of
+from infer.engine import Engine, Frontend, RequestError, fit_config
+from tarsier_jax.errors import InputError
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
 
 _SLOTS = 32
@@ -77,17 +79,12 @@ def _answers(
 ) -> Iterator[tuple[int, str | RequestError]]:
     """Yields the position of a sample and its answer, or the reason why it has none, in the order of completion."""
 
-    def requests() -> Iterator[Request | RequestError]:
-        for i, sample in enumerate(samples):
-            try:
-                example = engine.processor(_with_video(sample, benchmark.video_source(sample, media)))
-            except Exception as error:  # one bad video must not end the run
-                yield RequestError(i, reason_of(error))
-                continue
-            yield Request(i, example, benchmark.max_new_tokens)
+    def prepare(sample: AnnotatedSample) -> Example:
+        return engine.processor(_with_video(sample, benchmark.video_source(sample, media)))
 
-    for result in engine.run(requests()):
-        yield result.key, result if isinstance(result, RequestError) else engine.text(result)
+    with Frontend(engine, prepare=prepare) as frontend:
+        for number, result in frontend.answer_all(enumerate(samples), SamplingOptions(benchmark.max_new_tokens)):
+            yield number, result if isinstance(result, RequestError) else result.text
 
 
 def _with_video(sample: AnnotatedSample, source: object) -> AnnotatedSample:

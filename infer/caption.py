@@ -1,12 +1,12 @@
 """Captions many clips: `python -m infer.caption --model CHECKPOINT --input DIR|GLOB|LIST --output OUT.jsonl`.
 
-LIST is a .jsonl or .parquet file of paths or annotations. OUT gets one line a clip, written as it ends: its caption, or
-why there is none; annotations come back with the caption in the assistant's turn, ready for evaluation. Started again,
-a run goes on where it was. Exit status 1 if a clip could not be captioned. OUT.parquet is made of OUT.parquet.jsonl at
-the end.
+LIST is a .jsonl or .parquet file of paths or annotations. OUT receives one line per clip, in the order in which
+captions end: the caption, or the error. The line of an annotation is the annotation with the caption in the
+assistant's turn, ready for evaluation. The same command resumes an interrupted run. The exit status is 1 if a clip has
+no caption. OUT.parquet is converted from OUT.parquet.jsonl at the end.
 
-Several machines: give each --num_shards N --shard_index I, or start each with --distributed. Each writes a file of its
-own, OUT.00000-of-00004.jsonl and so on. Or start one with --ray ADDRESS. See docs/captioning.md.
+Several machines: start each with --num_shards N --shard_index I, or with --distributed. Each writes its own file,
+OUT.00000-of-00004.jsonl and so on. Or start one program with --ray ADDRESS. See docs/captioning.md.
 """
 
 import argparse
@@ -25,14 +25,21 @@ import jax
 from infer.bulk.config import CaptionConfig
 from infer.bulk.inputs import Item, find_items, is_list
 from infer.bulk.journal import Journal
-from infer.bulk.loading import LoadStats
+from infer.bulk.loading import ItemLoader
 from infer.bulk.outputs import finished_lines, lines_of, write_lines, write_parquet
 from infer.bulk.ray_cluster import lines_from_ray
-from infer.engine import EngineStats
+from infer.engine import EngineStats, Frontend
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path, locked, path_text
 from tarsier_jax.processing.clip import MEDIA_SUFFIXES
-from tarsier_jax.programs import Compilations, add_model_flag, add_precision_flags, prepare_process, run
+from tarsier_jax.programs import (
+    Compilations,
+    add_model_flag,
+    add_precision_flags,
+    add_sampling_flags,
+    prepare_process,
+    run,
+)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,25 +51,34 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--input", type=path_text, required=True, help="directory, glob, media file, or list (.jsonl, .parquet)"
     )
     parser.add_argument("--output", required=True, type=local_path, help="file to write (.jsonl, .parquet)")
-    parser.add_argument("--prompt", default="Describe the video in detail.", help="where the list has none")
+    parser.add_argument(
+        "--prompt",
+        default="Describe the video in detail.",
+        help="used where the list has no prompt (default %(default)r)",
+    )
     parser.add_argument("--n_frames", type=int, default=16, help="frames sampled from each video (default 16)")
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0, help="clip i is sampled with seed + i")
-    parser.add_argument("--slots", type=int, default=32, help="captions under way at once, over all devices")
-    parser.add_argument("--prompt_tokens", type=int, help="room for the longest prompt, if not for --n_frames and text")
+    parser.add_argument(
+        "--slots", type=int, default=32, help="captions in progress at once, over all devices (default 32)"
+    )
+    parser.add_argument(
+        "--prompt_tokens",
+        type=int,
+        help="limit of a prompt, in tokens (default: --n_frames of the largest frame, and 256 of text)",
+    )
     parser.add_argument("--workers", type=int, default=2, help="threads that decode videos (default 2)")
-    parser.add_argument("--mesh", default="", help="such as data=2,tensor=4; data takes all devices if not given")
-    parser.add_argument("--num_shards", type=int, default=1, help="parts that the list is dealt out in")
-    parser.add_argument("--shard_index", type=int, default=0, help="which part is captioned here, from 0 on")
+    parser.add_argument("--mesh", default="", help="such as data=2,tensor=4 (default: all devices on the data axis)")
+    parser.add_argument("--num_shards", type=int, default=1, help="number of shards to split the input into")
+    parser.add_argument("--shard_index", type=int, default=0, help="shard to caption, from 0")
     parser.add_argument("--distributed", action="store_true", help="find the other processes (TPU pod, Slurm, MPI)")
     parser.add_argument("--ray", metavar="ADDRESS", help='caption on a Ray cluster: HOST:PORT, "auto" or "local"')
-    parser.add_argument("--ray_actors", type=int, help="engines on it (default: as there are accelerators, or nodes)")
-    parser.add_argument("--limit", type=int, help="caption no more clips than this")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew")
+    parser.add_argument(
+        "--ray_actors", type=int, help="number of engines on it (default: one per accelerator, or one per node)"
+    )
+    parser.add_argument("--limit", type=int, help="maximum number of clips")
+    parser.add_argument("--overwrite", action="store_true", help="discard the output of an earlier run")
     add_precision_flags(parser)
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    add_sampling_flags(parser, seed_help="clip i is sampled with seed + i")
+    parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     return parser.parse_args(argv)
 
 
@@ -81,14 +97,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def caption_missing(items: Sequence[Item], config: CaptionConfig, output: Path, args: argparse.Namespace) -> int:
-    """Captions the items that have no line yet; returns how many have no caption in the end."""
+    """Captions the items without a line; returns the number of items without a caption."""
     lines = lines_of(output)
-    # Files are known by their names, as others may have come; lines of a list by their index too.
+    # The name identifies a file, because other files may have been added; the index also identifies a line of a list.
     fields = ("idx", "input") if is_list(args.input) else ("input",)
-    former = [] if args.overwrite else list(finished_lines(lines))
-    failed = sum("error" in line for line in former)
-    todo = missing_items(items, former, fields, args.prompt)
-    _log(f"{len(items)} clips, {len(items) - len(todo)} of them done before, into {output}")
+    earlier = [] if args.overwrite else list(finished_lines(lines))
+    failed = sum("error" in line for line in earlier)
+    todo = missing_items(items, earlier, fields, args.prompt)
+    _log(f"{len(items)} clips, {len(items) - len(todo)} of them captioned before, into {output}")
     if todo:
         caption = caption_on_ray if args.ray else caption_here
         failed += caption(todo, config, lines, args)
@@ -96,22 +112,22 @@ def caption_missing(items: Sequence[Item], config: CaptionConfig, output: Path, 
 
 
 def missing_items(
-    items: Sequence[Item], former: Sequence[Mapping[str, Any]], fields: Sequence[str], prompt: str
+    items: Sequence[Item], earlier: Sequence[Mapping[str, Any]], fields: Sequence[str], prompt: str
 ) -> list[Item]:
-    """The items that have no line among `former`, where lines are known by `fields`.
+    """Returns the items without a line among the `earlier` ones, where `fields` identify a line.
 
-    Items may share these, such as questions about one video. Their prompts distinguish them then, and each line counts
-    for one of them; a line without a prompt, such as an error, counts for any of them.
+    Items can share these fields, such as questions about one video. Then their prompts distinguish them, and each line
+    counts for one item; a line without a prompt, such as an error, counts for any of them.
     """
 
-    def known_by(content: Mapping[str, Any]) -> str:
+    def identity(content: Mapping[str, Any]) -> str:
         return json.dumps([content.get(field) for field in fields])
 
-    lines = collections.Counter((known_by(line), json.dumps(line.get("prompt"))) for line in former)
-    names, repeated = {name for name, _ in lines}, collections.Counter(known_by(vars(item)) for item in items)
+    lines = collections.Counter((identity(line), json.dumps(line.get("prompt"))) for line in earlier)
+    names, repeated = {name for name, _ in lines}, collections.Counter(identity(vars(item)) for item in items)
     missing = []
     for item in items:
-        name = known_by(vars(item))
+        name = identity(vars(item))
         choices = [(name, json.dumps(item.line.get("prompt") or prompt)), (name, "null")]
         line = next((choice for choice in choices if lines[choice] > 0), None)
         if repeated[name] > 1 and line is not None:
@@ -122,24 +138,27 @@ def missing_items(
 
 
 def caption_here(todo: Sequence[Item], config: CaptionConfig, lines: Path, args: argparse.Namespace) -> int:
-    """Writes a line for each item, with an engine over this process's devices; gives how many have no caption."""
-    engine, loading = config.start(), LoadStats()
+    """Writes a line per item, with an engine over this process's devices; returns the number without a caption."""
+    engine = config.start()
     with signals_end(), Compilations() as compilations, Journal(lines, args.overwrite) as journal:
-        tally = write_lines(config.lines(engine, todo, loading, journal), len(todo), lines, args.overwrite)
-    _log(f"{tally}\n{summary(engine.stats, loading, compilations.count)}")
+        loader = ItemLoader(engine.processor, config.prompt, journal)
+        loader.try_suspects(todo)
+        with Frontend(engine, config.workers, loader) as frontend:
+            tally = write_lines(config.lines(frontend, todo), len(todo), lines, args.overwrite)
+    _log(f"{tally}\n{summary(engine.stats, loader, compilations.count)}")
     return tally.errors
 
 
 def caption_on_ray(todo: Sequence[Item], config: CaptionConfig, lines: Path, args: argparse.Namespace) -> int:
-    """As `caption_here`, with engines on a Ray cluster."""
+    """Captions as `caption_here` does, with engines on a Ray cluster."""
     tally = write_lines(lines_from_ray(todo, config, args.ray, args.ray_actors), len(todo), lines, args.overwrite)
-    _log(f"{tally}, the actors' start among them")
+    _log(f"{tally}, including the start of the actors")
     return tally.errors
 
 
 @contextlib.contextmanager
 def signals_end() -> Iterator[None]:
-    """Has SIGTERM and SIGHUP end the block by an exception, as Ctrl-C does, so that the journal sees no crash."""
+    """Raises an exception at SIGTERM and SIGHUP, as Ctrl-C does: the journal does not count it as a crash."""
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
@@ -154,44 +173,47 @@ def signals_end() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def summary(stats: EngineStats, loading: LoadStats, compilations: int) -> str:
+def summary(stats: EngineStats, loader: ItemLoader, compilations: int) -> str:
     return (
         f"device busy {stats.busy_share:.0%}, {compilations} compilations after warm-up\n"
         f"padding: {stats.patch_padding:.1%} of patches, {stats.token_padding:.1%} of prompt tokens\n"
-        f"loading: {loading.frames / max(loading.seconds, 1e-9):.0f} frames/s a thread"
+        f"loading: {loader.frames / max(loader.seconds, 1e-9):.0f} frames/s per thread"
     )
 
 
 def _check_ray_flags(args: argparse.Namespace) -> None:
     if args.distributed:
-        raise InputError("--ray and --distributed both spread clips over machines. Give one of them.")
+        raise InputError("--ray and --distributed both distribute clips over machines. Use one of them.")
     if args.ray_actors is not None and args.ray_actors < 1:
-        raise InputError(f"--ray_actors {args.ray_actors} has to be at least 1.")
+        raise InputError(f"--ray_actors is {args.ray_actors}; it must be at least 1.")
 
 
 def _find_processes() -> tuple[int, int]:
-    """How many processes there are, and which this one is. Raises InputError.
+    """Returns the number of processes and the index of this one. Raises InputError.
 
-    They part again at once, as none needs another's devices: so no shard waits for another, or ends because one died.
+    They disconnect at once, because no process needs the devices of another: no shard waits for another, or ends
+    because another died.
     """
     try:
         jax.distributed.initialize()
     except (ValueError, RuntimeError) as e:
         raise InputError(
             f"The processes did not find each other ({str(e).splitlines()[0]}). --distributed works on TPU pods, under "
-            "Slurm and under MPI; elsewhere give each process --num_shards and its own --shard_index."
+            "Slurm and under MPI; elsewhere start each process with --num_shards and its own --shard_index."
         ) from None
-    jax.devices()  # while they are together: devices are numbered over all of them
+    jax.devices()  # while connected: devices are numbered over all processes
     jax.distributed.shutdown()
     return jax.process_count(), jax.process_index()
 
 
 def share_of(args: argparse.Namespace, processes: int, process: int) -> tuple[Path, list[Item]]:
-    """The file to write, and this process's clips. Raises InputError."""
+    """Returns the output file and the clips of this process. Raises InputError."""
     if args.num_shards < 1 or (args.limit or 0) < 0:
-        raise InputError(f"--num_shards {args.num_shards} has to be at least 1, and --limit {args.limit} at least 0.")
+        raise InputError(
+            f"--num_shards is {args.num_shards}; it must be at least 1. --limit is {args.limit}; it must be at least 0."
+        )
     if not 0 <= args.shard_index < args.num_shards:
-        raise InputError(f"--shard_index {args.shard_index} has to be from 0 to {args.num_shards - 1}.")
+        raise InputError(f"--shard_index is {args.shard_index}; it must be from 0 to {args.num_shards - 1}.")
     if args.output.exists() and os.path.exists(args.input) and args.output.samefile(args.input):
         raise InputError(f"--output {args.output} is the --input. Choose another file.")
     if args.output.suffix.lower() in MEDIA_SUFFIXES:

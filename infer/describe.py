@@ -1,7 +1,7 @@
 """Describes videos: `python -m infer.describe --model CHECKPOINT --input clip.mp4`.
 
-Prints each path and its caption, or with --json one object a line. Progress goes to stderr. A file that cannot be used
-is reported and the others are described; the exit status is then 1.
+Prints each path and its caption, or with --json one object per line. Progress goes to stderr. A file that cannot be
+used is reported and the others are described; the exit status is then 1.
 """
 
 import argparse
@@ -17,7 +17,15 @@ from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.jsonl import to_json
 from tarsier_jax.processing.processor import Processor, ProcessorOptions, media_sample
-from tarsier_jax.programs import add_model_flag, add_precision_flags, prepare_process, resolve_dtype, run
+from tarsier_jax.programs import (
+    add_model_flag,
+    add_precision_flags,
+    add_sampling_flags,
+    prepare_process,
+    read_sampling_flags,
+    resolve_dtype,
+    run,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +70,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", default="Describe the video in detail.")
     parser.add_argument("--n_frames", type=int, default=16, help="frames sampled from each video (default 16)")
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
     add_precision_flags(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    add_sampling_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:
     prepare_process()
     settings = ProcessorOptions(n_frames=args.n_frames)  # checked before the model is loaded, as all that can be
-    options = SamplingOptions(args.max_new_tokens, args.temperature, top_p=args.top_p, seed=args.seed)
+    options = read_sampling_flags(args)
     paths, failed = [], 0
     for source in args.input:
         try:
@@ -96,8 +101,10 @@ def main(args: argparse.Namespace) -> int:
             failed += report(error, args.traceback)
             continue
         seconds = time.perf_counter() - start
-        left = (time.perf_counter() - begin) / number * (len(paths) - number)
-        _log(f"[{number}/{len(paths)}] {path}: {caption.new_tokens} tokens in {seconds:.1f} s, {left:.0f} s left")
+        seconds_left = (time.perf_counter() - begin) / number * (len(paths) - number)
+        _log(
+            f"[{number}/{len(paths)}] {path}: {caption.new_tokens} tokens in {seconds:.1f} s, {seconds_left:.0f} s left"
+        )
         line = to_json(dataclasses.asdict(caption), sys.stdout.encoding or "utf-8")
         print(line if args.json else f"{path}\n{caption.caption}\n", flush=True)
     if failed:
@@ -106,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def report(error: tarsier_jax.InputError, traceback: bool) -> int:
-    """Prints one input's error and counts it, or raises it when a traceback was asked for."""
+    """Prints the error of one input and returns 1; with `traceback` raises it."""
     if traceback:
         raise error
     _log(f"error: {error}")

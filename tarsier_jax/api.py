@@ -92,23 +92,13 @@ def answer(
         InputError: there is no example, or one is larger than the largest bucket.
     """
     with use_mesh_of(model):
-        answers = generate_batch(
-            model,
-            processor.batch(examples),
-            sampling=options.for_rows(len(examples)),
-            eos_ids=processor.eos_token_ids,
-            max_new_tokens=options.max_new_tokens,
-            seed=options.seed,
-        )
-    return [_to_text(processor, tokens, options.stop) for tokens in answers]
+        answers = generate_batch(model, processor.batch(examples), options, processor.eos_token_ids)
+    return [_to_generation(processor, tokens, options) for tokens in answers]
 
 
-def _to_text(processor: Processor, answer: GeneratedTokens, stop: Sequence[str]) -> Generation:
-    text = processor.decode(answer.tokens)
-    ends = [text.find(string) for string in stop if string in text]
-    if not ends:
-        return Generation(text, answer.tokens, answer.finish_reason)
-    return Generation(text[: min(ends)].strip(), answer.tokens, "stop")
+def _to_generation(processor: Processor, answer: GeneratedTokens, options: SamplingOptions) -> Generation:
+    text, is_stopped = options.cut(processor.decode(answer.tokens))
+    return Generation(text, answer.tokens, "stop" if is_stopped else answer.finish_reason)
 
 
 def use_mesh_of(model: Tarsier) -> contextlib.AbstractContextManager:

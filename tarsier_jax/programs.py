@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -15,6 +16,7 @@ import jax
 
 from tarsier_jax.errors import InputError, TarsierError
 from tarsier_jax.files import cache_directory, path_text
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.weights import EMBEDDED
 
 _PIPE_CLOSED = 141  # the exit status of a program that SIGPIPE ends
@@ -140,6 +142,29 @@ def add_precision_flags(parser: argparse.ArgumentParser) -> None:
     """--dtype and --int8."""
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--int8", action="store_true", help="hold the weights of the decoder's layers in int8")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, seed_help: str = "seed of the random draws") -> None:
+    """The flags of `SamplingOptions`, one per field."""
+    options = SamplingOptions()
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max_new_tokens", type=int, default=options.max_new_tokens, help="limit of an answer, in tokens"
+    )
+    group.add_argument("--temperature", type=float, default=options.temperature, help="0 is greedy (default)")
+    group.add_argument("--top_k", type=int, default=options.top_k, help="sample from this many tokens; 0 from all")
+    group.add_argument(
+        "--top_p", type=float, default=options.top_p, help="sample from tokens of this total probability"
+    )
+    group.add_argument("--repetition_penalty", type=float, default=options.repetition_penalty, help="1 is no penalty")
+    group.add_argument("--seed", type=int, default=options.seed, help=seed_help)
+    group.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="an answer ends before any of these texts")
+
+
+def read_sampling_flags(args: argparse.Namespace) -> SamplingOptions:
+    """Returns the options of `add_sampling_flags`. Raises InputError."""
+    values: dict[str, Any] = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingOptions)}
+    return SamplingOptions(**{**values, "stop": tuple(args.stop)})
 
 
 def resolve_dtype(dtype: str, platform: str | None = None) -> str:

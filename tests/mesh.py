@@ -9,7 +9,7 @@ import jax
 from tarsier_jax.api import use_mesh_of
 from tarsier_jax.families import load_config
 from tarsier_jax.generation.decode import generate_batch, prefill
-from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.generation.sampling import Sampling, SamplingOptions
 from tarsier_jax.models.tarsier import unstack
 from tarsier_jax.sharding import make_mesh
 from tarsier_jax.weights import load_weights
@@ -22,9 +22,10 @@ def main(directory: Path, stacked: bool) -> None:
     model = model if stacked else unstack(model)
     examples, _ = reference.make_case("unlike samples", model.config)
     batch = reference.make_batch([*examples, examples[0]], model.config, reference.BUCKETS)
-    sampling = make_sampling(4)
+    options = SamplingOptions(max_new_tokens=24)
+    sampling = Sampling.repeat(options, 4)
     with use_mesh_of(model):
-        answers = generate_batch(model, batch, sampling=sampling, eos_ids=(), max_new_tokens=24)
+        answers = generate_batch(model, batch, options, eos_ids=())
         keys = jax.random.split(jax.random.key(0), 4)
         cache = prefill(model, batch, sampling, jax.numpy.zeros(0, int), keys, jax.numpy.int32(24), max_new=128).cache
     # Rows are split over data and fsdp, key-value heads over tensor.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tarsier_jax.generation.decode import generate_batch
-from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.generation.sampling import SamplingOptions
 from tests import reference
 
 pytestmark = pytest.mark.slow
@@ -23,6 +23,6 @@ def test_generation_over_eight_devices(tmp_path: Path, form: str) -> None:
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     model = reference.load_ours(tmp_path)
-    examples, batch = reference.make_case("unlike samples", model.config)
-    answers = generate_batch(model, batch, sampling=make_sampling(len(examples)), eos_ids=(), max_new_tokens=24)
+    _, batch = reference.make_case("unlike samples", model.config)
+    answers = generate_batch(model, batch, SamplingOptions(max_new_tokens=24), eos_ids=())
     assert json.loads(done.stdout.splitlines()[-1]) == [answer.tokens for answer in answers]

@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tarsier_jax.generation.decode import generate_batch
-from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.api import answer
+from tarsier_jax.generation.sampling import SamplingOptions
 from train.data.annotations import lines_of, read_sample
 from train.data.packing import PackedRow
 from train.mesh import global_batch
@@ -56,15 +54,8 @@ class Evaluation:
                 example = run.processor(_question(run.objective.prepare(sample, np.random.default_rng(config.seed))))
             except Exception:  # as `LoadLine` does; a bad sample is counted where the loss is computed
                 continue
-            batch = jax.tree.map(jnp.asarray, run.processor.batch([example]))
-            (answer,) = generate_batch(
-                model,
-                batch,
-                sampling=make_sampling(1),
-                eos_ids=run.processor.eos_token_ids,
-                max_new_tokens=_CAPTION_TOKENS,
-            )
-            answers.append((f"{line.file} line {line.number}", run.processor.decode(answer.tokens)))
+            (generation,) = answer(model, run.processor, [example], SamplingOptions(max_new_tokens=_CAPTION_TOKENS))
+            answers.append((f"{line.file} line {line.number}", generation.text))
         return answers
 
 

@@ -1,4 +1,4 @@
-"""How a run captions clips, wherever its engines run, and the line that it writes about each."""
+"""The options of a captioning run, the engine that they make, and the output line of each clip."""
 
 import argparse
 import dataclasses
@@ -9,20 +9,29 @@ import jax
 
 import tarsier_jax
 from infer.bulk.inputs import Item, with_prediction
-from infer.bulk.journal import Journal
-from infer.bulk.loading import LoadStats, load_requests
-from infer.engine import Completion, Engine, Request, RequestError, SharedEngine, fit_config
+from infer.engine import Completion, Engine, Frontend, RequestError, fit_config
 from tarsier_jax.errors import InputError
-from tarsier_jax.generation.sampling import check_sampling
-from tarsier_jax.processing.batch import Example
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.processor import ProcessorOptions
-from tarsier_jax.programs import resolve_dtype
+from tarsier_jax.programs import read_sampling_flags, resolve_dtype
 from tarsier_jax.sharding import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig:
-    """What every engine of a run is made of and told; the fields are the flags of `infer.caption`.
+    """The options of a run, equal for all of its engines.
+
+    Attributes:
+        model: Checkpoint directory or hub id.
+        dtype: "auto", "float32" or "bfloat16".
+        int8: Store the decoder's weights in int8.
+        mesh: Sizes of mesh axes, such as "data=2,tensor=4".
+        slots: Number of captions in progress at once, over all devices.
+        prompt_tokens: Limit of a prompt, in tokens; None derives it from the processor's options.
+        prompt: Used where an item has none.
+        workers: Number of threads that decode clips.
+        processor: Options of the processor.
+        sampling: How captions are generated; clip i with seed `sampling.seed` + i.
 
     Raises:
         InputError: a value is outside its range.
@@ -33,31 +42,23 @@ class CaptionConfig:
     int8: bool
     mesh: str
     slots: int
-    n_frames: int
     prompt_tokens: int | None
-    max_new_tokens: int
     prompt: str
-    temperature: float
-    top_p: float
-    seed: int
     workers: int
+    processor: ProcessorOptions
+    sampling: SamplingOptions
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
-        return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
+        """Returns the config of the flags of `infer.caption`."""
+        names = ("model", "dtype", "int8", "mesh", "slots", "prompt_tokens", "prompt", "workers")
+        options = {name: getattr(args, name) for name in names}
+        return cls(**options, processor=ProcessorOptions(n_frames=args.n_frames), sampling=read_sampling_flags(args))
 
     def __post_init__(self) -> None:
-        check_sampling(self.temperature, 0, self.top_p, seed=self.seed)
-        if self.max_new_tokens < 1 or self.workers < 0:
-            raise InputError(
-                f"--max_new_tokens {self.max_new_tokens} has to be at least 1, and --workers {self.workers} at least 0."
-            )
+        if self.workers < 0:
+            raise InputError(f"--workers is {self.workers}; it must be at least 0.")
         mesh_sizes(self.mesh)
-        _ = self.options
-
-    @property
-    def options(self) -> ProcessorOptions:
-        return ProcessorOptions(n_frames=self.n_frames)
 
     def start(self) -> Engine:
         """Loads the model over this process's devices and compiles the engine.
@@ -67,71 +68,59 @@ class CaptionConfig:
         """
         mesh = local_mesh(self.mesh)
         model, processor = tarsier_jax.load(self.model, resolve_dtype(self.dtype), mesh, self.int8)
-        processor = dataclasses.replace(processor, options=self.options)
+        processor = dataclasses.replace(processor, options=self.processor)
         groups = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        return Engine(
-            model, processor, fit_config(processor, self.slots, self.max_new_tokens, groups, self.prompt_tokens)
-        )
+        config = fit_config(processor, self.slots, self.sampling.max_new_tokens, groups, self.prompt_tokens)
+        return Engine(model, processor, config)
 
-    def lines(
-        self,
-        engine: Engine | SharedEngine,
-        items: Sequence[Item],
-        loading: LoadStats,
-        journal: Journal | None = None,
-    ) -> Iterator[dict[str, Any]]:
-        """A line for each item, in the order in which they end: its caption, or why there is none."""
-
-        def make(number: int, example: Example) -> Request:
-            sampling = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed + number}
-            return Request(number, example, self.max_new_tokens, **sampling)
-
-        numbered = {item.number: item for item in items}
-        requests = load_requests(items, engine.processor, self.prompt, make, self.workers, loading, journal)
-        for result in engine.run(requests):
-            yield _line(numbered[result.key], result, engine, self.prompt)
+    def lines(self, frontend: Frontend, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
+        """Yields the output line of each item in the order in which captions end: its caption, or its error."""
+        by_number = {item.number: item for item in items}
+        for number, result in frontend.answer_all(by_number.items(), self.sampling):
+            yield _line(by_number[number], result, self.prompt)
 
 
 def mesh_sizes(flag: str) -> dict[str, int]:
-    """The sizes that --mesh gives to axes. Raises InputError."""
+    """Returns the size of each axis in --mesh. Raises InputError."""
     try:
         sizes = {name: int(size) for name, size in (part.split("=") for part in flag.split(",") if part)}
         if sizes.keys() <= {"data", "fsdp", "tensor"} and min(sizes.values(), default=1) > 0:
             return sizes
     except ValueError:
         pass
-    raise _unfit_mesh(flag, "what a mesh is")
+    raise _mesh_error(flag, "is not a list of axes and sizes")
 
 
 def local_mesh(flag: str) -> jax.sharding.Mesh | None:
-    """The mesh over this process's devices; None for one device. Raises InputError."""
+    """Returns the mesh over this process's devices; None for one device. Raises InputError."""
     devices, sizes = jax.local_devices(), mesh_sizes(flag)
     sizes.setdefault("data", len(devices) // (sizes.get("tensor", 1) * sizes.get("fsdp", 1)))
     try:
         mesh = make_mesh(**sizes, devices=devices)
     except ValueError:
-        raise _unfit_mesh(flag, f"{len(devices)} devices") from None
+        raise _mesh_error(flag, f"does not fit {len(devices)} devices") from None
     return mesh if len(devices) > 1 else None
 
 
-def _unfit_mesh(flag: str, what: str) -> InputError:
+def _mesh_error(flag: str, problem: str) -> InputError:
     return InputError(
-        f"--mesh {flag} does not fit {what}. Give axes (data, fsdp, tensor) whose sizes multiply to the number of "
+        f"--mesh {flag} {problem}. Use axes (data, fsdp, tensor) whose sizes multiply to the number of "
         "devices, such as data=2,tensor=4."
     )
 
 
-def _line(item: Item, result: Completion | RequestError, engine: Engine | SharedEngine, prompt: str) -> dict[str, Any]:
-    known = {"idx": item.idx, "input": item.input}
+def _line(item: Item, result: Completion | RequestError, prompt: str) -> dict[str, Any]:
+    source = {"idx": item.idx, "input": item.input}
     if isinstance(result, RequestError):
-        return {**known, "error": result.reason}
-    text, example = engine.text(result), result.request.example
-    told = {
+        return {**source, "error": result.reason}
+    example = result.request.example
+    details = {
         "n_frames": example.frames,
-        "tokens": len(result.tokens),
+        "prompt_tokens": len(example.input_ids),
+        "new_tokens": len(result.tokens),
         "finish_reason": result.finish_reason,
         "seconds": round(result.seconds, 3),
     }
     if item.is_annotation:
-        return {**with_prediction(item.line, text), **known, **told}
-    return {**known, "caption": text, "prompt": item.line.get("prompt") or prompt, **told}
+        return {**with_prediction(item.line, result.text), **source, **details}
+    return {**source, "caption": result.text, "prompt": item.line.get("prompt") or prompt, **details}

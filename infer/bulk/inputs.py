@@ -1,4 +1,4 @@
-"""What a run captions: media files, or lines of JSON or Parquet, each known by an index."""
+"""The items of a captioning run: media files, or lines of JSON or Parquet."""
 
 import collections
 import dataclasses
@@ -28,8 +28,12 @@ _ANNOTATION_KEYS = (*_MEDIA, *MEDIA_KEYS, "video_start", "video_end", "nframes",
 class Item:
     """One clip to caption.
 
-    number: its place in the list.  idx: of the line itself, else the number.  input: the file's name, or where the
-    line stands.  line: what the list says about it; empty for a file.  problem: the reason why the line is no use.
+    Attributes:
+        number: Position in the list.
+        idx: "idx" of the line; the number if the line has none.
+        input: Name of the file, or file and number of the line.
+        line: Content of the line; empty for a file.
+        problem: Reason why the line cannot be used; empty for a usable line.
     """
 
     number: int
@@ -43,10 +47,10 @@ class Item:
         return is_conversation(self.line)
 
     def sample(self, prompt: str) -> dict[str, Any]:
-        """The question, without the answer that an annotation may hold.
+        """Returns the sample without the answer of an annotation.
 
         Raises:
-            InputError: the line is no use, or the file's name has no accepted ending.
+            InputError: the line cannot be used, or the suffix of the file is not accepted.
         """
         if self.problem:
             raise InputError(self.problem)
@@ -59,10 +63,10 @@ class Item:
 
 
 def open_answer(line: Mapping[str, Any]) -> dict[str, Any]:
-    """An annotation, in the annotation format, whose answer is still to be given.
+    """Returns an annotation, in the annotation format, with an empty last answer.
 
-    The text of the last turn, if that is the assistant's, is kept as its reference, as the benchmarks have it. A turn
-    with a reference keeps its text: the answer begins with that.
+    If the last turn is the assistant's, its text becomes its reference, as in the benchmarks. A turn that already has
+    a reference keeps its text: it is the prefill of the answer.
 
     Raises:
         InputError: see `normalize_sample`.
@@ -83,7 +87,7 @@ def open_answer(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_prediction(line: Mapping[str, Any], caption: str) -> dict[str, Any]:
-    """The annotation with the prediction as the text of its last turn, beside the reference."""
+    """Returns the annotation with the caption as the text of its last turn, beside the reference."""
     opened = open_answer(line)
     messages = list(opened["messages"])
     if messages[-1].get("role") != "assistant":
@@ -94,12 +98,12 @@ def with_prediction(line: Mapping[str, Any], caption: str) -> dict[str, Any]:
 
 
 def find_items(source: str) -> list[Item]:
-    """The clips that --input stands for: a file, a directory, a glob, or a list (.jsonl, .json, .parquet).
+    """Returns the clips of --input: a file, a directory, a glob, or a list (.jsonl, .json, .parquet).
 
-    A line of a list is an annotation, an object with "input" (and "prompt", "idx"), or just a path.
+    A line of a list is an annotation, an object with "input" (and "prompt", "idx"), or a path.
 
     Raises:
-        InputError: there is nothing there, or a list cannot be read.
+        InputError: nothing matches, or a list cannot be read.
     """
     path = Path(source)
     if is_list(source):
@@ -114,18 +118,18 @@ def find_items(source: str) -> list[Item]:
 
 
 def find_media(sources: Iterable[str]) -> list[Path]:
-    """The media files that paths stand for; says on stderr which endings the directories among them have besides.
+    """Returns the media files of paths and directories. Prints the number of skipped files by suffix to stderr.
 
     Raises:
         InputError: see `find_inputs`.
     """
-    skipped = collections.Counter[str]()
+    num_skipped = collections.Counter[str]()
     try:
-        return [file for source in sources for file in find_inputs(source, skipped)]
+        return [file for source in sources for file in find_inputs(source, num_skipped)]
     finally:
-        if skipped:
-            endings = ", ".join(f"{ending} {count}" for ending, count in skipped.most_common())
-            message = f"skipped {skipped.total()} files whose endings are not read: {endings}. {ACCEPTED}"
+        if num_skipped:
+            endings = ", ".join(f"{ending} {count}" for ending, count in num_skipped.most_common())
+            message = f"skipped {num_skipped.total()} files whose endings are not read: {endings}. {ACCEPTED}"
             print(message, file=sys.stderr, flush=True)
 
 
@@ -142,7 +146,7 @@ def _read_list(path: Path) -> Iterator[Item]:
     except OSError as e:
         raise InputError(f"The list {path} cannot be read ({e.strerror or e}). Check --input.") from None
     if number < 0:
-        raise InputError(f"The list {path} holds no lines. Check --input.")
+        raise InputError(f"The list {path} is empty. Check --input.")
 
 
 def _item(path: Path, number: int, line: Any) -> Item:
@@ -155,8 +159,8 @@ def _item(path: Path, number: int, line: Any) -> Item:
         return Item(number, number, line, {"input": line})
     source = line.get("input") if isinstance(line, Mapping) else None
     if not isinstance(line, Mapping) or not (is_conversation(line) or isinstance(source, str)):
-        return Item(number, number, place, {}, f'{place} has neither "messages" nor "input". Give one of them.')
-    idx = json.loads(to_json(line.get("idx")))  # as a line of the output has it
+        return Item(number, number, place, {}, f'{place} has neither "messages" nor "input". Add one of them.')
+    idx = json.loads(to_json(line.get("idx")))  # as in the output
     return Item(number, number if idx is None else idx, source if isinstance(source, str) and source else place, line)
 
 
@@ -172,9 +176,9 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 # Columns of other lines are empty in this one.
                 yield {k: v for k, v in row.items() if v is not None}
     except (pa.ArrowException, UnicodeDecodeError) as e:
-        raise InputError(f"The list {path} is no Parquet file that can be read ({e}). Check --input.") from None
+        raise InputError(f"The list {path} is not a readable Parquet file ({e}). Check --input.") from None
 
 
 def _unpacked(row: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A row of a Parquet file with the values of columns that contain JSON."""
+    """Returns a row of a Parquet file with JSON columns parsed."""
     return {k: parse_json(v, f"{place}, {k},") if k in _NESTED and isinstance(v, str) else v for k, v in row.items()}

@@ -1,4 +1,4 @@
-"""Which clips are being decoded, in a small file that a crash of the process leaves behind."""
+"""A small file with the clips that are being decoded. It survives a crash of the process."""
 
 import contextlib
 import json
@@ -15,21 +15,21 @@ _CRASHES = 2  # after which a clip is not decoded again
 
 
 class Journal:
-    """Clips in progress, by name; threads share it.
+    """Clips in progress, by name. Thread-safe.
 
-    A crash of a native decoder ends the process, so that no error line is written, and every later run crashes at the
-    same clip. With a journal the next run knows which clips were in progress. These are its `suspects`, which the
+    A crash of a native decoder ends the process before it can write an error line, and every later run crashes at the
+    same clip. With a journal the next run knows the clips that were in progress. These are its `suspects`, which the
     caller decodes alone: only a clip that was in progress at two crashes is refused.
 
-    The file is `.NAME.journal` beside the output. It holds no more than the clips in progress and the suspects, and is
-    overwritten in place: the kernel keeps what was written when the process dies. It is removed when the run ends
-    without a crash. The journal never fails a run: where its file cannot be written, there is none.
+    The file is `.NAME.journal` beside the output. It contains only the clips in progress and the suspects, and is
+    overwritten in place: the kernel keeps written data when the process dies. It is removed when the run ends without
+    a crash. The journal never fails a run: if its file cannot be written, the run has no journal.
     """
 
     def __init__(self, output: Path, overwrite: bool = False):
         self._path, self._mutex = hidden(output, "journal"), threading.Lock()
         self._crashes = {} if overwrite else _read_crashes(self._path)
-        self._begun: list[str] = []
+        self._in_progress: list[str] = []
         self._file: int | None = None
         if not is_special(output):
             with contextlib.suppress(OSError):
@@ -38,12 +38,12 @@ class Journal:
 
     @property
     def suspects(self) -> frozenset[str]:
-        """The clips that were in progress at one crash, and have not been decoded since."""
+        """Clips that were in progress at one crash and have not been decoded since."""
         return frozenset(name for name, crashes in self._crashes.items() if crashes < _CRASHES)
 
     @contextlib.contextmanager
     def note(self, name: str) -> Iterator[None]:
-        """Has the clip in progress while the block runs.
+        """Records the clip as in progress while the block runs.
 
         Raises:
             InputError: the clip was in progress at two crashes.
@@ -53,14 +53,14 @@ class Journal:
                 f"{name}: decoding it ended the program {_CRASHES} times. Convert the file with ffmpeg, or remove it."
             )
         with self._mutex:
-            self._begun.append(name)
+            self._in_progress.append(name)
             self._write()
         try:
             yield
         finally:
             with self._mutex:
-                if name in self._begun:  # else the journal is closed
-                    self._begun.remove(name)
+                if name in self._in_progress:  # else the journal is closed
+                    self._in_progress.remove(name)
                 self._crashes.pop(name, None)
                 self._write()
 
@@ -68,9 +68,9 @@ class Journal:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """Forgets the clips in progress, as this is no crash; after an error suspects stay for the next run."""
+        """Forgets the clips in progress: the run did not crash. After an error the suspects stay for the next run."""
         with self._mutex:
-            self._begun = []
+            self._in_progress = []
             self._write()
             if self._file is None:
                 return
@@ -82,18 +82,18 @@ class Journal:
     def _write(self) -> None:
         if self._file is None:
             return
-        line = json.dumps({"crashes": self._crashes, "begun": self._begun}).encode() + b"\n"
-        with contextlib.suppress(OSError):  # such as a full disk: that is no fault of the clip
+        line = json.dumps({"crashes": self._crashes, "begun": self._in_progress}).encode() + b"\n"
+        with contextlib.suppress(OSError):  # such as a full disk, which is not the fault of the clip
             os.pwrite(self._file, line, 0)
             os.ftruncate(self._file, len(line))
 
 
 def _read_crashes(path: Path) -> dict[str, int]:
-    """How many crashes each clip was in progress at; nothing for a file that is missing or damaged."""
+    """Returns the number of crashes during which each clip was in progress; empty for a missing or damaged file."""
     try:
         content = json.loads(path.read_bytes().split(b"\n")[0])
         crashes = {str(name): int(count) for name, count in content["crashes"].items()}
-        begun = {str(name) for name in content["begun"]}
+        in_progress = {str(name) for name in content["begun"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
-    return crashes | {name: crashes.get(name, 0) + 1 for name in begun}
+    return crashes | {name: crashes.get(name, 0) + 1 for name in in_progress}

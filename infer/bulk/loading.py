@@ -1,79 +1,46 @@
-"""Clips decoded and patchified ahead, in threads with a bounded buffer (grain)."""
+"""From a clip to its prompt: decoded and patchified, with the journal of the clips in progress."""
 
 import contextlib
-import dataclasses
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-
-import grain
+from collections.abc import Sequence
 
 from infer.bulk.inputs import Item
 from infer.bulk.journal import Journal
-from infer.engine import Request, RequestError
-from tarsier_jax.errors import reason_of
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """An item's prompt, or why there is none; number: the item's.  seconds: that it took."""
-
-    number: int
-    example: Example | None
-    error: str  # empty if there is an example
-    seconds: float
-
-
-@dataclasses.dataclass
-class LoadStats:
-    """frames: decoded and patchified.  seconds: that threads took for it, all together."""
-
-    frames: int = 0
-    seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prepare(grain.transforms.Map):
-    processor: Processor
-    prompt: str
-    journal: Journal | None
-
-    def map(self, element: Item) -> Prepared:
-        start = time.perf_counter()
-        try:
-            with self.journal.note(element.input) if self.journal else contextlib.nullcontext():
-                example, error = self.processor(element.sample(self.prompt)), ""
-        except Exception as e:  # whatever a file of millions does, the run goes on, and its line says why
-            example, error = None, reason_of(e)
-        return Prepared(element.number, example, error, time.perf_counter() - start)
-
-
-def load_requests(
-    items: Sequence[Item],
-    processor: Processor,
-    prompt: str,
-    make: Callable[[int, Example], Request],
-    workers: int,
-    stats: LoadStats,
-    journal: Journal | None = None,
-) -> Iterator[Request | RequestError]:
-    """Requests for the items in turn, as `make` makes them of an item's number and prompt; refusals for bad ones.
+class ItemLoader:
+    """Prepares items for an engine; the `prepare` of `infer.engine.Frontend`, called by several threads.
 
     Args:
-        workers: threads, each with two clips ready or under way at most; 0 loads when asked for the next.
-        journal: records the clips in progress. Its suspects are loaded once before all others, each alone, so that it
-            is known which of them crashes.
+        prompt: Used where an item has none.
+        journal: Records the clips in progress.
+
+    Attributes:
+        frames: Number of frames that were decoded and patchified.
+        seconds: Time that all threads together spent on it.
     """
-    prepare = _Prepare(processor, prompt, journal)
-    for item in items:
-        if journal and item.input in journal.suspects:
-            prepare.map(item)
-    ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-    for prepared in grain.MapDataset.source(list(items)).map(prepare).to_iter_dataset(ahead):
-        if prepared.example is None:
-            yield RequestError(prepared.number, prepared.error)
-            continue
-        stats.seconds += prepared.seconds
-        stats.frames += prepared.example.frames
-        yield make(prepared.number, prepared.example)
+
+    def __init__(self, processor: Processor, prompt: str, journal: Journal | None = None):
+        self._processor, self._prompt, self._journal = processor, prompt, journal
+        self._mutex = threading.Lock()
+        self.frames, self.seconds = 0, 0.0
+
+    def __call__(self, item: Item) -> Example:
+        """Raises InputError for an item that cannot be used, and any error of a decoder."""
+        start = time.perf_counter()
+        with self._journal.note(item.input) if self._journal else contextlib.nullcontext():
+            example = self._processor(item.sample(self._prompt))
+        with self._mutex:
+            self.seconds += time.perf_counter() - start
+            self.frames += example.frames
+        return example
+
+    def try_suspects(self, items: Sequence[Item]) -> None:
+        """Loads the journal's suspects among the items, one at a time: the next crash shows which of them it is."""
+        for item in items:
+            if self._journal and item.input in self._journal.suspects:
+                with contextlib.suppress(Exception):  # reported when the item is loaded again for its caption
+                    self(item)

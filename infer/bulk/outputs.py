@@ -1,4 +1,4 @@
-"""Lines that are written as they come, and read again when a run goes on; and Parquet files made of them."""
+"""The output of a captioning run: lines that are written one by one and read on resume, and Parquet files."""
 
 import contextlib
 import dataclasses
@@ -16,15 +16,15 @@ from tarsier_jax.errors import InputError, reason_of
 from tarsier_jax.files import atomic_write, is_special
 from tarsier_jax.processing.jsonl import to_json
 
-_RESULTS = {"caption", "messages", "error"}  # one of which a line has
-_ROWS = 10_000  # of a Parquet file, that are held at once
+_RESULTS = {"caption", "messages", "error"}  # every line has one of them
+_ROWS = 10_000  # of a Parquet file, in memory at once
 
 
 def finished_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a former run; what a killed one left unfinished at the end is cut off.
+    """Yields the complete lines of an earlier run, and truncates an incomplete last line of a killed run.
 
     Raises:
-        InputError: the file is something else. It stays as it is.
+        InputError: the file is not the output of a run. It is not changed.
     """
     if not path.exists() or is_special(path):
         return
@@ -37,8 +37,8 @@ def finished_lines(path: Path) -> Iterator[dict[str, Any]]:
                 break
             if not is_whole or not isinstance(content, dict) or not _is_ours(content):
                 raise InputError(
-                    f"{path} line {number} is no line of a former run, so that the run cannot go on there. Choose "
-                    "another --output, or begin anew with --overwrite."
+                    f"{path} line {number} was not written by a captioning run, which cannot resume from it. Choose "
+                    "another --output, or start again with --overwrite."
                 )
             whole += len(line)
             yield content
@@ -46,7 +46,7 @@ def finished_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> Any:
-    """The value of a line; None for one that is cut short."""
+    """Returns the value of a line; None for an incomplete line."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -58,7 +58,7 @@ def _is_ours(content: Mapping[str, Any]) -> bool:
 
 
 class LineWriter:
-    """Appends lines, each with one write. Raises OSError when the disk is full; what is written by then stays."""
+    """Appends lines, each with one write. Raises OSError when the disk is full; earlier lines stay."""
 
     def __init__(self, path: Path, overwrite: bool = False):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ class LineWriter:
 
     def write(self, line: Mapping[str, Any]) -> None:
         data = _encode(line) + b"\n"
-        while data:  # a write may take a part only, when the disk is nearly full
+        while data:  # a write may be partial when the disk is nearly full
             data = data[os.write(self._file.fileno(), data) :]
 
     def close(self) -> None:
@@ -82,20 +82,27 @@ def _encode(line: Mapping[str, Any]) -> bytes:
 
 @dataclasses.dataclass
 class Tally:
-    """What a run has written since it began: captions, errors, and the captions' tokens."""
+    """Counts of a run.
+
+    Attributes:
+        captions: Number of captions written.
+        errors: Number of error lines written.
+        tokens: Number of generated tokens.
+        start: Start of the run, of `time.perf_counter`.
+    """
 
     captions: int = 0
     errors: int = 0
     tokens: int = 0
-    began: float = dataclasses.field(default_factory=time.perf_counter)
+    start: float = dataclasses.field(default_factory=time.perf_counter)
 
     def add(self, line: Mapping[str, Any]) -> None:
         self.errors += "error" in line
         self.captions += "error" not in line
-        self.tokens += line.get("tokens", 0)
+        self.tokens += line.get("new_tokens", 0)
 
     def __str__(self) -> str:
-        seconds = time.perf_counter() - self.began
+        seconds = time.perf_counter() - self.start
         return (
             f"{self.captions} captions and {self.errors} errors in {seconds:.1f} s: "
             f"{self.captions / seconds:.2f} clips/s, {self.tokens / seconds:.0f} tokens/s"
@@ -103,20 +110,20 @@ class Tally:
 
 
 def write_lines(lines: Iterable[Mapping[str, Any]], total: int, path: Path, overwrite: bool = False) -> Tally:
-    """Writes each as it comes, and shows how far it is on the way to `total`."""
+    """Writes each line when it arrives, with a progress bar of `total` lines."""
     writer, tally = LineWriter(path, overwrite), Tally()
     with contextlib.closing(writer), tqdm(total=total, unit="clip", smoothing=0.1) as bar:
         for line in lines:
             writer.write(line)
             tally.add(line)
-            rate = tally.tokens / (time.perf_counter() - tally.began)
+            rate = tally.tokens / (time.perf_counter() - tally.start)
             bar.set_postfix_str(f"{rate:.0f} tokens/s, {tally.errors} errors", refresh=False)
             bar.update()
     return tally
 
 
 def lines_of(output: Path) -> Path:
-    """The file of lines behind an output: itself, or for OUT.parquet OUT.parquet.jsonl.
+    """Returns the file that receives the lines of an output: the output itself, or OUT.parquet.jsonl for OUT.parquet.
 
     Raises:
         InputError: a Parquet file without pyarrow.
@@ -131,10 +138,10 @@ def lines_of(output: Path) -> Path:
 
 
 def write_parquet(lines: Path, output: Path) -> None:
-    """Makes a Parquet file of all lines; whole or not at all.
+    """Converts all lines to a Parquet file, atomically.
 
-    Columns are int64 or float64 where all values are such numbers, else strings; what is nested is JSON. Half
-    surrogates in names, which Parquet does not have, are written as escapes.
+    Columns whose values are all numbers are int64 or float64, others strings; nested values are JSON. Lone surrogates,
+    which Parquet cannot store, are written as escapes.
     """
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
     import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
@@ -145,7 +152,8 @@ def write_parquet(lines: Path, output: Path) -> None:
             kinds.setdefault(name, set()).add(str if _is_large(value) else type(value))
     types = {(int,): pa.int64(), (float,): pa.float64(), (float, int): pa.float64()}
     schema = pa.schema(
-        (name, types.get(tuple(sorted(found - {type(None)}, key=str)), pa.string())) for name, found in kinds.items()
+        (name, types.get(tuple(sorted(seen_types - {type(None)}, key=str)), pa.string()))
+        for name, seen_types in kinds.items()
     )
     with atomic_write(output) as partial, pq.ParquetWriter(partial, schema) as writer:
         for rows in _batches(finished_lines(lines)):

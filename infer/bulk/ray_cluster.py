@@ -1,6 +1,6 @@
-"""A run over a Ray cluster: actors that each hold an engine, over a Ray Data dataset of clips.
+"""A run on a Ray cluster: a Ray Data dataset of clips, and actors with one engine each.
 
-Ray starts an actor anew that died, and hands it again what it had in hand.
+Ray restarts an actor that dies, and repeats its tasks.
 """
 
 import logging
@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import socket
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -18,33 +19,33 @@ import infer
 import tarsier_jax
 from infer.bulk.config import CaptionConfig, mesh_sizes
 from infer.bulk.inputs import Item
-from infer.bulk.loading import LoadStats
-from infer.engine import SharedEngine
+from infer.bulk.loading import ItemLoader
+from infer.engine import EngineError, Frontend
 from tarsier_jax.errors import InputError, TarsierError
 from tarsier_jax.programs import prepare_process
 
-_SHARE = 8  # clips a slot, that an actor is handed at once at most
-_SHARES = 2  # that an actor has in hand, so that one fills the slots that another leaves at its end
-_RETRIES = 30  # of a share: a clip of it may be what kills actors; a few go by before Ray knows that a node is gone
-_PATIENCE = 10  # seconds in which a cluster has to answer
+_SHARE = 8  # clips per slot in one task
+_SHARES = 2  # tasks per actor; the second fills the slots that become free at the end of the first
+_RETRIES = 30  # of a task, which may contain a clip that kills actors; a lost node also costs a few
+_CONNECT_TIMEOUT = 10  # seconds
 
 
 def lines_from_ray(
     items: Sequence[Item], config: CaptionConfig, address: str, actors: int | None
 ) -> Iterator[dict[str, Any]]:
-    """The lines of a run's items, each once, as shares of them end on the cluster.
+    """Yields the output line of every item once, when its task ends on the cluster.
 
     Args:
-        address: of the cluster as `ray.init` takes it.
-        actors: how many engines there are; None takes all accelerators, or the CPUs of every node if there are none.
+        address: Address of the cluster, as in `ray.init`.
+        actors: Number of engines; None uses all accelerators, or the CPUs of every node without accelerators.
 
     Raises:
-        InputError: there is no Ray, no cluster, or no room on it; or an actor dies over and over.
+        InputError: Ray is not installed, the cluster does not answer or is too small, or an actor dies repeatedly.
         CheckpointError: see `CaptionConfig.start`.
     """
     ray = _connect(address)
     try:
-        room, needs = find_room(ray.nodes(), math.prod(mesh_sizes(config.mesh).values()))
+        room, needs = count_actors(ray.nodes(), math.prod(mesh_sizes(config.mesh).values()))
         actors = room if actors is None else actors
         size = max(1, min(_SHARE * config.slots, math.ceil(len(items) / (_SHARES * actors))))
         shares = [{"items": pickle.dumps(items[i : i + size])} for i in range(0, len(items), size)]
@@ -58,42 +59,46 @@ def lines_from_ray(
             max_task_retries=_RETRIES,
             **needs,
         )
-        for share in lines.iter_batches(batch_size=None, prefetch_batches=0):  # each as soon as it is there
+        for share in lines.iter_batches(batch_size=None, prefetch_batches=0):  # each as soon as it ends
             yield from _unpacked(share["lines"][0])
     except ray.exceptions.RayError as error:
         raise InputError(
-            f"The work on the Ray cluster ended ({_reason(error)}). The logs of its nodes may say more. What is "
-            "written stays; start again to go on."
+            f"The run on the Ray cluster failed ({_reason(error)}). See the logs of its nodes. The lines written so "
+            "far are complete; start again to resume."
         ) from error
     finally:
         ray.shutdown()
 
 
 class Captioner:
-    """What an actor holds. Each call captions a share of the clips, several at once in threads of their own.
+    """The state of an actor: an engine. Each call captions a share of the clips; calls run concurrently in threads.
 
-    A share, {"items": pickled Items}, comes back as {"lines": pickled lines, or the error for which there are none}.
+    The input is {"items": pickled Items}, the result {"lines": pickled lines, or a pickled TarsierError}.
     """
 
     def __init__(self, config: CaptionConfig, directory: str):
         prepare_process()
         if os.path.isdir(directory):
-            os.chdir(directory)  # where the names of clips and checkpoints begin
+            os.chdir(directory)  # relative paths of clips and checkpoints start here
         self._config = config
         try:
-            self._engine = SharedEngine(config.start())
-        except TarsierError as error:  # comes out of the calls: Ray would tell it with a traceback, and try again
-            self._engine = error
+            engine = config.start()
+            self._frontend = Frontend(engine, config.workers, ItemLoader(engine.processor, config.prompt))
+        except TarsierError as error:  # returned by the calls; Ray would print a traceback and start the actor again
+            self._frontend = error
 
     def __call__(self, share: dict[str, bytes]) -> dict[str, bytes]:
-        if isinstance(self._engine, TarsierError):
-            return {"lines": pickle.dumps(self._engine)}
-        lines = self._config.lines(self._engine, pickle.loads(share["items"]), LoadStats())
-        return {"lines": pickle.dumps(list(lines))}
+        if isinstance(self._frontend, TarsierError):
+            return {"lines": pickle.dumps(self._frontend)}
+        try:
+            return {"lines": pickle.dumps(list(self._config.lines(self._frontend, pickle.loads(share["items"]))))}
+        except EngineError:  # Ray starts a new actor only when the process ends
+            traceback.print_exc()
+            os._exit(1)
 
 
 def _connect(address: str) -> ModuleType:
-    """Ray, connected, with this checkout's code on its way to all nodes. Raises InputError."""
+    """Connects to the cluster, which receives this checkout's code, and returns the module. Raises InputError."""
     try:
         import ray.data
         import ray.exceptions
@@ -101,7 +106,7 @@ def _connect(address: str) -> ModuleType:
         raise InputError("--ray needs Ray Data: pip install -e '.[ray]'.") from None
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # no other way to bound retries as of Ray 2.60
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that there are no bars
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # only reports that progress bars are off
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         if address not in ("auto", "local"):
@@ -114,22 +119,22 @@ def _connect(address: str) -> ModuleType:
         )
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise InputError(
-            f"There is no Ray cluster at {address} ({_reason(error)}). Give --ray the host and port of its head "
+            f"No Ray cluster answers at {address} ({_reason(error)}). Set --ray to the host and port of its head "
             'node, "auto" on one of its nodes, or "local" for this machine alone.'
         ) from None
     return ray
 
 
 def _knock(address: str) -> None:
-    """Raises OSError or ValueError where nothing listens; Ray itself would wait for many minutes."""
+    """Raises OSError or ValueError if nothing listens. Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         raise ValueError("no HOST:PORT")
-    socket.create_connection((host, int(port)), _PATIENCE).close()
+    socket.create_connection((host, int(port)), _CONNECT_TIMEOUT).close()
 
 
-def find_room(nodes: Sequence[dict[str, Any]], devices: int) -> tuple[int, dict[str, Any]]:
-    """How many actors of so many devices there is room for, and what to ask Ray for each. Raises InputError."""
+def count_actors(nodes: Sequence[dict[str, Any]], devices: int) -> tuple[int, dict[str, Any]]:
+    """Returns the number of actors that the nodes can run, and the resources of each actor. Raises InputError."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     for kind in ("GPU", "TPU"):
         if any(kind in node for node in alive):
@@ -137,7 +142,7 @@ def find_room(nodes: Sequence[dict[str, Any]], devices: int) -> tuple[int, dict[
             needs = {"num_gpus": devices} if kind == "GPU" else {"resources": {kind: devices}}
             break
     else:
-        room, needs = sum(node.get("CPU", 0) >= 1 for node in alive), {"num_cpus": 1}  # an engine takes all CPUs
+        room, needs = sum(node.get("CPU", 0) >= 1 for node in alive), {"num_cpus": 1}  # an engine uses all CPUs
     if not room:
         raise InputError(
             f"No node of the Ray cluster has {devices} devices, which an engine needs. Choose a smaller --mesh, or "
@@ -154,7 +159,7 @@ def _unpacked(pickled: bytes) -> list[dict[str, Any]]:
 
 
 def _reason(error: Exception) -> str:
-    """What Ray's text, which may be a chain of tracebacks, says of the first error in it."""
+    """Returns the first error in the text of a Ray exception, which may be a chain of tracebacks."""
     text = str(error).strip()
-    named = re.search(r"^\w[\w.]*(Error|Exception): .+", text, re.MULTILINE)
-    return named[0] if named else text.split("\n")[0]
+    match = re.search(r"^\w[\w.]*(Error|Exception): .+", text, re.MULTILINE)
+    return match[0] if match else text.split("\n")[0]

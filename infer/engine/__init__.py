@@ -1,9 +1,9 @@
-"""The engine: many prompts in, answers out as they end, the device always busy. See `infer.engine.engine`."""
+"""The engine: many prompts in, answers out as they end. `Frontend` is for callers; see `infer.engine.engine`."""
 
 from infer.engine.config import EngineConfig, fit_config
 from infer.engine.engine import Engine
+from infer.engine.frontend import EngineError, Frontend, Submission
 from infer.engine.requests import Completion, Request, RequestError
-from infer.engine.shared import SharedEngine
 from infer.engine.stats import EngineStats
 from infer.engine.texts import answer_samples
 
@@ -11,10 +11,12 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineConfig",
-    "RequestError",
+    "EngineError",
     "EngineStats",
+    "Frontend",
     "Request",
-    "SharedEngine",
+    "RequestError",
+    "Submission",
     "answer_samples",
     "fit_config",
 ]

@@ -1,4 +1,4 @@
-"""The few shapes that the engine's programs are compiled for."""
+"""The shapes that the engine's programs are compiled for."""
 
 import dataclasses
 
@@ -7,25 +7,31 @@ from tarsier_jax.processing.image import temporal_patches
 from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor
 
-_TEXT, _LONG_TEXT = 64, 256  # tokens of text beside a prompt's frames: as a rule, and the most, if nothing else is said
-_SHORTEST_ROW = 1024  # tokens: several small prompts fill a row better than one
-_KINDS = 6  # of bins: a frame, or several, fill one of them to within an eighth
-_ROUNDING = 1.06  # by which a frame may grow when its sides are rounded to whole blocks of patches
+_TEXT, _LONG_TEXT = 64, 256  # tokens of text beside the frames of a prompt: usual, and the default limit
+_SHORTEST_ROW = 1024  # tokens; several small prompts fill a row better than one
+_BIN_SIZES = 6  # one or several frames fill a bin of one of these sizes to within an eighth
+_ROUNDING = 1.06  # growth of a frame when its sides are rounded to whole blocks of patches, at most
 _SMALLEST_FRAME = 16  # patches, Qwen2-VL's least
-_FRAMES_A_BIN = 8  # at most
-_LENGTHS = (0.75, 0.9375, 1.0)  # of rows, as shares of the longest: one large clip seldom fills a row
-_SPANS = (0.25, 0.5, 0.75, 1.0)  # of the slots' tokens that decoding reads, as shares of all
-_STEPS = 8  # in which a row's bins are run, about: those at its end that are not in use are left out
+_MAX_FRAMES_PER_BIN = 8
+_LENGTHS = (0.75, 0.9375, 1.0)  # of rows, as fractions of the longest; one large clip rarely fills a row
+_READ_LENGTHS = (0.25, 0.5, 0.75, 1.0)  # of a slot that decoding reads, as fractions of its size
+_STEPS = 8  # approximate number of calls that run the bins of a row; calls for unused bins at its end are skipped
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """slots: answers under way at once.  prompt_tokens, new_tokens: of the longest prompt and the longest answer.
-    buckets: shapes of prompt rows that are run at once, which differ in their bins: the patches of a bin are what a
-    frame of this bucket, or a few of them, fill.  groups: of slots and rows, one a data-parallel part of the mesh.
+    """Shapes of an engine.
+
+    Attributes:
+        slots: Number of answers in progress at once.
+        prompt_tokens: Limit of a prompt, in tokens.
+        new_tokens: Limit of an answer, in tokens.
+        buckets: Shapes of the packed rows. They differ in the size of their vision bins, which one or a few frames of
+            a bucket fill.
+        groups: Number of groups of slots and rows, one per data-parallel part of the mesh.
 
     Raises:
-        InputError: the slots cannot be split into groups, or something is below 1.
+        InputError: the slots cannot be split into groups, or a number is below 1.
     """
 
     slots: int
@@ -37,51 +43,51 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if min(self.slots, self.prompt_tokens, self.new_tokens, self.groups) < 1 or self.slots % self.groups:
             raise InputError(
-                f"{self.slots} slots cannot be shared by {self.groups} parts of the mesh, with {self.prompt_tokens} "
-                f"tokens a prompt and {self.new_tokens} an answer. Give a multiple of {self.groups} slots."
+                f"{self.slots} slots cannot be split into {self.groups} groups, with {self.prompt_tokens} tokens per "
+                f"prompt and {self.new_tokens} per answer. Use a multiple of {self.groups} slots."
             )
 
     @property
     def size(self) -> int:
-        """Tokens that a slot has room for."""
+        """Capacity of a slot, in tokens."""
         return self.prompt_tokens + self.new_tokens
 
     @property
     def read_lengths(self) -> tuple[int, ...]:
-        """How many of a slot's tokens decoding reads, ascending: the first that all answers under way fit."""
-        return tuple(sorted({min(_round_up(self.size * share, 64), self.size) for share in _SPANS}))
+        """Numbers of cache positions that decoding can read, ascending; it uses the first that all answers fit."""
+        return tuple(sorted({min(_round_up(self.size * share, 64), self.size) for share in _READ_LENGTHS}))
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The tokens to which rows are cut, ascending."""
+        """Lengths to which packed rows are truncated, in tokens, ascending."""
         longest = self.buckets[0].tokens
         return tuple(sorted({min(_round_up(longest * share, 64), longest) for share in _LENGTHS}))
 
     def step(self, bucket: int) -> int:
-        """How many bins of a row of this bucket are run at a time: a divisor of all of them."""
+        """Returns the number of bins of this bucket that run at a time, a divisor of the number of its bins."""
         bins = self.buckets[bucket].bins
         return max(n for n in range(1, max(bins // _STEPS, 1) + 1) if bins % n == 0)
 
     @property
     def features(self) -> int:
-        """Merged patches that a row of any bucket has."""
+        """Number of visual tokens of a row, the same for all buckets."""
         return max(row.bins * row.patches for row in self.buckets) // 4
 
     def bucket_of(self, frame: int) -> int:
-        """Which bucket of row leaves least unused in bins full of frames of so many patches."""
-        unused = [row.patches % frame / row.patches if row.patches >= frame else 1.0 for row in self.buckets]
-        return min(range(len(unused)), key=unused.__getitem__)
+        """Returns the bucket whose bins are filled best by frames of this many patches."""
+        waste = [row.patches % frame / row.patches if row.patches >= frame else 1.0 for row in self.buckets]
+        return min(range(len(waste)), key=waste.__getitem__)
 
 
 def fit_config(
     processor: Processor, slots: int, new_tokens: int, groups: int = 1, prompt_tokens: int | None = None
 ) -> EngineConfig:
-    """A shape for what the processor's options let through: n_frames of the largest frame, and text."""
+    """Returns a config for the largest prompt of the processor's options: n_frames of the largest frame, and text."""
     options, vision = processor.options, processor.config.vision
     area = min(options.max_pixels * _ROUNDING, processor.image.max_pixels)
     frame = max(_round_up(area / vision.patch_size**2, 4), _SMALLEST_FRAME)
-    shown = temporal_patches(options.n_frames, processor.image.temporal_patch_size, processor.double_frames)
-    visual = vision.num_tokens(shown * frame)
+    num_frames = temporal_patches(options.n_frames, processor.image.temporal_patch_size, processor.double_frames)
+    visual = vision.num_tokens(num_frames * frame)
     prompt_tokens = prompt_tokens or min(_round_up(visual + _LONG_TEXT, 64), options.max_seq_len)
     tokens = max(prompt_tokens, _SHORTEST_ROW)
     patches = tokens * vision.merge_factor * visual / (visual + _TEXT)
@@ -90,10 +96,14 @@ def fit_config(
             tokens=tokens,
             bins=_round_up(patches / size, max(1, int(patches / size) // _STEPS)),
             patches=size,
-            frames=min(size // _SMALLEST_FRAME, _FRAMES_A_BIN),
-            samples=max(1, slots // groups // 2),  # so that rows need not wait until all slots are free
+            frames=min(size // _SMALLEST_FRAME, _MAX_FRAMES_PER_BIN),
+            samples=max(
+                1, slots // groups // 2
+            ),  # fewer than the slots, so a row does not wait until all slots are free
         )
-        for size in sorted({max(_round_up(frame * 2 ** (-i / _KINDS), 4), _SMALLEST_FRAME) for i in range(_KINDS)})
+        for size in sorted(
+            {max(_round_up(frame * 2 ** (-i / _BIN_SIZES), 4), _SMALLEST_FRAME) for i in range(_BIN_SIZES)}
+        )
     )
     return EngineConfig(slots, prompt_tokens, new_tokens, rows, groups)
 

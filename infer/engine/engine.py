@@ -1,9 +1,13 @@
 """Continuous batching: prompts enter free slots while other answers are decoded.
 
-The host packs waiting prompts into prefill batches, and the device runs three programs in turn: `encode_frames` runs
-the vision tower, `prefill_into_slots` runs the prompts into free slots, and `decode_slots` decodes all slots until some
-answers end. Meanwhile the host packs the next batch, and the device does not wait. All shapes are in EngineConfig. They
-are compiled at the start, and nothing is compiled later.
+The device runs three programs in turn: `encode_frames` runs the vision tower on the frames of a prefill batch,
+`prefill_into_slots` runs its prompts into free slots, and `decode_slots` decodes all slots until some answers end.
+The host packs the next prefill batch meanwhile:
+
+    host   | pack n+1 | collect | pack n+2 | collect |
+    device | encode n | prefill n | decode | encode n+1 | prefill n+1 | decode |
+
+All shapes are in EngineConfig. They are compiled at the start, and nothing is compiled later.
 """
 
 import dataclasses
@@ -23,29 +27,41 @@ from infer.engine.requests import Completion, Request, RequestError
 from infer.engine.scheduler import PrefillBatch, Scheduler, truncate
 from infer.engine.stats import DeviceTimer, EngineStats
 from tarsier_jax.api import mesh_of, use_mesh_of
-from tarsier_jax.generation.decode import trim_at_eos
+from tarsier_jax.generation.decode import GeneratedTokens, trim_at_eos
 from tarsier_jax.generation.slots import SlotAssignment, decode_slots, empty_slots, encode_frames, prefill_into_slots
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.sharding import BATCH
 
-_STEPS = 16  # between two looks at prompts that may have come
-_STREAM_EVERY = 4  # between two calls of on_tokens
+_STEPS = 16  # decoding steps between two checks for new requests and stop strings
+_STREAM_EVERY = 4  # decoding steps between two calls of on_tokens
 
 
 @dataclasses.dataclass
 class _Running:
+    """A request in a slot.
+
+    Attributes:
+        request: The request.
+        start: Time of its prefill, of `time.perf_counter`.
+        length: Number of tokens in the slot.
+        num_streamed: Number of tokens that on_tokens has received.
+        is_stopped: The text contains a stop string.
+    """
+
     request: Request
-    began: float
-    length: int  # tokens in its slot
-    num_streamed: int = 0  # tokens that on_tokens has got
+    start: float
+    length: int
+    num_streamed: int = 0
+    is_stopped: bool = False
 
 
 class Engine:
-    """Compiles its programs when made; then `run` as often as you like. One thread at a time, but for `cancel`.
+    """Compiles its programs when constructed; then `run` can be called repeatedly, by one thread at a time.
 
-    The model keeps the mesh that it was loaded with; config.groups is how many parts of it have rows of their own.
+    The model keeps the mesh that it was loaded with; `config.groups` is the number of its data-parallel parts. Many
+    threads share an engine through `infer.engine.Frontend`.
     """
 
     def __init__(self, model: Tarsier, processor: Processor, config: EngineConfig):
@@ -56,191 +72,205 @@ class Engine:
             self._state = empty_slots(model.config, config.slots, config.size, config.new_tokens, self._mesh)
         self._free = self._all_slots()
         self._running: dict[tuple[int, int], _Running] = {}  # by group and slot
-        self._cancelled: set[Any] = set()
         self.stats = EngineStats()
         self._warm_up()
         self.stats = EngineStats()
 
     def run(self, requests: Iterable[Request | RequestError]) -> Iterator[Completion | RequestError]:
-        """Answers in the order in which they end. Refusals among the requests are passed on.
+        """Yields the results in the order in which they end. Errors among the requests are passed on.
 
-        A thread draws the requests, a few rows ahead.
+        A thread draws the requests ahead, up to twice the number of slots.
+
+        Raises:
+            Exception: any error of the iterator `requests`, or of the device.
         """
-        source = Prefetcher(requests, room=2 * self.config.slots)
-        waiting, ready = Scheduler(self.config, self.processor), None
-        clock = DeviceTimer(self.stats)
-        out: list[Completion | RequestError] = []
+        source = Prefetcher(requests, capacity=2 * self.config.slots)
+        scheduler = Scheduler(self.config, self.processor)
+        timer = DeviceTimer(self.stats)
+        next_batch: tuple[PrefillBatch, jax.Array] | None = None  # packed, with the features of its frames
+        results: list[Completion | RequestError] = []
         try:
             while True:
-                if ready is not None and self._has_room(ready[0]):
-                    self._insert(*ready)
-                    ready = None
-                progress = self._advance(ready, source.ended) if self._running else None
+                if next_batch is not None and self._has_free_slots(next_batch[0]):
+                    self._prefill(*next_batch)
+                    next_batch = None
+                progress = self._decode(next_batch, source.ended) if self._running else None
                 if progress is not None:
-                    clock.watch(progress)
-                yield from out
-                out = waiting.draw(source, block=progress is None and ready is None)
-                if ready is None:
-                    flush = source.ended or (progress is None and source.empty)
-                    out += [Completion(request, [], "cancelled", 0.0) for request in waiting.drop(self._cancelled)]
-                    rows = waiting.take(flush)
-                    if rows is not None:
-                        ready = rows, self._look(rows)
-                        clock.watch(ready[1])
+                    timer.watch(progress)
+                yield from results
+                results = [*scheduler.draw(source, block=progress is None and next_batch is None)]
+                if next_batch is None:
+                    results += [_cancelled(request) for request in scheduler.drop_cancelled()]
+                    is_idle = source.empty and (progress is None or scheduler.has_late)
+                    batch = scheduler.take(flush=source.ended or is_idle)
+                    if batch is not None:
+                        next_batch = batch, self._encode(batch)
+                        timer.watch(next_batch[1])
                 if progress is not None:
-                    out += self._collect(progress)
-                elif ready is None and source.ended and not waiting:
-                    yield from out
+                    results += self._collect(progress)
+                elif next_batch is None and source.ended and not scheduler:
+                    yield from results
                     return
         finally:
             source.close()
-            clock.stop()
-            self._abandon()
+            timer.stop()
+            self._cancel_all()
 
-    def cancel(self, key: Any) -> None:
-        """The request with this key ends at the next look, with what it has; from any thread."""
-        self._cancelled.add(key)
+    # Calls of the device programs. None waits for its result.
 
-    def text(self, answer: Completion) -> str:
-        return self.processor.decode(answer.tokens)
-
-    # What the device is given.
-
-    def _look(self, rows: PrefillBatch) -> jax.Array:
-        """The features of the rows' frames."""
+    def _encode(self, batch: PrefillBatch) -> jax.Array:
+        """Returns the features of a prefill batch's frames."""
         with use_mesh_of(self.model):
-            patches, frame_hw = self._placed(rows.batch.patches), self._placed(rows.batch.frame_hw)
-            features = self.config.features
-            return encode_frames(self.model, patches, frame_hw, jnp.int32(rows.steps), step=rows.step, room=features)
+            patches, frame_hw = self._on_device(batch.batch.patches), self._on_device(batch.batch.frame_hw)
+            return encode_frames(
+                self.model, patches, frame_hw, jnp.int32(batch.steps), step=batch.step, room=self.config.features
+            )
 
-    def _insert(self, rows: PrefillBatch, features: jax.Array) -> None:
+    def _prefill(self, batch: PrefillBatch, features: jax.Array) -> None:
+        """Runs the prompts of a batch into free slots."""
         now = time.perf_counter()
-        prompts = SlotAssignment.none(self.config.groups, self.config.buckets[0].samples)
-        for group, placed in enumerate(rows.prompts):
-            prompts.count[group] = len(placed)
-            for n, (request, start) in enumerate(placed):
+        assignment = SlotAssignment.none(self.config.groups, self.config.buckets[0].samples)
+        for group, prompts in enumerate(batch.prompts):
+            assignment.count[group] = len(prompts)
+            for n, (request, start) in enumerate(prompts):
                 slot = self._free[group].pop()
                 self._running[group, slot] = _Running(request, now, len(request.example.input_ids))
-                _fill(prompts, (group, n), request, start, slot)
-        self._count(rows)
-        self._run_insert(rows.batch, features, prompts)
+                _assign(assignment, (group, n), request, start, slot)
+        self._count(batch)
+        self._run_prefill(batch.batch, features, assignment)
 
-    def _count(self, rows: PrefillBatch) -> None:
-        self.stats.prompts += sum(map(len, rows.prompts))
-        self.stats.tokens += rows.batch.input_ids.size
-        self.stats.valid_tokens += int(rows.batch.lengths.sum())
-        self.stats.patches += self.config.groups * rows.steps * rows.step * rows.batch.patches.shape[2]
-        self.stats.valid_patches += int(rows.batch.frame_hw.prod(axis=-1).sum())
+    def _count(self, batch: PrefillBatch) -> None:
+        self.stats.prompts += sum(map(len, batch.prompts))
+        self.stats.tokens += batch.batch.input_ids.size
+        self.stats.valid_tokens += int(batch.batch.lengths.sum())
+        self.stats.patches += self.config.groups * batch.steps * batch.step * batch.batch.patches.shape[2]
+        self.stats.valid_patches += int(batch.batch.frame_hw.prod(axis=-1).sum())
 
-    def _run_insert(self, batch: Batch, features: jax.Array, prompts: SlotAssignment) -> None:
+    def _run_prefill(self, batch: Batch, features: jax.Array, assignment: SlotAssignment) -> None:
         batch = dataclasses.replace(batch, patches=None, frame_hw=None, labels=None)
         with use_mesh_of(self.model):
             self._state = prefill_into_slots(
-                self.model, self._state, self._placed(batch), features, self._placed(prompts)
+                self.model, self._state, self._on_device(batch), features, self._on_device(assignment)
             )
 
-    def _advance(self, ready: tuple[PrefillBatch, Any] | None, ended: bool) -> tuple[jax.Array, jax.Array]:
-        """Decodes on; gives which slots are done, and all tokens."""
-        missing = sum(max(0, need - len(free)) for need, free in self._needs(ready[0])) if ready else 1
-        steps = self.config.new_tokens if ready or ended else _STEPS
-        if any(running.request.on_tokens for running in self._running.values()):
+    def _decode(self, next_batch: tuple[PrefillBatch, Any] | None, source_ended: bool) -> tuple[jax.Array, jax.Array]:
+        """Decodes until enough slots are free for the next batch. Returns which slots are done, and all tokens."""
+        missing = sum(max(0, need - len(free)) for need, free in self._needs(next_batch[0])) if next_batch else 1
+        options = [running.request for running in self._running.values()]
+        steps = self.config.new_tokens if next_batch or source_ended else _STEPS
+        if any(request.options.stop for request in options):
+            steps = min(steps, _STEPS)
+        if any(request.on_tokens for request in options):
             steps = _STREAM_EVERY
         cancelled = np.zeros(self.config.slots, bool)
         for (group, slot), running in self._running.items():
-            cancelled[self._slot(group, slot)] = running.request.key in self._cancelled
-        longest = max(running.length for running in self._running.values())
-        span = next((span for span in self.config.read_lengths if span >= longest + _STEPS), self.config.size)
-        return self._run_advance(cancelled, steps, max(missing, 1), span)
+            cancelled[self._index(group, slot)] = running.is_stopped or running.request.cancelled.is_set()
+        longest = max(running.length for running in self._running.values()) + _STEPS
+        read_length = next((length for length in self.config.read_lengths if length >= longest), self.config.size)
+        return self._run_decode(cancelled, steps, max(missing, 1), read_length)
 
-    def _run_advance(self, cancelled: np.ndarray, steps: int, wanted: int, span: int) -> tuple[jax.Array, jax.Array]:
+    def _run_decode(
+        self, cancelled: np.ndarray, steps: int, stop_after: int, read_length: int
+    ) -> tuple[jax.Array, jax.Array]:
+        steps_, stop_after_ = jnp.int32(steps), jnp.int32(stop_after)
         with use_mesh_of(self.model):
             self._state, progress = decode_slots(
-                self.model, self._state, cancelled, self._eos, jnp.int32(steps), jnp.int32(wanted), read_length=span
+                self.model, self._state, cancelled, self._eos, steps_, stop_after_, read_length=read_length
             )
         return progress
 
-    def _collect(self, progress: tuple[jax.Array, jax.Array]) -> list[Completion | RequestError]:
+    def _collect(self, progress: tuple[jax.Array, jax.Array]) -> list[Completion]:
         """Waits for the device, and frees the slots of answers that have ended."""
         done, tokens = jax.device_get(progress)
-        answers: list[Completion | RequestError] = []
+        completions: list[Completion] = []
         for (group, slot), running in list(self._running.items()):
-            at = self._slot(group, slot)
-            request, row = running.request, tokens[at]
-            generation = trim_at_eos(row, self.processor.eos_token_ids)
-            running.length = len(request.example.input_ids) + len(generation.tokens)
-            if request.on_tokens and generation.tokens[running.num_streamed :]:
-                request.on_tokens(generation.tokens[running.num_streamed :])
-                running.num_streamed = len(generation.tokens)
-            if not done[at]:
-                continue
-            del self._running[group, slot]
-            self._free[group].append(slot)
-            reason = generation.finish_reason
-            if reason == "length" and len(generation.tokens) < request.max_new_tokens:
-                reason = "cancelled"
-                self._cancelled.discard(request.key)
-            seconds = time.perf_counter() - running.began
-            answers.append(Completion(request, generation.tokens, reason, seconds))
-            self.stats.answers += 1
-            self.stats.new_tokens += len(generation.tokens)
-        return answers
+            index = self._index(group, slot)
+            answer = trim_at_eos(tokens[index], self.processor.eos_token_ids)
+            self._stream(running, answer.tokens)
+            if done[index]:
+                del self._running[group, slot]
+                self._free[group].append(slot)
+                completions.append(self._complete(running, answer))
+        return completions
 
-    def _abandon(self) -> None:
-        """Frees the slots of answers that nobody waits for any more."""
+    def _stream(self, running: _Running, tokens: list[int]) -> None:
+        request = running.request
+        running.length = len(request.example.input_ids) + len(tokens)
+        if request.options.stop:
+            running.is_stopped = request.options.cut(self.processor.decode(tokens))[1]
+        if request.on_tokens and tokens[running.num_streamed :]:
+            request.on_tokens(tokens[running.num_streamed :])
+            running.num_streamed = len(tokens)
+
+    def _complete(self, running: _Running, answer: GeneratedTokens) -> Completion:
+        options, reason = running.request.options, answer.finish_reason
+        text, is_stopped = options.cut(self.processor.decode(answer.tokens))
+        if is_stopped:
+            reason = "stop"
+        elif reason == "length" and len(answer.tokens) < options.max_new_tokens:
+            reason = "cancelled"
+        self.stats.answers += 1
+        self.stats.new_tokens += len(answer.tokens)
+        return Completion(running.request, text, answer.tokens, reason, time.perf_counter() - running.start)
+
+    def _cancel_all(self) -> None:
+        """Cancels all running requests and frees their slots, after the caller stopped iterating."""
         if self._running:
-            self._run_advance(np.ones(self.config.slots, bool), 0, 1, self.config.size)
+            self._run_decode(np.ones(self.config.slots, bool), 0, 1, self.config.size)
             self._running.clear()
             self._free = self._all_slots()
 
     def _warm_up(self) -> None:
-        """Compiles every program, twice, as the first results may lie otherwise than what they were made of."""
+        """Compiles every program, twice: the layout of the first results may differ from the initial state's."""
         samples = self.config.buckets[0].samples
         for _ in range(2):
             for bucket in range(len(self.config.buckets)):
-                rows = Scheduler(self.config, self.processor).empty_rows(bucket)
-                features = self._look(rows)
+                batch = Scheduler(self.config, self.processor).empty_batch(bucket)
+                features = self._encode(batch)
             for length in self.config.lengths:
-                self._run_insert(
-                    truncate(rows.batch, length), features, SlotAssignment.none(self.config.groups, samples)
-                )
-            for span in self.config.read_lengths:
-                self._run_advance(np.zeros(self.config.slots, bool), 1, 1, span)
+                assignment = SlotAssignment.none(self.config.groups, samples)
+                self._run_prefill(truncate(batch.batch, length), features, assignment)
+            for read_length in self.config.read_lengths:
+                self._run_decode(np.zeros(self.config.slots, bool), 1, 1, read_length)
         jax.block_until_ready(self._state)
 
-    # Where things are.
+    # Slots and devices.
 
     def _all_slots(self) -> list[list[int]]:
         return [list(range(self.config.slots // self.config.groups)) for _ in range(self.config.groups)]
 
-    def _needs(self, rows: PrefillBatch) -> Sequence[tuple[int, list[int]]]:
-        return [(len(placed), free) for placed, free in zip(rows.prompts, self._free, strict=True)]
+    def _needs(self, batch: PrefillBatch) -> Sequence[tuple[int, list[int]]]:
+        """Returns, for each group, the number of slots that the batch needs, and the free ones."""
+        return [(len(prompts), free) for prompts, free in zip(batch.prompts, self._free, strict=True)]
 
-    def _has_room(self, rows: PrefillBatch) -> bool:
-        return all(need <= len(free) for need, free in self._needs(rows))
+    def _has_free_slots(self, batch: PrefillBatch) -> bool:
+        return all(need <= len(free) for need, free in self._needs(batch))
 
-    def _slot(self, group: int, slot: int) -> int:
+    def _index(self, group: int, slot: int) -> int:
+        """Returns the index of a group's slot among all slots."""
         return group * (self.config.slots // self.config.groups) + slot
 
-    def _placed(self, tree: Any) -> Any:
-        """On the devices, each group's part on its own."""
+    def _on_device(self, tree: Any) -> Any:
+        """Copies host arrays to the devices, each group's part to its own."""
         if self._mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         return jax.device_put(tree, NamedSharding(self._mesh, P(BATCH)))
 
 
-def _fill(prompts: SlotAssignment, at: tuple[int, int], request: Request, start: int, slot: int) -> None:
-    example = request.example
+def _cancelled(request: Request) -> Completion:
+    return Completion(request, "", [], "cancelled", 0.0)
+
+
+def _assign(assignment: SlotAssignment, at: tuple[int, int], request: Request, start: int, slot: int) -> None:
+    example, options = request.example, request.options
     values = {
         "start": start,
         "slot": slot,
         "length": len(example.input_ids) - 1,
         "last_token": example.input_ids[-1],
         "last_position": example.position_ids[:, -1].max(),
-        "max_new_tokens": request.max_new_tokens,
-        "seed": request.seed,
-        "top_k": request.top_k,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
     }
+    names = ("max_new_tokens", "seed", "top_k", "temperature", "top_p", "repetition_penalty")
+    values |= {name: getattr(options, name) for name in names}
     for name, value in values.items():
-        getattr(prompts, name)[at] = value
+        getattr(assignment, name)[at] = value

@@ -1,4 +1,4 @@
-"""Requests drawn ahead by a thread."""
+"""An iterator that a thread reads ahead."""
 
 import queue
 import threading
@@ -9,23 +9,25 @@ _END = object()
 
 
 class Prefetcher:
-    """An iterator that never makes its reader wait unless asked to.
+    """Reads an iterator ahead in a thread. Its reader waits only on request.
 
-    ended: everything has been read.  An error of the iterator is raised to the reader, at its place.
+    Attributes:
+        ended: The reader has received every item. An error of the iterator is raised to the reader at its place.
     """
 
-    def __init__(self, items: Iterable[Any], room: int):
-        self._items: queue.Queue[Any] = queue.Queue(room)
+    def __init__(self, items: Iterable[Any], capacity: int):
+        self._items: queue.Queue[Any] = queue.Queue(capacity)
         self._closed = threading.Event()
         self.ended = False
-        threading.Thread(target=self._draw, args=(iter(items),), daemon=True).start()
+        threading.Thread(target=self._read, args=(iter(items),), daemon=True).start()
 
     @property
     def empty(self) -> bool:
+        """Whether no item is ready."""
         return self._items.empty()
 
     def next(self, block: bool) -> Any | None:
-        """The next item; None if there is none, or none yet and `block` is false."""
+        """Returns the next item; None after the last one, and None when no item is ready and `block` is false."""
         if self.ended:
             return None
         try:
@@ -40,16 +42,16 @@ class Prefetcher:
         return item
 
     def close(self) -> None:
-        """Lets the thread end; what it has drawn is dropped."""
+        """Ends the thread; the items that it has read are dropped."""
         self._closed.set()
 
-    def _draw(self, items: Any) -> None:
+    def _read(self, items: Any) -> None:
         end: Any = _END
         try:
             for item in items:
                 if not self._put(item):
                     return
-        except BaseException as error:  # handed to the reader
+        except BaseException as error:  # raised to the reader by `next`
             end = error
         self._put(end)
 

@@ -1,57 +1,65 @@
-"""What goes into the engine and what comes out."""
+"""The requests of the engine, and their results."""
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
-from tarsier_jax.generation.sampling import check_sampling
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.batch import Example
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt that is ready for the device, and how to answer it; the options are those of `tarsier_jax.generate`.
+    """A prompt that is ready for the device, and the options of its answer.
 
-    key: what the answer is known by, and cancelled by.
-    on_tokens: called with new tokens as they come, in the thread that runs the engine.
-
-    Raises:
-        InputError: an option is outside its range.
+    Attributes:
+        key: Identifies the answer; the engine only passes it on.
+        example: The prompt.
+        options: How the answer is generated.
+        on_tokens: Called with new tokens while they are generated, in the thread that runs the engine.
+        cancelled: Set to end the answer early, from any thread. The tokens generated until then are its completion.
     """
 
     key: Any
     example: Example
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     on_tokens: Callable[[list[int]], None] | None = None
-
-    def __post_init__(self) -> None:
-        check_sampling(self.temperature, self.top_k, self.top_p)
+    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """tokens: without the end-of-sequence token.  finish_reason: "eos", "length" or "cancelled".
-    seconds: from the prompt's prefill to the answer's end.
+    """An answer.
+
+    Attributes:
+        request: The request that it answers.
+        text: The decoded tokens, without special tokens and surrounding white space, up to the first stop string.
+        tokens: All generated tokens, without the end-of-sequence token; those of a stop string are included.
+        finish_reason: "eos", "length", "stop" (at a stop string) or "cancelled".
+        seconds: Time from the prefill of the prompt to the end of the answer.
     """
 
     request: Request
+    text: str
     tokens: list[int]
     finish_reason: str
     seconds: float
 
     @property
     def key(self) -> Any:
-        """The request's."""
+        """Key of the request."""
         return self.request.key
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestError:
-    """A request that cannot be answered, and why."""
+    """The result of a request that cannot be answered. It is a value: other requests are not affected.
+
+    Attributes:
+        key: Key of the request.
+        reason: Message that names the input and the remedy.
+    """
 
     key: Any
     reason: str

@@ -1,7 +1,7 @@
-"""Prompts that wait for a place, and the rows they are packed into."""
+"""Requests that wait for a slot, and the prefill batches that they are packed into."""
 
 import dataclasses
-from collections.abc import Set
+import time
 from typing import Any
 
 from infer.engine.config import EngineConfig
@@ -12,15 +12,20 @@ from tarsier_jax.processing.batch import Batch, Example, frame_sizes
 from tarsier_jax.processing.packing import Row, stack_rows
 from tarsier_jax.processing.processor import Processor
 
-_ROWS_AHEAD = 4  # of each group, that wait at most
-_PATIENCE = 8  # every so many rows are those of the prompt that has waited longest
+_MAX_WAITING = 4  # tokens that wait, as a multiple of a full prefill batch
+_OLDEST_EVERY = 8  # every so many prefill batches, the bucket of the oldest request is next
+_MAX_WAIT = 0.25  # seconds after which a request does not wait for a full prefill batch
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillBatch:
-    """One row a group, and for each the requests in it, with the token at which their prompts begin.
+    """One packed row per group.
 
-    step, steps: how many bins to run at a time, and how often, so that all that are in use are run.
+    Attributes:
+        batch: The packed prompts, each without its last token (see `generation.slots`).
+        prompts: For each group, the requests in its row, with the index of their first token.
+        step: Number of vision bins that the vision tower runs at a time.
+        steps: Number of times that it runs, to cover all bins in use.
     """
 
     batch: Batch
@@ -29,118 +34,168 @@ class PrefillBatch:
     steps: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Queued:
+    """A request that waits.
+
+    Attributes:
+        number: Position in the order of arrival.
+        arrival: Time of arrival, of `time.monotonic`, in seconds.
+        request: The request.
+        example: Its prompt without the last token.
+    """
+
+    number: int
+    arrival: float
+    request: Request
+    example: Example
+
+
 class Scheduler:
-    """Waiting prompts, by the bucket of row that suits their frames; the oldest come first."""
+    """Waiting requests, in one queue per bucket, in the order of arrival. A request waits in the bucket whose bins its
+    frames fill best."""
 
     def __init__(self, config: EngineConfig, processor: Processor):
         self._config, self._processor = config, processor
-        self._queues: list[list[tuple[int, Request, Example]]] = [[] for _ in config.buckets]
-        self._drawn = self._taken = 0
+        self._queues: list[list[Queued]] = [[] for _ in config.buckets]
+        self._num_arrived = self._num_batches = 0
 
     def __bool__(self) -> bool:
         return any(self._queues)
 
-    def draw(self, source: Prefetcher, block: bool) -> list[Any]:
-        """Takes what the source has, as far as there is room; gives refusals, the source's and of what is too large.
+    def draw(self, source: Prefetcher, block: bool) -> list[RequestError]:
+        """Takes the requests that the source has ready, up to the limit of waiting tokens.
 
-        block: waits for one item at least, unless some wait here.
+        Args:
+            block: Wait for one item if nothing waits here.
+
+        Returns:
+            The errors among the items, and one error per request that is too large for the engine.
         """
-        refusals = list[RequestError]()
-        while self._tokens() < _ROWS_AHEAD * self._full:
-            item = source.next(block and not self and not refusals)
+        errors: list[RequestError] = []
+        while self._waiting_tokens() < _MAX_WAITING * self._full:
+            item = source.next(block and not self and not errors)
             if item is None:
                 break
+            if isinstance(item, RequestError):
+                errors.append(item)
+                continue
             try:
-                refusals += [item] if isinstance(item, RequestError) else self._add(item)
+                self._add(item)
             except InputError as error:
-                refusals.append(RequestError(item.key, str(error)))
-        return refusals
+                errors.append(RequestError(item.key, str(error)))
+        return errors
 
-    def drop(self, keys: Set[Any]) -> list[Request]:
-        """Gives up the requests with these keys."""
-        dropped = [request for bucket in self._queues for _, request, _ in bucket if request.key in keys]
-        self._queues = [[entry for entry in bucket if entry[1].key not in keys] for bucket in self._queues]
-        return dropped
+    def drop_cancelled(self) -> list[Request]:
+        """Removes and returns the requests that are cancelled."""
+        requests = [queued.request for queue in self._queues for queued in queue if queued.request.cancelled.is_set()]
+        if requests:
+            self._queues = [[q for q in queue if not q.request.cancelled.is_set()] for queue in self._queues]
+        return requests
+
+    @property
+    def has_late(self) -> bool:
+        """Whether a request has waited too long for a full prefill batch."""
+        return bool(self) and time.monotonic() - min(q[0].arrival for q in self._queues if q) > _MAX_WAIT
 
     def take(self, flush: bool) -> PrefillBatch | None:
-        """Rows of the bucket that most tokens wait for, filled up with others; None if they would not be full.
+        """Returns rows of the bucket for which most tokens wait, filled up with requests of other buckets.
 
-        flush: also if they are not.
+        Args:
+            flush: Return rows that are not full too; otherwise None takes their place.
         """
         if not self:
             return None
-        bucket = max(range(len(self._queues)), key=self._tokens)
-        if not flush and self._tokens(bucket) < self._full and self._tokens() < _ROWS_AHEAD * self._full:
+        bucket = max(range(len(self._queues)), key=self._waiting_tokens)
+        is_full = self._waiting_tokens(bucket) >= self._full or self._waiting_tokens() >= _MAX_WAITING * self._full
+        if not flush and not is_full:
             return None
-        self._taken += 1
-        if self._taken % _PATIENCE == 0:
-            bucket = min((k for k, entries in enumerate(self._queues) if entries), key=lambda k: self._queues[k][0][0])
-        rows = [Row(self._config.buckets[bucket], self._processor.config) for _ in range(self._config.groups)]
+        self._num_batches += 1
+        if self._num_batches % _OLDEST_EVERY == 0:
+            bucket = min((k for k, queue in enumerate(self._queues) if queue), key=lambda k: self._queues[k][0].number)
+        return self._pack(bucket)
+
+    def _pack(self, bucket: int) -> PrefillBatch:
+        rows = self._new_rows(bucket)
         prompts: list[list[tuple[Request, int]]] = [[] for _ in rows]
-        for k in sorted(range(len(self._queues)), key=lambda k: k != bucket):
-            left = []
-            for entry in self._queues[k]:
-                placed = _place(rows, entry[2], first=k == bucket)
-                if placed is None:
-                    left.append(entry)
+        others = [k for k in range(len(self._queues)) if k != bucket]
+        for k in [bucket, *others]:
+            waiting = []
+            for queued in self._queues[k]:
+                place = _add_to_row(rows, queued.example, may_be_first=k == bucket)
+                if place is None:
+                    waiting.append(queued)
                 else:
-                    prompts[placed[0]].append((entry[1], placed[1]))
-            self._queues[k] = left
+                    row, start = place
+                    prompts[row].append((queued.request, start))
+            self._queues[k] = waiting
         batch, step = self._build(rows), self._config.step(bucket)
         length = next(length for length in self._config.lengths if length >= batch.lengths.max())
-        bins = int(batch.frame_hw.any(axis=(2, 3)).sum(axis=1).max())  # they are filled from the first on
+        bins = int(batch.frame_hw.any(axis=(2, 3)).sum(axis=1).max())  # the first ones are in use
         return PrefillBatch(truncate(batch, length), prompts, step, -(-bins // step))
 
-    def empty_rows(self, bucket: int) -> PrefillBatch:
-        """Rows of a bucket with nothing in them, of the greatest length."""
-        rows = [Row(self._config.buckets[bucket], self._processor.config) for _ in range(self._config.groups)]
+    def empty_batch(self, bucket: int) -> PrefillBatch:
+        """Returns a prefill batch of a bucket without requests, of the greatest length."""
+        rows = self._new_rows(bucket)
         return PrefillBatch(self._build(rows), [[] for _ in rows], self._config.step(bucket), 0)
+
+    def _new_rows(self, bucket: int) -> list[Row]:
+        return [Row(self._config.buckets[bucket], self._processor.config) for _ in range(self._config.groups)]
 
     @property
     def _full(self) -> int:
+        """Tokens of a full prefill batch."""
         return self._config.buckets[0].tokens * self._config.groups
 
-    def _tokens(self, *buckets: int) -> int:
-        """That wait, of some buckets or all."""
-        entries = (entry for bucket in buckets or range(len(self._queues)) for entry in self._queues[bucket])
-        return sum(len(example.input_ids) for _, _, example in entries)
+    def _waiting_tokens(self, *buckets: int) -> int:
+        """Returns the number of waiting tokens of some buckets, by default of all."""
+        queues = (self._queues[bucket] for bucket in buckets or range(len(self._queues)))
+        return sum(len(queued.example.input_ids) for queue in queues for queued in queue)
 
-    def _add(self, request: Request) -> list[RequestError]:
-        """Raises InputError for a request that the engine is too small for."""
-        example, config = request.example, self._config
-        if len(example.input_ids) > config.prompt_tokens or request.max_new_tokens > config.new_tokens:
+    def _add(self, request: Request) -> None:
+        """Raises InputError for a request that is too large for the engine."""
+        example, config, limit = request.example, self._config, request.options.max_new_tokens
+        if len(example.input_ids) > config.prompt_tokens or limit > config.new_tokens:
             raise InputError(
-                f"The prompt has {len(example.input_ids)} tokens and the answer may have {request.max_new_tokens}, but "
-                f"there is room for {config.prompt_tokens} and {config.new_tokens}. Show fewer or smaller frames, ask "
-                "for less, or make room for more (--prompt_tokens, --max_new_tokens)."
+                f"The prompt has {len(example.input_ids)} tokens and the answer may have {limit}, but the engine takes "
+                f"at most {config.prompt_tokens} and {config.new_tokens}. Use fewer or smaller frames or a smaller "
+                "limit, or raise the engine's limits (--prompt_tokens, --max_new_tokens)."
             )
-        # The last token is run when decoding begins; see generation.slots.
-        cut = {"input_ids": example.input_ids[:-1], "labels": example.labels[:-1]}
-        example = dataclasses.replace(example, **cut, position_ids=example.position_ids[:, :-1])
+        # The last token is run when decoding starts; see generation.slots.
+        example = dataclasses.replace(
+            example,
+            input_ids=example.input_ids[:-1],
+            labels=example.labels[:-1],
+            position_ids=example.position_ids[:, :-1],
+        )
         bucket = config.bucket_of(int(frame_sizes(example).prod(axis=1).max(initial=1)))
-        Row(config.buckets[bucket], self._processor.config).add([example])  # raises if no row can hold it
-        self._queues[bucket].append((self._drawn, request, example))
-        self._drawn += 1
-        return []
+        Row(config.buckets[bucket], self._processor.config).add([example])  # raises if an empty row is too small
+        self._queues[bucket].append(Queued(self._num_arrived, time.monotonic(), request, example))
+        self._num_arrived += 1
 
     def _build(self, rows: list[Row]) -> Batch:
         dtype = self._processor.config.dtype
         return stack_rows([row.build(self._processor.pad_token_id, dtype) for row in rows])
 
 
-def truncate(rows: Batch, length: int) -> Batch:
-    """The rows without their tokens from `length` on, which are padding."""
+def truncate(batch: Batch, length: int) -> Batch:
+    """Returns packed rows without their tokens from `length` on, which are padding."""
     names = ("input_ids", "labels", "position_ids", "segment_ids", "vision_token_index")
-    return dataclasses.replace(rows, **{name: getattr(rows, name)[:, :length] for name in names})
+    arrays: dict[str, Any] = {name: getattr(batch, name)[:, :length] for name in names}
+    return dataclasses.replace(batch, **arrays)
 
 
-def _place(rows: list[Row], example: Example, first: bool) -> tuple[int, int] | None:
-    """Adds the example to the emptiest row that it fits; gives that row and where in it the example begins.
+def _add_to_row(rows: list[Row], example: Example, may_be_first: bool) -> tuple[int, int] | None:
+    """Adds the example to the emptiest row with enough space.
 
-    first: it may be a row's first.
+    Args:
+        may_be_first: Whether the example may be the first of a row.
+
+    Returns:
+        The row's index and the index of the example's first token in it; None if no row has the space.
     """
     for i in sorted(range(len(rows)), key=lambda i: rows[i].tokens):
         start = rows[i].tokens
-        if (first or rows[i].examples) and rows[i].add([example]):
+        if (may_be_first or rows[i].examples) and rows[i].add([example]):
             return i, start
     return None

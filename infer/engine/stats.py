@@ -1,4 +1,4 @@
-"""What an engine has done: throughput, padding, compilations, how busy the device was."""
+"""Statistics of an engine: throughput, padding, device utilization."""
 
 import dataclasses
 import queue
@@ -13,8 +13,16 @@ import jax
 class EngineStats:
     """Counts since the engine's warm-up.
 
-     prompts, answers, new_tokens: begun, ended, and written.  tokens, patches: in rows, and of these valid ones.
-    busy: seconds for which the device had something to run.
+    Attributes:
+        prompts: Number of prompts started.
+        answers: Number of answers finished.
+        new_tokens: Number of tokens generated.
+        tokens: Number of tokens processed in prefill, including padding.
+        valid_tokens: Number of tokens processed in prefill, without padding.
+        patches: Number of patches processed, including padding.
+        valid_patches: Number of patches processed, without padding.
+        busy: Time for which the device had work, in seconds.
+        start: Time of the end of the warm-up, of `time.perf_counter`.
     """
 
     prompts: int = 0
@@ -25,11 +33,11 @@ class EngineStats:
     patches: int = 0
     valid_patches: int = 0
     busy: float = 0.0
-    began: float = dataclasses.field(default_factory=time.perf_counter)
+    start: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.start
 
     @property
     def busy_share(self) -> float:
@@ -45,30 +53,30 @@ class EngineStats:
 
 
 class DeviceTimer:
-    """Adds up the time for which something that was handed to the device had not ended yet.
+    """Adds up the time during which the device had work.
 
-    A thread waits for one program after the other; they run in the order in which they are handed over.
+    A thread waits for the results of programs, which run in the order of their calls.
     """
 
     def __init__(self, stats: EngineStats):
         self._stats = stats
-        self._given: queue.SimpleQueue[tuple[float, Any] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[float, Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def watch(self, result: Any) -> None:
-        """`result`: an array that the program makes, and that no later program consumes."""
-        self._given.put((time.perf_counter(), result))
+        """Adds the time until `result` is ready, an array that no later program donates."""
+        self._results.put((time.perf_counter(), result))
 
     def stop(self) -> None:
-        self._given.put(None)
+        self._results.put(None)
         self._thread.join()
 
     def _watch(self) -> None:
         last = 0.0
-        while (given := self._given.get()) is not None:
-            begin, result = given
+        while (item := self._results.get()) is not None:
+            start, result = item
             jax.block_until_ready(result)
             end = time.perf_counter()
-            self._stats.busy += end - max(begin, last)
+            self._stats.busy += end - max(start, last)
             last = end

@@ -1,13 +1,15 @@
 """All answers at once, in the order of the questions."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tqdm import tqdm
 
 from infer.engine.engine import Engine
-from infer.engine.requests import Request, RequestError
+from infer.engine.frontend import Frontend
+from infer.engine.requests import RequestError
 from tarsier_jax.errors import InputError
+from tarsier_jax.generation.sampling import SamplingOptions
 
 
 def answer_samples(
@@ -18,22 +20,20 @@ def answer_samples(
     seed: int = 0,
     name: str | None = None,
 ) -> list[str]:
-    """The engine's answers to samples in the annotation format; sample i is sampled with `seed` + i.
+    """Returns the engine's answers to samples in the annotation format; sample i is generated with `seed` + i.
 
     Args:
-        name: what to call it in a progress bar; None shows none.
+        name: Title of a progress bar; None shows no bar.
 
     Raises:
         InputError: a sample cannot be used.
     """
-
-    def requests() -> Iterator[Request]:
-        for i, sample in enumerate(samples):
-            yield Request(i, engine.processor(sample), max_new_tokens, temperature, seed=seed + i)
-
+    options = SamplingOptions(max_new_tokens, temperature, seed=seed)
     texts: dict[int, str] = {}
-    for answer in tqdm(engine.run(requests()), desc=name, unit="clip", disable=name is None):
-        if isinstance(answer, RequestError):
-            raise InputError(answer.reason)
-        texts[answer.key] = engine.text(answer)
+    with Frontend(engine) as frontend:
+        results = frontend.answer_all(enumerate(samples), options)
+        for number, result in tqdm(results, desc=name, unit="clip", disable=name is None):
+            if isinstance(result, RequestError):
+                raise InputError(result.reason)
+            texts[number] = result.text
     return [texts[i] for i in range(len(texts))]

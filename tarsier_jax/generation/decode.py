@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from tarsier_jax.errors import InputError
-from tarsier_jax.generation.sampling import Sampling, sample_tokens
+from tarsier_jax.generation.sampling import Sampling, SamplingOptions, sample_tokens
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
@@ -23,12 +22,17 @@ _BLOCK = 128  # answers get room in whole blocks, so that other values of max_ne
 class DecodeState:
     """Everything that changes from token to token, of B answers; donated to each call of `decode`.
 
-    tokens: the answers, -1 where nothing is written yet.  num_generated: tokens of each answer.
-    max_new_tokens: limit of each answer.
-    last_token: each row's newest token.  last_position: its M-RoPE position.
-    done: the answer has ended, or there is none; nothing of such a row changes.
-    seen_tokens: tokens of prompt and answer, for the repetition penalty; no columns when there is none.
-    keys: one random key a row.
+    Attributes:
+        tokens: The answers; -1 where no token is written yet.
+        num_generated: Number of tokens of each answer.
+        max_new_tokens: Limit of each answer, in tokens.
+        last_token: Newest token of each row.
+        last_position: M-RoPE position of the newest token.
+        done: The answer has ended, or the row is empty; such a row does not change.
+        seen_tokens: Tokens of prompt and answer, for the repetition penalty.
+        keys: One random key per row.
+        sampling: Options of each row.
+        cache: Keys and values of prompt and answer.
     """
 
     tokens: Int[Array, "B max_new"]
@@ -66,9 +70,7 @@ def prefill(
     B, S = batch.input_ids.shape
     logits, cache = model.prefill(batch, cache_size=S + max_new)
     valid = jnp.arange(S) < batch.lengths[:, None]
-    seen = jnp.zeros((B, logits.shape[-1] if sampling.penalised else 0), bool)
-    if sampling.penalised:
-        seen = seen.at[jnp.arange(B)[:, None], batch.input_ids].max(valid)
+    seen_tokens = jnp.zeros(logits.shape, bool).at[jnp.arange(B)[:, None], batch.input_ids].max(valid)
     state = DecodeState(
         tokens=jnp.full((B, max_new), -1, jnp.int32),
         num_generated=jnp.zeros(B, jnp.int32),
@@ -77,7 +79,7 @@ def prefill(
         # Text goes on one after the largest id on any axis; `_emit` steps onto it.
         last_position=jnp.max(jnp.where(valid[..., None], batch.position_ids, -1), axis=(1, 2)),
         done=jnp.zeros(B, bool),
-        seen_tokens=seen,
+        seen_tokens=seen_tokens,
         keys=keys,
         sampling=sampling,
         cache=cache,
@@ -130,40 +132,33 @@ def _emit(state: DecodeState, logits: Array, eos_ids: Array) -> DecodeState:
         last_token=token,
         last_position=state.last_position + 1,
         done=state.done | jnp.isin(token, eos_ids) | (num_generated >= state.max_new_tokens),
-        seen_tokens=state.seen_tokens.at[rows, token].set(True) if state.sampling.penalised else state.seen_tokens,
+        seen_tokens=state.seen_tokens.at[rows, token].set(True),
     )
 
 
 def generate_batch(
     model: Tarsier,
     batch: Batch,
-    *,
-    sampling: Sampling,
+    options: SamplingOptions,
     eos_ids: Iterable[int],
-    max_new_tokens: int,
-    seed: int = 0,
     on_tokens: Callable[[Int[np.ndarray, " B"]], None] | None = None,
 ) -> list[GeneratedTokens]:
-    """Answers every row of a batch.
+    """Answers every row of a batch. Stop strings are the caller's: `tarsier_jax.api.answer` cuts the text.
 
     Args:
         on_tokens: called after every step with each row's new token (-1 for rows that are done). Without it the
             whole answer is one device call.
-
-    Raises:
-        InputError: max_new_tokens is below 1.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     rows = batch.input_ids.shape[0]
     eos = jnp.asarray(sorted(eos_ids), jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
-    capacity = -(-max_new_tokens // _BLOCK) * _BLOCK
-    state = prefill(model, batch, sampling, eos, keys, jnp.int32(max_new_tokens), max_new=capacity)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(options.seed), jnp.arange(rows))
+    limit = options.max_new_tokens
+    capacity = -(-limit // _BLOCK) * _BLOCK
+    state = prefill(model, batch, Sampling.repeat(options, rows), eos, keys, jnp.int32(limit), max_new=capacity)
     if on_tokens is None:
-        state = decode(model, state, eos, jnp.int32(max_new_tokens), jnp.int32(rows))
+        state = decode(model, state, eos, jnp.int32(limit), jnp.int32(rows))
     else:
-        state = _decode_streaming(model, state, eos, max_new_tokens, on_tokens)
+        state = _decode_streaming(model, state, eos, limit, on_tokens)
     return [trim_at_eos(row, set(eos_ids)) for row in np.asarray(state.tokens)]
 
 

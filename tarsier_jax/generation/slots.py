@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.generation.decode import DecodeState, decode
-from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.generation.sampling import Sampling, SamplingOptions
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch, HostOrDeviceArray
@@ -51,11 +51,13 @@ class SlotAssignment:
     top_k: HostOrDeviceArray
     temperature: HostOrDeviceArray
     top_p: HostOrDeviceArray
+    repetition_penalty: HostOrDeviceArray
 
     @classmethod
     def none(cls, groups: int, room: int) -> "SlotAssignment":
         """Arrays to be filled in."""
-        dtypes = {"seed": np.uint32, "temperature": np.float32, "top_p": np.float32}
+        floats = dict.fromkeys(("temperature", "top_p", "repetition_penalty"), np.float32)
+        dtypes = {"seed": np.uint32, **floats}
         names = [field.name for field in dataclasses.fields(cls)[1:]]
         arrays = {name: np.zeros((groups, room), dtypes.get(name, np.int32)) for name in names}
         return cls(np.zeros(groups, np.int32), **arrays)
@@ -72,9 +74,9 @@ def empty_slots(config: ModelConfig, slots: int, size: int, max_new: int, mesh: 
         return DecodeState(
             tokens=jnp.full((slots, max_new), -1, jnp.int32),
             done=jnp.ones(slots, bool),
-            seen_tokens=jnp.zeros((slots, 0), bool),
+            seen_tokens=jnp.zeros((slots, config.text.vocab_size), bool),
             keys=jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32)),
-            sampling=make_sampling(slots),
+            sampling=Sampling.repeat(SamplingOptions(), slots),
             cache=KVCache.empty(config.text, slots, size, config.dtype),
             **integers,
         )
@@ -122,6 +124,7 @@ def prefill_into_slots(
     R, T = rows.input_ids.shape
     B, S = state.cache.k.shape[1:3]
     G, N = prompts.slot.shape
+    V = state.seen_tokens.shape[1]
     window = min(S, T)  # copied from a prompt's start on; what follows the prompt is overwritten or never read
     fresh = KVCache.empty(model.config.text, R, T + window, model.config.dtype)
     x = model.merge_vision_embeddings(rows, features)
@@ -133,13 +136,14 @@ def prefill_into_slots(
     slots = jnp.where(jnp.arange(N) < prompts.count[:, None], slots, B).reshape(-1)  # B: beyond them all
 
     def put(old: Array, new: Array | int | bool) -> Array:
-        return old.at[slots].set(new.reshape(-1) if isinstance(new, jax.Array) else new, mode="drop")
+        values = new.reshape(slots.size, *old.shape[1:]) if isinstance(new, jax.Array) else new
+        return old.at[slots].set(values, mode="drop")
 
     # As `generate_batch` does with the first row of a batch of its own.
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(prompts.seed.reshape(-1))
     sampling = dataclasses.replace(
         state.sampling,
-        **{name: put(getattr(state.sampling, name), getattr(prompts, name)) for name in _CHOSEN},
+        **{name: put(getattr(state.sampling, name), getattr(prompts, name)) for name in _SAMPLING},
     )
     return dataclasses.replace(
         state,
@@ -149,6 +153,7 @@ def prefill_into_slots(
         last_token=put(state.last_token, prompts.last_token),
         last_position=put(state.last_position, prompts.last_position),
         done=put(state.done, False),
+        seen_tokens=put(state.seen_tokens, _prompt_tokens(rows, prompts, V)),
         keys=put(state.keys, keys),
         sampling=sampling,
         cache=KVCache(k, v, put(state.cache.lengths, prompts.length)),
@@ -172,7 +177,19 @@ def decode_slots(
     return state, (state.done, state.tokens)
 
 
-_CHOSEN = ("temperature", "top_k", "top_p")
+_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def _prompt_tokens(rows: Batch, prompts: SlotAssignment, vocab_size: int) -> Bool[Array, "G N V"]:
+    """Returns which tokens each prompt contains, its last one included."""
+    R, T = rows.input_ids.shape
+    G, N = prompts.slot.shape
+    row = prompts.row + (R // G) * jnp.arange(G)[:, None]  # (G, N) of all rows
+    start, end = prompts.start[..., None], (prompts.start + prompts.length)[..., None]
+    inside = (jnp.arange(T) >= start) & (jnp.arange(T) < end)  # (G, N, T)
+    group, n = jnp.arange(G)[:, None], jnp.arange(N)
+    seen_tokens = jnp.zeros((G, N, vocab_size), bool).at[group, n, prompts.last_token].set(True)
+    return seen_tokens.at[group[..., None], n[:, None], rows.input_ids[row]].max(inside)
 
 
 def _over_groups(copy, cache: Array, fresh: Array, prompts: SlotAssignment) -> Array:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from train.micro.data import STAGES
 
 from eval.benchmarks.shapes import SHAPES, VARIANTS, video_source
 from eval.evaluation import predict
@@ -14,7 +15,6 @@ from eval.shapes.describe import describe
 from eval.shapes.questions import questions
 from eval.shapes.world import reverse
 from tests.eval.benchmarks import FIRST_SEED, Oracle, reference_of, shapes, shapes_qa
-from train.micro.data import STAGES
 
 CLIPS = 25
 

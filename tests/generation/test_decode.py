@@ -9,7 +9,7 @@ import pytest
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation import decode as decode_module
 from tarsier_jax.generation.decode import GeneratedTokens, generate_batch
-from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.generation.sampling import Sampling, SamplingOptions
 from tarsier_jax.models.tarsier import Tarsier
 from tests import reference
 
@@ -26,10 +26,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Tarsier:
 def answers(
     model: Tarsier, case: str = CASE, n: int = 24, eos_ids: tuple[int, ...] = (), **options
 ) -> list[GeneratedTokens]:
-    examples, batch = reference.make_case(case, model.config)
-    call = {name: options.pop(name) for name in ("seed", "on_tokens") if name in options}
-    sampling = make_sampling(len(examples), **options)
-    return generate_batch(model, batch, sampling=sampling, eos_ids=eos_ids, max_new_tokens=n, **call)
+    _, batch = reference.make_case(case, model.config)
+    on_tokens = options.pop("on_tokens", None)
+    return generate_batch(model, batch, SamplingOptions(n, **options), eos_ids, on_tokens)
 
 
 def test_length_and_several_ends_of_sequence(model: Tarsier) -> None:
@@ -56,7 +55,7 @@ def test_a_row_does_not_depend_on_the_batch_around_it(model: Tarsier) -> None:
     for options in ({}, {"temperature": 0.8, "top_p": 0.9}):
         together = answers(model, **options)
         alone = reference.make_batch(examples[:1], model.config, reference.BUCKETS)
-        (answer,) = generate_batch(model, alone, sampling=make_sampling(1, **options), eos_ids=(), max_new_tokens=24)
+        (answer,) = generate_batch(model, alone, SamplingOptions(24, **options), eos_ids=())
         assert answer == together[0]
 
 
@@ -100,7 +99,7 @@ def test_max_new_tokens_below_one(model: Tarsier) -> None:
 def test_the_cache_is_donated(model: Tarsier) -> None:
     _, batch = reference.make_case("image", model.config)
     keys = jax.random.split(jax.random.key(0), 1)
-    sampling, eos = make_sampling(1), np.zeros(0, np.int32)
+    sampling, eos = Sampling.repeat(SamplingOptions(), 1), np.zeros(0, np.int32)
     state = decode_module.prefill(model, batch, sampling, eos, keys, np.int32(8), max_new=8)
     decode_module.decode(model, state, eos, np.int32(4), np.int32(1))
     assert state.cache.k.is_deleted()
@@ -111,7 +110,7 @@ def test_a_span_of_the_cache(model: Tarsier) -> None:
     _, batch = reference.make_case(CASE, model.config)
     rows, longest = batch.input_ids.shape[0], int(batch.lengths.max())
     keys = jax.random.split(jax.random.key(0), rows)
-    sampling, eos = make_sampling(rows), np.zeros(0, np.int32)
+    sampling, eos = Sampling.repeat(SamplingOptions(), rows), np.zeros(0, np.int32)
 
     def begin() -> decode_module.DecodeState:
         return decode_module.prefill(model, batch, sampling, eos, keys, np.int32(24), max_new=24)

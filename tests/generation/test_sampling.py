@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.generation.sampling import filter_sorted, make_sampling, penalise, sample_tokens
+from tarsier_jax.generation.sampling import Sampling, SamplingOptions, filter_sorted, penalise, sample_tokens
 
 V = 50
 LOGITS = np.random.default_rng(0).standard_normal((3, V)).astype(np.float32) * 3
@@ -52,18 +52,18 @@ def test_draws_follow_the_warped_distribution() -> None:
     warpers = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(8), TopPLogitsWarper(0.9)])
     expected = torch.softmax(warpers(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(LOGITS[:1])), -1)[0].numpy()
     n = 20_000
-    sampling = make_sampling(n, temperature=0.7, top_k=8, top_p=0.9)
+    sampling = Sampling.repeat(SamplingOptions(temperature=0.7, top_k=8, top_p=0.9), n)
     keys = jax.random.split(jax.random.key(0), n)
-    tokens = sample_tokens(jnp.tile(LOGITS[:1], (n, 1)), sampling, jnp.zeros((n, 0), bool), keys)
+    tokens = sample_tokens(jnp.tile(LOGITS[:1], (n, 1)), sampling, jnp.zeros((n, V), bool), keys)
     frequencies = np.bincount(tokens, minlength=V) / n
     assert (frequencies[expected == 0] == 0).all()
     np.testing.assert_allclose(frequencies, expected, atol=4 * np.sqrt(0.25 / n))  # four standard deviations
 
 
 def test_temperature_zero_is_greedy_in_a_batch_that_samples() -> None:
-    sampling = dataclasses.replace(make_sampling(3, temperature=5.0), temperature=jnp.array([5.0, 0.0, 5.0]))
+    sampling = dataclasses.replace(Sampling.repeat(SamplingOptions(), 3), temperature=jnp.array([5.0, 0.0, 5.0]))
     keys = jax.random.split(jax.random.key(0), 3)
-    assert sample_tokens(LOGITS, sampling, jnp.zeros((3, 0), bool), keys)[1] == LOGITS[1].argmax()
+    assert sample_tokens(LOGITS, sampling, jnp.zeros((3, V), bool), keys)[1] == LOGITS[1].argmax()
 
 
 @pytest.mark.parametrize(
@@ -71,4 +71,4 @@ def test_temperature_zero_is_greedy_in_a_batch_that_samples() -> None:
 )
 def test_options_out_of_range_are_named(option: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{option} is {value}; it must be"):
-        make_sampling(1, **{option: value})
+        SamplingOptions(**{option: value})

@@ -21,30 +21,35 @@ from infer.engine import Completion, EngineStats, RequestError
 from tarsier_jax.programs import run
 
 
-class Namer:
-    """In an engine's place."""
+class NameProcessor:
+    """Returns the name of a clip in place of its prompt."""
 
-    stats = EngineStats()
-
-    def processor(self, sample: Any) -> Any:
+    def __call__(self, sample: Any) -> Any:
         name = sample["messages"][0]["content"][0]["video"]["video_file"]
         if "slow" in name:
             time.sleep(0.3)
         if "crash" in name:
-            time.sleep(0.1)  # meanwhile another thread begins the next clip
+            time.sleep(0.1)  # meanwhile another thread starts the next clip
             signal.raise_signal(signal.SIGSEGV)
-        return SimpleNamespace(frames=1, name=name)
+        return SimpleNamespace(frames=1, input_ids=[], name=name)
+
+    def decode(self, tokens: list[int]) -> str:
+        return ""
+
+
+class NameEngine:
+    """Answers with the names of the clips."""
+
+    stats, processor, config = EngineStats(), NameProcessor(), SimpleNamespace(slots=4)
 
     def run(self, requests: Any) -> Any:
         for request in requests:
-            yield request if isinstance(request, RequestError) else Completion(request, [], "eos", 0.0)
-
-    def text(self, answer: Any) -> str:
-        return answer.request.example.name
+            is_error = isinstance(request, RequestError)
+            yield request if is_error else Completion(request, request.example.name, [], "eos", 0.0)
 
 
 def caption_once(source: str, output: str) -> None:
-    CaptionConfig.start = lambda self: Namer()  # pyright: ignore[reportAttributeAccessIssue]
+    CaptionConfig.start = lambda self: NameEngine()  # pyright: ignore[reportAttributeAccessIssue]
     args = caption.parse(["--input", source, "--output", output, "--workers", "2"])
     sys.exit(run(lambda: caption.main(args)))
 

@@ -55,7 +55,7 @@ def test_a_directory(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert told == alone and len(told) == 6
     line = min(lines, key=lambda line: line["idx"])
     assert line["idx"] == 0 and line["input"] == str(clips / "0.mp4") and line["n_frames"] == 4
-    assert 0 < line["tokens"] <= 8 and line["finish_reason"] in ("eos", "length") and line["seconds"] > 0
+    assert 0 < line["new_tokens"] <= 8 and line["finish_reason"] in ("eos", "length") and line["seconds"] > 0
     assert line["prompt"] == "Describe the video in detail."
 
 
@@ -105,7 +105,7 @@ def test_annotations_come_back_with_predictions(clips: Path, tmp_path: Path) -> 
             "A cross jumps." if line["idx"] == 9 else asked[line["idx"] - 7]["messages"][1]["content"][0]["reference"]
         )
         assert answer["reference"] == reference != answer["text"] and answer["text"]
-        assert line["extra_info"]["events"] and line["tokens"] > 0
+        assert line["extra_info"]["events"] and line["new_tokens"] > 0
     same = {line["idx"]: line["messages"][1]["content"][0]["text"] for line in lines}
     assert same[7] == same[9]  # the answer was not shown
 
@@ -164,14 +164,14 @@ def test_processes_that_do_not(clips: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--num_shards", 2, "--shard_index", 2), "--shard_index 2 has to be from 0 to 1"),
+        (("--num_shards", 2, "--shard_index", 2), "--shard_index is 2; it must be from 0 to 1"),
         (("--mesh", "data=3"), "--mesh data=3 does not fit 1 devices"),
-        (("--mesh", "rows=1"), "--mesh rows=1 does not fit"),
+        (("--mesh", "rows=1"), "--mesh rows=1 is not a list of axes"),
         (("--temperature", -1), "temperature is -1"),
         (("--slots", 0), "0 slots cannot be shared"),
-        (("--num_shards", 0), "--num_shards 0 has to be at least 1"),
+        (("--num_shards", 0), "--num_shards is 0; it must be at least 1"),
         (("--limit", -1), "--limit -1 at least 0"),
-        (("--max_new_tokens", 0), "--max_new_tokens 0 has to be at least 1"),
+        (("--max_new_tokens", 0), "max_new_tokens is 0; it must be at least 1"),
         (("--workers", -1), "--workers -1 at least 0"),
     ],
 )
@@ -182,12 +182,12 @@ def test_bad_flags(clips: Path, tmp_path: Path, flags: tuple, message: str) -> N
 
 def test_bad_inputs(clips: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    sources = {"empty.jsonl": "holds no lines", "*.mp4": "Nothing matches", "gone.mp4": "does not exist"}
+    sources = {"empty.jsonl": "is empty", "*.mp4": "Nothing matches", "gone.mp4": "does not exist"}
     for source, message in {**sources, "gone.jsonl": "cannot be read"}.items():
         with pytest.raises(InputError, match=message):
             run(tmp_path / source, tmp_path / "out.jsonl")
     (tmp_path / "out.jsonl").write_text("a caption\n")
-    with pytest.raises(InputError, match=r"out.jsonl line 1 is no line of a former run.*--overwrite"):
+    with pytest.raises(InputError, match=r"out.jsonl line 1 was not written by a captioning run.*--overwrite"):
         run(clips, tmp_path / "out.jsonl")
 
 

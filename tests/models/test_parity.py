@@ -11,7 +11,7 @@ import pytest
 import tarsier_jax.models.decoder
 import tarsier_jax.models.qwen2_vit
 from tarsier_jax.generation.decode import generate_batch
-from tarsier_jax.generation.sampling import make_sampling
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.tarsier import Tarsier, unstack
 from tests import reference
 from tests.reference import CASES, SMALL, TINY, TRUE_WIDTHS
@@ -52,7 +52,7 @@ def test_logits(models: tuple[Any, Tarsier], case: str) -> None:
 def test_greedy_answers(models: tuple[Any, Tarsier], case: str) -> None:
     theirs, ours = models
     examples, batch = reference.make_case(case, ours.config)
-    answers = generate_batch(ours, batch, sampling=make_sampling(len(examples)), eos_ids=[], max_new_tokens=64)
+    answers = generate_batch(ours, batch, SamplingOptions(max_new_tokens=64), eos_ids=[])
     for answer, example in zip(answers, examples, strict=True):
         assert answer.tokens == reference.reference_answer(theirs, example, 64)
         assert len(set(answer.tokens)) > 8  # one token over and over would prove little

@@ -25,9 +25,10 @@ from eval.shapes.clips import ShapeClip, draw_clips
 from eval.shapes.describe import event_sentences
 from eval.shapes.judge import score_description
 from eval.shapes.render import write_clip
-from infer.engine import Engine, Request, RequestError, fit_config
+from infer.engine import Engine, Frontend, RequestError, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import atomic_write, local_path, locked
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.perturb import KINDS
 from tarsier_jax.programs import add_model_flag, prepare_process, resolve_dtype, run
 
@@ -106,25 +107,24 @@ def described(engine: Engine, first: int, count: int, temperature: float) -> Ite
     and one of it disturbed.
     """
     clips: dict[int, ShapeClip] = {}
-    told: dict[int, dict[str, str]] = collections.defaultdict(dict)
+    texts: dict[int, dict[bool, str]] = collections.defaultdict(dict)
 
-    def requests() -> Iterator[Request]:
+    def samples() -> Iterator[tuple[int, dict[str, Any]]]:
         for number, clip in enumerate(draw_clips(first, count), first):
             clips[number] = clip
-            rng = np.random.default_rng(number)
-            shown = {"clean": None, "disturbed": {"kind": str(rng.choice(KINDS)), "seed": number}}
-            for seed, (how, disturb) in enumerate(shown.items(), 2 * number):
-                example = engine.processor(_asked(clip, disturb))
-                yield Request((number, how), example, _MAX_NEW_TOKENS, temperature, seed=seed)
+            perturbation = {"kind": str(np.random.default_rng(number).choice(KINDS)), "seed": number}
+            yield 2 * number, _asked(clip)
+            yield 2 * number + 1, _asked(clip, perturbation)
 
-    for answer in engine.run(requests()):
-        if isinstance(answer, RequestError):
-            raise InputError(answer.reason)
-        number, how = answer.key
-        told[number][how] = engine.text(answer)
-        if len(told[number]) == 2:
-            both = told.pop(number)
-            yield number, clips.pop(number), both["clean"], both["disturbed"]
+    with Frontend(engine) as frontend:
+        for key, result in frontend.answer_all(samples(), SamplingOptions(_MAX_NEW_TOKENS, temperature)):
+            if isinstance(result, RequestError):
+                raise InputError(result.reason)
+            number, is_perturbed = divmod(key, 2)
+            texts[number][bool(is_perturbed)] = result.text
+            if len(texts[number]) == 2:
+                pair = texts.pop(number)
+                yield number, clips.pop(number), pair[False], pair[True]
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from infer.bulk.inputs import Item, find_items, find_media, open_answer, with_prediction
-from infer.bulk.loading import LoadStats, load_requests
+from infer.bulk.loading import ItemLoader
 from infer.bulk.outputs import LineWriter, finished_lines, write_parquet
 from infer.caption import missing_items
-from infer.engine import RequestError
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.sample import open_visuals, read_messages
 from tests.infer.conftest import write_gif
@@ -55,7 +54,7 @@ def test_encodings_and_arrays(tmp_path: Path, name: str, encoding: str) -> None:
 def test_another_encoding_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"list\.jsonl line 2 is not UTF-8"):
         items(tmp_path / "list.jsonl", '"a.mp4"\n"Décris"\n'.encode("latin-1"))
-    with pytest.raises(InputError, match=r"list\.parquet is no Parquet file"):
+    with pytest.raises(InputError, match=r"list\.parquet is not a readable Parquet file"):
         items(tmp_path / "list.parquet", b"PAR1")
 
 
@@ -130,7 +129,7 @@ def test_impossible_names(name: str) -> None:
 @pytest.mark.parametrize("line", ["3", '"a.mp4"', "[1]", "null", "[" * 100_000])
 def test_an_output_of_something_else(tmp_path: Path, line: str) -> None:
     (tmp_path / "out.jsonl").write_text(line + "\n")
-    with pytest.raises(InputError, match=r"out.jsonl line 1 is no line of a former run"):
+    with pytest.raises(InputError, match=r"out.jsonl line 1 was not written by a captioning run"):
         list(finished_lines(tmp_path / "out.jsonl"))
 
 
@@ -138,7 +137,7 @@ def test_an_output_of_something_else(tmp_path: Path, line: str) -> None:
 def test_a_file_of_something_else_is_not_touched(tmp_path: Path, content: str) -> None:
     path = tmp_path / "precious.json"
     path.write_text(content)
-    with pytest.raises(InputError, match=r"precious.json line 1 is no line of a former run"):
+    with pytest.raises(InputError, match=r"precious.json line 1 was not written by a captioning run"):
         list(finished_lines(path))
     assert path.read_text() == content
 
@@ -172,10 +171,13 @@ def test_reasons_are_in_words() -> None:
         raise KeyError("tokens") if sample["messages"][0]["content"][1]["text"] == "key" else RecursionError
 
     found = [Item(i, i, "a.mp4", {"prompt": prompt}) for i, prompt in enumerate(("key", "deep"))]
-    first, second = load_requests(found, processor, "", pytest.fail, 0, LoadStats())  # pyright: ignore
-    assert isinstance(first, RequestError) and isinstance(second, RequestError)
-    assert "could not be prepared, because of an unexpected key error: 'tokens'" in first.reason
-    assert "nested too deeply" in second.reason
+    reasons = []
+    for item in found:
+        with pytest.raises((KeyError, RecursionError)) as error:
+            ItemLoader(processor, "")(item)  # pyright: ignore[reportArgumentType]
+        reasons.append(reason_of(error.value))
+    assert "could not be prepared, because of an unexpected key error: 'tokens'" in reasons[0]
+    assert "nested too deeply" in reasons[1]
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:

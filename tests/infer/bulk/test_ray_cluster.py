@@ -15,7 +15,7 @@ import pytest
 from eval.shapes.clips import draw_clips
 from eval.shapes.render import write_clip
 from infer import caption
-from infer.bulk.ray_cluster import find_room
+from infer.bulk.ray_cluster import count_actors
 from tarsier_jax.errors import InputError
 from tests.infer.test_caption import FLAGS  # the same programs, so that they are compiled once
 
@@ -118,7 +118,7 @@ def test_what_an_actor_cannot_load(cluster: Any, source: Path, tmp_path: Path) -
         (("--ray", "127.0.0.1:1"), r"no Ray cluster at 127\.0\.0\.1:1 \(.*refused\).*host and port"),
         (("--ray", "somewhere"), r"no Ray cluster at somewhere \(no HOST:PORT\)"),
         (("--ray", "auto", "--distributed"), "--ray and --distributed"),
-        (("--ray", "auto", "--ray_actors", 0), "--ray_actors 0 has to be at least 1"),
+        (("--ray", "auto", "--ray_actors", 0), "--ray_actors is 0; it must be at least 1"),
     ],
 )
 def test_bad_flags(source: Path, tmp_path: Path, others: tuple, message: str) -> None:
@@ -139,8 +139,8 @@ def test_room_on_a_cluster() -> None:
         return [{"Alive": True, "Resources": each} for each in resources] + [{"Alive": False, "Resources": {"GPU": 8}}]
 
     gpus = nodes({"CPU": 8}, {"CPU": 8, "GPU": 8}, {"CPU": 8, "GPU": 2})
-    assert find_room(gpus, 1) == (10, {"num_gpus": 1}) and find_room(gpus, 4) == (2, {"num_gpus": 4})
-    assert find_room(nodes({"CPU": 1}, {"TPU": 8}), 4) == (2, {"resources": {"TPU": 4}})
-    assert find_room(nodes({"CPU": 0}, {"CPU": 4}, {"CPU": 4}), 1) == (2, {"num_cpus": 1})
+    assert count_actors(gpus, 1) == (10, {"num_gpus": 1}) and count_actors(gpus, 4) == (2, {"num_gpus": 4})
+    assert count_actors(nodes({"CPU": 1}, {"TPU": 8}), 4) == (2, {"resources": {"TPU": 4}})
+    assert count_actors(nodes({"CPU": 0}, {"CPU": 4}, {"CPU": 4}), 1) == (2, {"num_cpus": 1})
     with pytest.raises(InputError, match="No node of the Ray cluster has 16 devices"):
-        find_room(gpus, 16)
+        count_actors(gpus, 16)

@@ -9,6 +9,7 @@ import tarsier_jax
 from eval.shapes.annotations import GROUNDED_PROMPT, VIDEO_PROMPT, user_turn
 from eval.shapes.clips import draw_clips
 from infer.engine import Completion, Engine, Request, fit_config
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.programs import Compilations
@@ -26,7 +27,7 @@ def examples(processor: Processor) -> list[Example]:
 
 
 def answers(engine: Engine) -> list[list[int]]:
-    requests = [Request(i, e, 8 + i % 17) for i, e in enumerate(examples(engine.processor))]
+    requests = [Request(i, e, SamplingOptions(8 + i % 17)) for i, e in enumerate(examples(engine.processor))]
     got = {answer.request.key: answer.tokens for answer in engine.run(requests) if isinstance(answer, Completion)}
     return [got[i] for i in range(CLIPS)]
 

@@ -11,8 +11,10 @@ import pytest
 import tarsier_jax
 from eval.shapes.annotations import GROUNDED_PROMPT, VIDEO_PROMPT, user_turn
 from eval.shapes.clips import ShapeClip, draw_clips
-from infer.engine import Completion, Engine, Request, RequestError, SharedEngine, fit_config
+from infer.engine import Completion, Engine, Request, RequestError, fit_config
+from tarsier_jax.api import answer
 from tarsier_jax.errors import InputError
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
@@ -21,6 +23,7 @@ from train.micro.checkpoint import MICRO
 from train.untrained import write_untrained
 
 SLOTS, TOKENS = 6, 24
+OPTIONS = SamplingOptions(TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +65,22 @@ def test_pairs_of_frames_need_half_the_room(loaded: tuple[Tarsier, Processor]) -
     assert [fit_config(p, SLOTS, TOKENS).prompt_tokens for p in (paired, doubled)] == [384, 448]
 
 
-def test_whatever_shares_its_batch(engine: Engine, loaded: tuple, samples: list[dict], examples: list[Example]) -> None:
+def test_whatever_shares_its_batch(engine: Engine, loaded: tuple, examples: list[Example]) -> None:
     """More prompts than slots, answers of unlike lengths, some of them sampled, in one run."""
     limits = [1 + 7 * i % TOKENS for i in range(len(samples))]
-    how = [{"temperature": 0.9, "top_p": 0.9, "seed": i} if i % 4 == 1 else {} for i in range(len(samples))]
-    requests = [Request(i, e, limits[i], **how[i]) for i, e in enumerate(examples)]
+    kinds = {
+        1: {"temperature": 0.9, "top_p": 0.9, "seed": 5},
+        2: {"repetition_penalty": 1.4},
+        3: {"top_k": 3, "temperature": 1},
+    }
+    options = [SamplingOptions(limit, **kinds.get(i % 4, {})) for i, limit in enumerate(limits)]
+    requests = [Request(i, e, options[i]) for i, e in enumerate(examples)]
     with Compilations() as compilations:
         got = answers(engine, requests)
     assert compilations.count == 0
-    for i, sample in enumerate(samples):
-        expected = tarsier_jax.generate(*loaded, [sample], max_new_tokens=limits[i], **how[i])
-        assert [engine.text(got[i])] == expected
+    for i, example in enumerate(examples):
+        (expected,) = answer(*loaded, [example], options[i])
+        assert (got[i].text, got[i].tokens) == (expected.text, expected.tokens)
         assert got[i].finish_reason == "length" and len(got[i].tokens) == limits[i]
 
 
@@ -81,10 +89,10 @@ def test_an_end_of_sequence_frees_the_slot(loaded: tuple[Tarsier, Processor], ex
     free = answers(Engine(model, processor, fit_config(processor, SLOTS, TOKENS)), _greedy(examples[:4]))
     eos = free[0].tokens[3]
     ending = Engine(model, _with_eos(processor, eos), fit_config(processor, SLOTS, TOKENS))
-    for i, answer in answers(ending, _greedy(examples[:4])).items():
+    for i, result in answers(ending, _greedy(examples[:4])).items():
         whole = free[i].tokens
         end = whole.index(eos) if eos in whole else TOKENS
-        assert (answer.tokens, answer.finish_reason) == (whole[:end], "eos" if end < TOKENS else "length")
+        assert (result.tokens, result.finish_reason) == (whole[:end], "eos" if end < TOKENS else "length")
 
 
 def test_tokens_as_they_come(engine: Engine, examples: list[Example]) -> None:
@@ -95,8 +103,8 @@ def test_tokens_as_they_come(engine: Engine, examples: list[Example]) -> None:
         calls.append(key)
         heard[key] += tokens
 
-    requests = [Request(i, examples[i], TOKENS, on_tokens=lambda t, i=i: hear(i, t)) for i in heard]
-    got = answers(engine, [*requests, Request(2, examples[2], TOKENS)])
+    requests = [Request(i, examples[i], OPTIONS, on_tokens=lambda t, i=i: hear(i, t)) for i in heard]
+    got = answers(engine, [*requests, Request(2, examples[2], OPTIONS)])
     assert {i: got[i].tokens for i in heard} == heard and len(calls) >= 6
 
 
@@ -104,17 +112,30 @@ def test_cancelled_ones_end_with_what_they_have(engine: Engine, examples: list[E
     """One under way, from the call that brings its first tokens, and one that still waits."""
 
     def cancel(_: list[int]) -> None:
-        for key in ("running", "waiting"):
-            engine.cancel(key)
+        for request in (first, last):
+            request.cancelled.set()
 
-    others = [Request(i, examples[i % 4], TOKENS) for i in range(3 * SLOTS)]
-    last = Request("waiting", examples[1], TOKENS)
-    requests = [Request("running", examples[0], TOKENS, on_tokens=cancel), *others, last]
+    others = [Request(i, examples[i % 4], OPTIONS) for i in range(3 * SLOTS)]
+    last = Request("waiting", examples[1], OPTIONS)
+    first = Request("running", examples[0], OPTIONS, on_tokens=cancel)
+    requests = [first, *others, last]
     got = answers(engine, requests)
     assert got["running"].finish_reason == got["waiting"].finish_reason == "cancelled"
     assert 0 < len(got["running"].tokens) < TOKENS and got["waiting"].tokens == []
     assert all(len(got[i].tokens) == TOKENS for i in range(3 * SLOTS))
-    assert answers(engine, [Request("running", examples[0], TOKENS)])["running"].finish_reason == "length"
+    assert answers(engine, [Request("running", examples[0], OPTIONS)])["running"].finish_reason == "length"
+
+
+def test_a_stop_string_ends_the_answer(engine: Engine, examples: list[Example]) -> None:
+    """The text is cut before it, and the slot is free soon: not all tokens up to the limit are generated."""
+    (whole,) = engine.run([Request(0, examples[0], OPTIONS)])
+    assert isinstance(whole, Completion)
+    stop = engine.processor.decode(whole.tokens[3:5])
+    stop_options = dataclasses.replace(OPTIONS, stop=("never", stop))
+    (result,) = engine.run([Request(0, examples[0], stop_options)])
+    assert isinstance(result, Completion) and result.finish_reason == "stop"
+    assert result.text == whole.text[: whole.text.index(stop)].strip()
+    assert result.tokens == whole.tokens[: len(result.tokens)]
 
 
 def test_requests_may_come_slowly(engine: Engine, examples: list[Example]) -> None:
@@ -122,42 +143,14 @@ def test_requests_may_come_slowly(engine: Engine, examples: list[Example]) -> No
     answered = threading.Event()
 
     def slowly() -> Iterator[Request]:
-        yield Request(0, examples[0], TOKENS)
+        yield Request(0, examples[0], OPTIONS)
         assert answered.wait(60)
-        yield Request(1, examples[1], TOKENS)
+        yield Request(1, examples[1], OPTIONS)
 
-    for answer in engine.run(slowly()):
-        assert isinstance(answer, Completion)
+    for result in engine.run(slowly()):
+        assert isinstance(result, Completion)
         answered.set()
     assert answered.is_set()
-
-
-def test_several_threads_share_it(loaded: tuple[Tarsier, Processor], engine: Engine, examples: list[Example]) -> None:
-    """Each gets the answers to what it asked, refusals among them, though keys are the same."""
-    expected = answers(engine, _greedy(examples))
-    shared, asked, got = SharedEngine(Engine(*loaded, engine.config)), threading.Event(), [dict(), dict()]
-
-    def requests(part: int) -> Iterator[Request | RequestError]:
-        assert part == 0 or asked.wait(60)
-        yield RequestError("broken", f"part {part}")
-        yield Request("long", examples[0], TOKENS + 1)
-        yield from _greedy(examples[part::2])
-        asked.set()
-
-    def run(part: int) -> None:
-        for result in shared.run(requests(part)):
-            got[part][result.key if isinstance(result, RequestError) else result.request.key] = result
-
-    threads = [threading.Thread(target=run, args=(part,)) for part in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    for part in range(2):
-        assert got[part].pop("broken").reason == f"part {part}" and "there is room" in got[part].pop("long").reason
-        assert {i: a.tokens for i, a in got[part].items()} == {
-            i // 2: expected[i].tokens for i in expected if i % 2 == part
-        }
 
 
 def test_refusals(engine: Engine, examples: list[Example]) -> None:
@@ -165,17 +158,21 @@ def test_refusals(engine: Engine, examples: list[Example]) -> None:
     long = np.concatenate([examples[0].input_ids] * 4)
     positions = np.concatenate([examples[0].position_ids] * 4, axis=1)
     large = Example(long, long, examples[0].pixel_values, examples[0].grid_thw, positions)
-    items = [RequestError("a", "broken"), Request("b", large, 4), Request("c", examples[0], TOKENS + 1)]
-    got = list(engine.run([*items, Request("d", examples[0], 4)]))
+    items = [
+        RequestError("a", "broken"),
+        Request("b", large, SamplingOptions(4)),
+        Request("c", examples[0], SamplingOptions(TOKENS + 1)),
+    ]
+    got = list(engine.run([*items, Request("d", examples[0], SamplingOptions(4))]))
     reasons = {r.key: r.reason for r in got if isinstance(r, RequestError)}
     assert reasons["a"] == "broken" and set(reasons) == {"a", "b", "c"}
-    assert "there is room for" in reasons["b"] and f"may have {TOKENS + 1}" in reasons["c"]
+    assert "the engine takes at most" in reasons["b"] and f"may have {TOKENS + 1}" in reasons["c"]
     assert [a.request.key for a in got if isinstance(a, Completion)] == ["d"]
 
 
 def test_an_error_of_the_source_is_raised(engine: Engine, examples: list[Example]) -> None:
     def broken() -> Iterator[Request]:
-        yield Request(0, examples[0], 4)
+        yield Request(0, examples[0], SamplingOptions(4))
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
@@ -195,14 +192,12 @@ def test_the_report(loaded: tuple[Tarsier, Processor], examples: list[Example]) 
 
 
 def test_sizes_that_do_not_fit(loaded: tuple[Tarsier, Processor], examples: list[Example]) -> None:
-    with pytest.raises(InputError, match="5 slots cannot be shared by 2 parts"):
+    with pytest.raises(InputError, match="5 slots cannot be split into 2 groups"):
         fit_config(loaded[1], 5, TOKENS, groups=2)
-    with pytest.raises(InputError, match="temperature is -1"):
-        Request(0, examples[0], temperature=-1.0)
 
 
 def _greedy(examples: list[Example]) -> list[Request]:
-    return [Request(i, example, TOKENS) for i, example in enumerate(examples)]
+    return [Request(i, example, OPTIONS) for i, example in enumerate(examples)]
 
 
 def _with_eos(processor: Processor, token: int) -> Processor:
