@@ -208,10 +208,10 @@ def _find_processes() -> tuple[int, int]:
 
 def share_of(args: argparse.Namespace, processes: int, process: int) -> tuple[Path, list[Item]]:
     """Returns the output file and the clips of this process. Raises InputError."""
-    if args.num_shards < 1 or (args.limit or 0) < 0:
-        raise InputError(
-            f"--num_shards is {args.num_shards}; it must be at least 1. --limit is {args.limit}; it must be at least 0."
-        )
+    if args.num_shards < 1:
+        raise InputError(f"--num_shards is {args.num_shards}; it must be at least 1.")
+    if args.limit is not None and args.limit < 0:
+        raise InputError(f"--limit is {args.limit}; it must be at least 0.")
     if not 0 <= args.shard_index < args.num_shards:
         raise InputError(f"--shard_index is {args.shard_index}; it must be from 0 to {args.num_shards - 1}.")
     if args.output.exists() and os.path.exists(args.input) and args.output.samefile(args.input):

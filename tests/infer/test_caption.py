@@ -168,11 +168,11 @@ def test_processes_that_do_not(clips: Path, tmp_path: Path) -> None:
         (("--mesh", "data=3"), "--mesh data=3 does not fit 1 devices"),
         (("--mesh", "rows=1"), "--mesh rows=1 is not a list of axes"),
         (("--temperature", -1), "temperature is -1"),
-        (("--slots", 0), "0 slots cannot be shared"),
+        (("--slots", 0), "0 slots cannot be split"),
         (("--num_shards", 0), "--num_shards is 0; it must be at least 1"),
-        (("--limit", -1), "--limit -1 at least 0"),
+        (("--limit", -1), "--limit is -1; it must be at least 0"),
         (("--max_new_tokens", 0), "max_new_tokens is 0; it must be at least 1"),
-        (("--workers", -1), "--workers -1 at least 0"),
+        (("--workers", -1), "--workers is -1; it must be at least 0"),
     ],
 )
 def test_bad_flags(clips: Path, tmp_path: Path, flags: tuple, message: str) -> None:

@@ -12,7 +12,7 @@ from infer.bulk.inputs import Item, find_items, find_media, open_answer, with_pr
 from infer.bulk.loading import ItemLoader
 from infer.bulk.outputs import LineWriter, finished_lines, write_parquet
 from infer.caption import missing_items
-from tarsier_jax.errors import InputError
+from tarsier_jax.errors import InputError, reason_of
 from tarsier_jax.processing.sample import open_visuals, read_messages
 from tests.infer.conftest import write_gif
 

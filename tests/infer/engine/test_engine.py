@@ -67,7 +67,7 @@ def test_pairs_of_frames_need_half_the_room(loaded: tuple[Tarsier, Processor]) -
 
 def test_whatever_shares_its_batch(engine: Engine, loaded: tuple, examples: list[Example]) -> None:
     """More prompts than slots, answers of unlike lengths, some of them sampled, in one run."""
-    limits = [1 + 7 * i % TOKENS for i in range(len(samples))]
+    limits = [1 + 7 * i % TOKENS for i in range(len(examples))]
     kinds = {
         1: {"temperature": 0.9, "top_p": 0.9, "seed": 5},
         2: {"repetition_penalty": 1.4},
