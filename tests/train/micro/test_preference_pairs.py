@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import pytest
 import tarsier_jax
 from eval.shapes.clips import HELD_OUT, draw_clips
 from eval.shapes.describe import describe
-from infer.engine import Completion, Engine, Request, fit_config
+from infer.engine import Completion, Engine, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked
 from tarsier_jax.processing.perturb import KINDS
@@ -36,27 +36,30 @@ def test_the_better_by_enough_is_preferred() -> None:
     assert not preferred(EVENTS, whole, almost)  # dP is 1/4
 
 
-class Seer:
-    """In an engine's place: sees everything, but says nothing of clips that are disturbed."""
+class Oracle:
+    """A front-end that describes a clip correctly, and says "Nothing." of a perturbed one."""
 
     def __init__(self, *_: object):
-        self.processor = lambda sample: sample
+        pass
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        for request in sorted(requests, key=lambda request: request.key[1]):  # both answers of a clip far apart
-            sample: Any = request.example
-            way = sample["messages"][0]["content"][0]["video"].get("disturb")
-            assert (way is not None and way["kind"] in KINDS) == (request.key[1] == "disturbed")
-            yield Completion(request, [], "eos", 0.0)
+    def __enter__(self) -> Self:
+        return self
 
-    def text(self, answer: Completion) -> str:
-        number, how = answer.request.key
-        (clip,) = draw_clips(number, 1)
-        return describe(clip.scene) if how == "clean" else "Nothing."
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def answer_all(self, numbered_samples: Iterable[tuple[int, Any]], _: object) -> Iterator[tuple[int, Completion]]:
+        for number, sample in sorted(numbered_samples, key=lambda pair: pair[0] % 2):  # answers of a clip are far apart
+            perturbation = sample["messages"][0]["content"][0]["video"].get("disturb")
+            assert (perturbation is not None and perturbation["kind"] in KINDS) == number % 2
+            (clip,) = draw_clips(number // 2, 1)
+            request: Any = None
+            yield number, Completion(request, "Nothing." if perturbation else describe(clip.scene), [], "eos", 0.0)
 
 
 def test_pairs_of_clean_and_disturbed_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preference_pairs, "Engine", Seer)
+    monkeypatch.setattr(preference_pairs, "Engine", lambda *_: None)
+    monkeypatch.setattr(preference_pairs, "Frontend", Oracle)
     model = write_untrained(tmp_path / "model", TINY)
     out = tmp_path / "pairs"
     assert (
