@@ -10,7 +10,8 @@ from eval.run import main, parse
 from tarsier_jax.errors import InputError
 from tarsier_jax.programs import run
 from tests.eval.benchmarks import Oracle, reference_of
-from train.micro.checkpoint import MICRO, write_untrained
+from train.micro.checkpoint import MICRO
+from train.untrained import write_untrained
 
 
 def flags(output: Path, *more: str) -> list[str]:

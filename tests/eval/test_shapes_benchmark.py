@@ -15,6 +15,7 @@ from eval.shapes.describe import describe
 from eval.shapes.questions import questions
 from eval.shapes.world import reverse
 from tests.eval.benchmarks import FIRST_SEED, Oracle, reference_of, shapes, shapes_qa
+from train.micro.curriculum import STAGES
 
 CLIPS = 25
 

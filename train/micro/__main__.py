@@ -11,14 +11,15 @@ import ctypes
 import dataclasses
 import functools
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 from absl import flags
 
 import tarsier_jax
-from eval.micro import score
-from eval.shapes.clips import HELD_OUT
+from eval.benchmarks.shapes import SHAPES, SHAPES_QA
+from eval.evaluation import evaluate
 from tarsier_jax.programs import run
 from train.config import TrainConfig
 from train.debug_data import write_debug_data
@@ -61,6 +62,13 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def print_scores(model: Path, clips: int) -> None:
+    """Prints the scores of a checkpoint on the benchmarks of moving shapes."""
+    with tempfile.TemporaryDirectory() as output:
+        for benchmark, scores in evaluate(*tarsier_jax.load(model), (SHAPES, SHAPES_QA), Path(output), clips):
+            print(scores.table(benchmark.name), flush=True)
+
+
 def main() -> int:
     values = define_run_flags()
     flags.DEFINE_integer(
@@ -72,7 +80,7 @@ def main() -> int:
         config = write_inputs(write_debug_data(config, workdir), workdir)
         summary = train(config, workdir, sft_objective(config, prepare))
     if values.score_clips and not summary.stopped and jax.process_index() == 0:
-        score(*tarsier_jax.load(workdir / "model"), clips=values.score_clips, seed=HELD_OUT)
+        print_scores(workdir / "model", values.score_clips)
     return summary.exit_status
 
 

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.micro import get_config
+from eval.benchmarks import Benchmark
+from eval.benchmarks.shapes import SHAPES, SHAPES_QA
+from eval.metrics import Scores
 from eval.shapes.clips import HELD_OUT
 from tarsier_jax.models.tarsier import Tarsier
 from train.config import parse_config
@@ -34,14 +38,22 @@ def test_a_model_and_data_of_the_configuration_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_trains_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_trains_and_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = Path(program.__file__).parents[2] / "configs" / "micro.py"
     flags = ("--config.num_train_steps=2", "--config.optimizer.warmup_steps=1", "--config.eval_every=0")
     monkeypatch.setattr("sys.argv", ["micro", f"--config={recipe}", f"--workdir={tmp_path}", "--score_clips=3", *flags])
     monkeypatch.setattr(program, "keep_freed_memory", lambda: None)  # it lasts for the process
-    scores: list[Any] = []  # tests/eval runs the real one
-    monkeypatch.setattr(program, "score", lambda model, processor, **options: scores.append((model, options)))
+    calls: list[Any] = []
+
+    def evaluate(*arguments: Any) -> Iterator[tuple[Benchmark, Scores]]:  # tests/eval runs the real one
+        calls.append(arguments)
+        yield SHAPES, Scores({"Shapes/held_out": {"f1": 0.5}})
+
+    monkeypatch.setattr(program, "evaluate", evaluate)
     assert program.main() == 0
-    ((model, options),) = scores
-    assert isinstance(model, Tarsier) and options == {"clips": 3, "seed": HELD_OUT}
+    ((model, _, benchmarks, _, limit),) = calls
+    assert isinstance(model, Tarsier) and benchmarks == (SHAPES, SHAPES_QA) and limit == 3
+    assert capsys.readouterr().out.endswith("f1\nShapes/held_out       0.500\n")
     assert (tmp_path / "model").is_dir() and not list(tmp_path.glob("bad_samples*"))
