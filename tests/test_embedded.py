@@ -15,7 +15,8 @@ from eval.shapes.annotations import user_turn
 from eval.shapes.clips import HELD_OUT, ShapeClip, draw_clips
 from eval.shapes.describe import event_sentences
 from eval.shapes.judge import corpus_scores
-from infer.engine import Engine, answer_samples, fit_config
+from infer.engine import Completion, Engine, Frontend, fit_config
+from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP, convert_hf, convert_to_hf, resolve
@@ -43,7 +44,9 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def captions(engine: Engine, clips: list[ShapeClip]) -> list[str]:
     """Ours, by the engine."""
-    return answer_samples(engine, map(question, clips), TOKENS)
+    with Frontend(engine) as frontend:
+        results = dict(frontend.answer_all(enumerate(map(question, clips)), SamplingOptions(TOKENS)))
+    return [result.text for _, result in sorted(results.items()) if isinstance(result, Completion)]
 
 
 def reference_captions(directory: Path, clips: list[ShapeClip]) -> list[str]:

@@ -5,7 +5,6 @@ from infer.engine.engine import Engine
 from infer.engine.frontend import EngineError, Frontend, Submission
 from infer.engine.requests import Completion, Request, RequestError
 from infer.engine.stats import EngineStats
-from infer.engine.texts import answer_samples
 
 __all__ = [
     "Completion",
@@ -17,6 +16,5 @@ __all__ = [
     "Request",
     "RequestError",
     "Submission",
-    "answer_samples",
     "fit_config",
 ]
