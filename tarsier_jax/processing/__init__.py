@@ -1,1 +1,1 @@
-"""The host side: from files and messages to padded numpy batches. Nothing here touches a device."""
+"""Processing on the host: converts files and messages to padded numpy batches, without using a device."""

@@ -1,5 +1,6 @@
-"""From messages to token ids: chat templates, the tokens that stand for visuals, and labels."""
+"""Converts messages to token ids: chat templates, placeholder tokens of visuals, and labels."""
 
+import itertools
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ _SYSTEM = """\
 {%- endif -%}
 """
 # ChatML with Qwen2-VL's tokens around visuals. It trains on the text after the assistant header and on its <|im_end|>.
-# `strip_final_eos` leaves the last answer open, to be continued. Without `num_vision_tokens`, which only our processor
+# `strip_final_eos` leaves the last answer open for continuation. Without `num_vision_tokens`, which only our processor
 # sets, a visual is one placeholder, as in Qwen2-VL's own template. vLLM passes lists of items only to templates whose
 # loop over `message.content` is not in a macro.
 BARE_CHATML = """\
@@ -65,20 +66,20 @@ BARE_CHATML = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-CHATML = _SYSTEM + BARE_CHATML  # used where a checkpoint brings no template
+CHATML = _SYSTEM + BARE_CHATML  # the default for a checkpoint without a template
 
 # Our template in a directory whose chat_template.jinja is for other programs (see `processing.templates`).
 TEMPLATE_FILE = "tarsier_jax_chat_template.jinja"
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PRIVATE_USE = range(0xF0000, 0x10FFFE)  # characters without a meaning, too many for a text to contain them all
+_PRIVATE_USE = range(0xF0000, 0x10FFFE)  # characters without a meaning; a text never contains all of them
 
 
 def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face directory, from its files alone: config.json and remote code play no part.
+    """Loads the tokenizer of a Hugging Face directory from its own files, without config.json and remote code.
 
     Raises:
-        CheckpointError: there are no tokenizer files, or they cannot be read.
+        CheckpointError: the tokenizer's files are missing or cannot be read.
     """
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -99,7 +100,7 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def load_chat_template(directory: str | Path) -> str:
-    """Returns the first of `directory_templates`; `CHATML` where a directory has none."""
+    """Returns the first of `directory_templates`, or `CHATML` if the directory lacks templates."""
     return next(directory_templates(Path(directory)), CHATML)
 
 
@@ -108,7 +109,7 @@ def directory_templates(directory: Path) -> Iterator[str]:
     tokenizer_config.json.
 
     Raises:
-        CheckpointError: a file has several templates and none of them is named `default`.
+        CheckpointError: a file has several templates, none of them named `default`.
     """
     for name in (TEMPLATE_FILE, "chat_template.jinja"):
         if (directory / name).is_file():
@@ -119,7 +120,7 @@ def directory_templates(directory: Path) -> Iterator[str]:
 
 
 def marks_answers(template: str) -> bool:
-    """Whether a template says which tokens are the assistant's, by a {% generation %} block."""
+    """Returns whether a template marks the assistant's tokens with a {% generation %} block."""
     return bool(_GENERATION.search(template))
 
 
@@ -133,115 +134,117 @@ def encode_messages(
     """Renders and tokenizes messages whose contents are lists of {"type": "text", "text": ...} and
     {"type": "image" or "video", "num_vision_tokens": n}.
 
-    Only the template writes special tokens: one that a text contains, such as <|im_end|>, is encoded as its characters.
-    An assistant message with "loss": False has no labels.
+    Only the template writes special tokens. A special token in a text, such as <|im_end|>, is encoded as its
+    characters. An assistant message with "loss": False is without labels.
 
-    Unless `training`, the prompt ends ready for the model to go on: after the assistant's header, or within the last
+    Unless `training`, the prompt ends where the model continues: after the assistant's header, or within the last
     message if that is the assistant's.
 
     Returns:
         input_ids int32 (S,), with n placeholders per visual, and labels int32 (S,): the assistant's tokens, else -100.
 
     Raises:
-        InputError: the template refuses the messages, does not show a visual, or does not mark the assistant's
-            tokens though `training` or a "loss" needs them.
+        InputError: the template rejects the messages, omits a visual, or does not mark the assistant's tokens although
+            `training` or a "loss" needs them.
     """
     marked = marks_answers(template)
     if training and not marked:
         raise InputError(
-            "The checkpoint's chat template has no {% generation %} block, so it does not say which tokens to train "
-            "on. Put one around the assistant's text and its end-of-turn token, or save "
-            "tarsier_jax.processing.chat.CHATML as chat_template.jinja in the checkpoint's directory."
+            "The checkpoint's chat template does not mark the tokens to train on with a {% generation %} block. Put "
+            "one around the assistant's text and its end-of-turn token, or save tarsier_jax.processing.chat.CHATML as "
+            "chat_template.jinja in the checkpoint's directory."
         )
     messages, options = _final_turn(template, messages, training)
     with_spans = marked and not options.get("continue_final_message")
     escape = _Escape(tokenizer, [template, *(item["text"] for item in _items(messages) if item["type"] == "text")])
     try:
-        rendered, spans = render(
+        text, spans = render_template(
             template, [_renderable(m, escape) for m in messages], with_spans, **tokenizer.special_tokens_map, **options
         )
-        input_ids, offsets = _tokenize(tokenizer, rendered, escape)
+        input_ids, offsets = _tokenize(tokenizer, text, escape)
     except (jinja2.TemplateError, TypeError, ValueError) as e:
         raise InputError(f"The chat template cannot render these messages: {e}. Check their roles and order.") from None
     labels = np.full(len(input_ids), -100, np.int32)
     for start, end in _trained_spans(spans, messages):
         inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
         labels[inside] = input_ids[inside]
-    labels[np.isin(input_ids, list(placeholder_ids))] = -100  # no model predicts what it is shown
+    labels[np.isin(input_ids, list(placeholder_ids))] = -100  # visual tokens are input only
     counts = [item["num_vision_tokens"] for item in _items(messages) if item["type"] != "text"]
     repeats = _repeats(input_ids, counts, placeholder_ids)
     return np.repeat(input_ids, repeats), np.repeat(labels, repeats)
 
 
-def render(
+def render_template(
     template: str, messages: Sequence[Mapping[str, Any]], with_spans: bool = False, **variables: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Renders messages as transformers does. Returns the text and, `with_spans`, the (start, end) of each
-    {% generation %} block.
+    """Renders messages as transformers does.
+
+    Returns:
+        The text and, if `with_spans`, the (start, end) of each {% generation %} block.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     options: Any = {**variables, "chat_template": template, "return_assistant_tokens_mask": with_spans}
     with _ENCODING:
-        rendered: Any = render_jinja_template(conversations=[[dict(message) for message in messages]], **options)
-    (text,), spans = rendered
+        results: Any = render_jinja_template(conversations=[[dict(message) for message in messages]], **options)
+    (text,), spans = results
     return text, spans[0] if with_spans else []
 
 
 class _Escape:
-    """Keeps the special tokens that a template writes apart from those that texts contain.
+    """Distinguishes the special tokens that a template writes from those in texts.
 
-    In a text, the first character of all that is or may become a special token is replaced by a character that occurs
-    in no text. Lengths stay, and every special token of the rendered text is the template's.
+    In a text, the first character of each possible special token is replaced by a character that does not occur in any
+    text. Lengths do not change, and all special tokens of the rendered text are the template's.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> None:
         special = [(id_, token) for id_, token in tokenizer.added_tokens_decoder.items() if token.special]
-        special.sort(key=lambda entry: -len(entry[1].content))  # the tokenizer prefers the longest
+        special.sort(key=lambda entry: -len(entry[1].content))  # the tokenizer matches the longest
         self._ids = [id_ for id_, _ in special]
         self._special = re.compile("|".join(f"({_pattern(token)})" for _, token in special) or "(?!)")
         # The end of a text may be the start of a token that the next text completes.
         starts = {rf"{re.escape(t.content[0])}(?={re.escape(t.content[1:2])}|\s*\Z)" for _, t in special}
         self._starts = re.compile("|".join(sorted(starts)) or "(?!)")
-        used = set().union(*texts)
-        unused = (chr(i) for i in _PRIVATE_USE if chr(i) not in used)
-        self._marks = {first: next(unused) for first in {token.content[0] for _, token in special}}
+        characters = set().union(*texts)
+        marks = (chr(i) for i in _PRIVATE_USE if chr(i) not in characters)
+        self._marks = {first: next(marks) for first in {token.content[0] for _, token in special}}
         self._unmark = {ord(mark): first for first, mark in self._marks.items()}
 
     def mark(self, text: str) -> str:
         """Replaces the first character of each special token in a text."""
         return self._starts.sub(lambda match: self._marks[match[0]], text)
 
-    def split(self, rendered: str) -> Iterator[tuple[int, int | None, str]]:
-        """Yields (offset, id, text) of each special token and, with the id None, of each stretch between two."""
+    def split(self, text: str) -> Iterator[tuple[int, int | None, str]]:
+        """Yields (offset, id, text) of each special token and, with the id None, of each text between two."""
         end = 0
-        for match in self._special.finditer(rendered):
+        for match in self._special.finditer(text):
             if end < match.start():
-                yield end, None, rendered[end : match.start()].translate(self._unmark)
+                yield end, None, text[end : match.start()].translate(self._unmark)
             yield match.start(), self._ids[(match.lastindex or 1) - 1], match[0]
             end = match.end()
-        if end < len(rendered):
-            yield end, None, rendered[end:].translate(self._unmark)
+        if end < len(text):
+            yield end, None, text[end:].translate(self._unmark)
 
 
 def _pattern(token: "AddedToken") -> str:
-    """A regular expression for a special token and the white space that the tokenizer makes part of it."""
+    """Returns a regular expression for a special token and the white space that the tokenizer adds to it."""
     before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
     return before + re.escape(token.content) + after
 
 
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", rendered: str, escape: _Escape) -> tuple[np.ndarray, np.ndarray]:
-    """Returns input_ids int32 (S,), and each token's (start, end) in the rendered text, int32 (S, 2)."""
-    backend: Any = tokenizer.backend_tokenizer  # the tokenizer itself would encode several texts in its own threads
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", prompt: str, escape: _Escape) -> tuple[np.ndarray, np.ndarray]:
+    """Returns input_ids int32 (S,), and each token's (start, end) in the prompt, int32 (S, 2)."""
+    backend: Any = tokenizer.backend_tokenizer  # avoids the threads that the tokenizer itself uses for several texts
     input_ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     with _ENCODING:
         backend.encode_special_tokens = True  # as ordinary text
         backend.no_truncation()
         backend.no_padding()
-        for offset, id_, text in escape.split(rendered):
+        for offset, id_, text in escape.split(prompt):
             if id_ is None:
-                # Between two special tokens, the tokenizer encodes the text in one piece, too.
+                # The tokenizer itself also encodes the text between two special tokens in one piece.
                 encoding = backend.encode(text, add_special_tokens=False)
                 input_ids += encoding.ids
                 offsets += [(offset + start, offset + end) for start, end in encoding.offsets]
@@ -252,16 +255,16 @@ def _tokenize(tokenizer: "PreTrainedTokenizerBase", rendered: str, escape: _Esca
 
 
 def _trained_spans(spans: list[tuple[int, int]], messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """The spans of the assistant's turns that have no "loss": False."""
-    trained = [message.get("loss") is not False for message in messages if message["role"] == "assistant"]
-    if all(trained) or not spans:
+    """Returns the spans of the assistant's turns without "loss": False."""
+    has_loss = [message.get("loss") is not False for message in messages if message["role"] == "assistant"]
+    if all(has_loss) or not spans:
         return spans
-    if len(spans) != len(trained):
+    if len(spans) != len(has_loss):
         raise InputError(
             f'A turn has "loss": false, but the chat template has {len(spans)} {{% generation %}} blocks for '
-            f"{len(trained)} turns of the assistant. Put one block around each, or leave out the loss."
+            f"{len(has_loss)} turns of the assistant. Put one block around each, or remove the loss."
         )
-    return [span for span, kept in zip(spans, trained, strict=True) if kept]
+    return list(itertools.compress(spans, has_loss))
 
 
 def _items(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -269,18 +272,18 @@ def _items(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]
 
 
 def _one_template(template: Any, source: Path) -> str:
-    """The default among named templates: a dict, or in older files a list of {"name": ..., "template": ...}."""
+    """Returns the default of named templates: a dict, or in older files a list of {"name": ..., "template": ...}."""
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):
         template = template.get("default")
     if not isinstance(template, str):
-        raise CheckpointError(f"{source} has no default chat template. Name one of its templates `default`.")
+        raise CheckpointError(f"{source} lacks a default chat template. Name one of its templates `default`.")
     return template
 
 
 def _renderable(message: Mapping[str, Any], escape: _Escape) -> dict[str, Any]:
-    """What templates look at: some test the type of an item, others for the key `image` or `video`."""
+    """Returns a message for templates, of which some test the type of an item, others the key `image` or `video`."""
     content = [
         {"type": "text", "text": escape.mark(item["text"])}
         if item["type"] == "text"
@@ -293,7 +296,7 @@ def _renderable(message: Mapping[str, Any], escape: _Escape) -> dict[str, Any]:
 def _final_turn(
     template: str, messages: Sequence[Mapping[str, Any]], training: bool
 ) -> tuple[Sequence[Mapping[str, Any]], dict[str, bool]]:
-    """How the prompt ends. Templates that know no `strip_final_eos` get the like by other means."""
+    """Returns the messages and options for the end of the prompt, also for templates without `strip_final_eos`."""
     if training:
         return messages, {"strip_final_eos": False, "add_generation_prompt": False}
     if messages[-1]["role"] != "assistant":
@@ -306,9 +309,9 @@ def _final_turn(
 
 
 def _repeats(input_ids: np.ndarray, counts: Sequence[int], placeholder_ids: Collection[int]) -> np.ndarray:
-    """How often to repeat each token so that every visual has its number of placeholders.
+    """Returns the number of repetitions of each token that expands every visual to its number of placeholders.
 
-    Tarsier's templates write them all; Qwen2-VL's writes one per visual, to be repeated here.
+    Tarsier's templates write all placeholders. Qwen2-VL's writes one per visual, which is repeated here.
     """
     at = np.flatnonzero(np.isin(input_ids, list(placeholder_ids)))
     repeats = np.ones(len(input_ids), np.int64)
@@ -317,7 +320,7 @@ def _repeats(input_ids: np.ndarray, counts: Sequence[int], placeholder_ids: Coll
     if len(at) != len(counts):
         raise InputError(
             f"The chat template wrote {len(at)} visual tokens for {len(counts)} images and videos of "
-            f"{sum(counts)} tokens in all. Use a template that shows them."
+            f"{sum(counts)} tokens in total. Use a template that writes them."
         )
     repeats[at] = counts
     return repeats

@@ -1,4 +1,4 @@
-"""The clip: what every reader of videos, animations and images returns, and the checks and errors that they share."""
+"""`Clip`, the result of every reader of videos, animations and images, and the checks and errors that they share."""
 
 import codecs
 import dataclasses
@@ -19,13 +19,13 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + GIF_SUFFIXES + IMAGE_SUFFIXES
 ACCEPTED = (
     f"Videos end in {' '.join(VIDEO_SUFFIXES)}, animations in {' '.join(GIF_SUFFIXES)}, "
-    f"images in {' '.join(IMAGE_SUFFIXES)}; upper case will do."
+    f"images in {' '.join(IMAGE_SUFFIXES)}, in upper or lower case."
 )
 
-_NAME = 1000  # characters of a name that an error shows
+_NAME = 1000  # maximum characters of a name in an error
 
 Frame = Image.Image
-Decoder = Callable[[Sequence[int]], Iterator[Frame]]  # takes strictly increasing indices
+FrameDecoder = Callable[[Sequence[int]], Iterator[Frame]]  # takes strictly increasing indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,26 +35,26 @@ class Clip:
     Attributes:
         name: The file, or a description of the source, for messages.
         length: The number of frames.
-        rate: The mean number of frames per second, or None when frames have no times.
+        rate: The mean number of frames per second, or None for frames without times.
         decode: Decodes the frames at strictly increasing indices.
-        times: The time of each frame in seconds from the first frame, (length,), or None when frames have no times.
+        times: The time of each frame in seconds from the first frame, (length,), or None for frames without times.
     """
 
     name: str
     length: int
     rate: float | None
-    decode: Decoder
+    decode: FrameDecoder
     times: np.ndarray | None = None
 
     def read(self, indices: Sequence[int]) -> Iterator[Frame]:
-        """RGB frames at the given indices, in the order given, repeated where an index is.
+        """Decodes the RGB frames at `indices`, in that order, with repetitions.
 
         Raises:
             InputError: a frame cannot be decoded, or an index is not in the clip.
         """
         outside = [i for i in indices if not 0 <= i < self.length]
         if outside:
-            raise InputError(f"{self.name} has frames 0 to {self.length - 1}; there is no frame {outside}.")
+            raise InputError(f"{self.name} has frames 0 to {self.length - 1}; frame {outside} does not exist.")
         if all(a < b for a, b in itertools.pairwise(indices)):
             return self.decode(indices)
         order = sorted(set(indices))
@@ -63,10 +63,12 @@ class Clip:
 
 
 def kind_of(path: str | Path) -> str:
-    """Says "video", "gif" or "image" by the ending of a name; a directory is a video, one image a frame.
+    """Returns "video", "gif" or "image" according to the ending of a name.
+
+    A directory is a video with one image per frame.
 
     Raises:
-        InputError: the ending is none of the accepted ones.
+        InputError: the ending is not accepted.
     """
     check_local("The file", str(path))
     path = Path(path)
@@ -87,16 +89,16 @@ def check_file(path: str | Path) -> None:
     try:
         if path.is_file() and path.stat().st_size > 0:
             return
-        problem = "is empty" if path.is_file() else "does not exist" if not path.exists() else "is no file"
+        problem = "is empty" if path.is_file() else "does not exist" if not path.exists() else "is not a file"
     except (OSError, ValueError) as e:
         problem = f"cannot be looked up ({getattr(e, 'strerror', None) or e})"
     raise InputError(f"{str(path)[:_NAME]} {problem}. Check the path, or copy the file again.")
 
 
 def name_content(path: str | Path) -> str | None:
-    """Names the content of a file that is text instead of pictures, with its remedy; None where nothing is recognized.
+    """Returns the type of a file that is not a supported picture, with its remedy, or None for an unknown type.
 
-    A failed download often leaves a web page or an error message under the name of the video or picture.
+    A failed download often stores a web page or an error message under the name of the video or picture.
     """
     try:
         with Path(path).open("rb") as file:
@@ -122,15 +124,14 @@ def name_content(path: str | Path) -> str | None:
 
 
 def undecodable(
-    name: str, error: Exception, remedy: str = "mend a video with `ffmpeg -i broken.mp4 mended.mp4`"
+    name: str, error: Exception, remedy: str = "repair a video with `ffmpeg -i broken.mp4 repaired.mp4`"
 ) -> InputError:
-    """The error for a file whose decoding failed with `error`."""
+    """Returns the error for a file whose decoding failed with `error`."""
     if content := name_content(name):
         return InputError(f"{name} cannot be decoded: it is {content}.")
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return InputError(
-        f"{name} cannot be decoded: it is cut off, damaged, or holds no pictures ({reason}). Copy it again, or "
-        f"{remedy}."
+        f"{name} cannot be decoded: it is cut off, damaged, or without pictures ({reason}). Copy it again, or {remedy}."
     )
 
 

@@ -1,7 +1,7 @@
-"""Samples in the formats of other projects, rewritten into the annotation format.
+"""Converts samples in the formats of other projects into the annotation format.
 
-ms-swift, LLaMA-Factory and TRL put placeholders into texts and the files into lists beside the messages; ShareGPT and
-LLaVA have `conversations`; Qwen and transformers put a path where the annotation format has an object.
+ms-swift, LLaMA-Factory and TRL have placeholders in texts and lists of files beside the messages. ShareGPT and LLaVA
+have `conversations`. Qwen and transformers have a path where the annotation format has an object.
 """
 
 import re
@@ -16,12 +16,12 @@ _MEDIA = ("video", "image")
 _LISTS = ("video", "videos", "image", "images")
 _SOURCES = ("video_file", "image_file", "frames")
 _SOUNDS = ("audio", "audios")
-# Keys that would name a medium beside messages, if any program read them there.
+# Keys that name a medium in other places; beside messages they are an error.
 _LOOSE = (
     *("video_file", "image_file", "video_path", "image_path", "video_url", "image_url", "frames", "media"),
     *("video_paths", "image_paths", "video_list", "image_list"),
 )
-# Keys that would choose frames or sizes, if any program read them beside a list of files.
+# Keys of an item that choose frames or sizes; beside a list of files they are an error.
 _CHOICES = (
     *("video_start", "video_end", "start_time", "end_time", "start_frame", "end_frame", "fps", "nframes"),
     *("frame_indices", "time_indices", "max_pixels", "min_pixels", "total_pixels"),
@@ -33,14 +33,14 @@ _REMEDY = (
     'Videos and images beside the messages are "videos" and "images", each a path or an object with the keys of an '
     "item; sounds are not supported."
 )
-# Keys of an item of the annotation format that say nothing about its image or video.
+# Keys of an item of the annotation format that do not describe its image or video.
 _ITEM_KEYS = ("type", "text", "reference", "chosen", "rejected", "num_vision_tokens")
 # A line break around a placeholder separates it from the text; the prompts that the models were trained on have none.
 _PLACEHOLDER = re.compile(r"\n?<(video|image)>\n?")
 
 
 def is_conversation(sample: Any) -> bool:
-    """Whether a sample has messages, in whatever format."""
+    """Returns whether a sample has messages, in any of the formats."""
     if not isinstance(sample, Mapping):
         return False
     preference = isinstance(sample.get("prompt"), list) and sample.get("input") is None
@@ -48,14 +48,14 @@ def is_conversation(sample: Any) -> bool:
 
 
 def normalize_sample(sample: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The sample in the annotation format, which `read_messages` checks; the sample itself if it has no messages.
+    """Returns the sample in the annotation format, which `read_messages` checks, or the sample itself without messages.
 
-    Images and videos that lists such as `videos` name take the places of `<video>` and `<image>` in the user's texts,
-    and of items without a file. Without any such place they come before the first message of the user. A text beside
-    items with files is plain text, whatever it contains, unless there are such lists.
+    Images and videos in lists such as `videos` replace `<video>` and `<image>` in the user's texts, and items without
+    a file. Without such places, they are inserted before the text of the user's first message. Without such lists,
+    placeholders in a message that has items with files are plain text.
 
     Raises:
-        InputError: a medium has no place, a text asks for one that is not there, or a key is not read where it is.
+        InputError: a medium lacks a place, a place lacks a medium, or a key is in a place where it is not read.
     """
     if not is_conversation(sample):
         return sample
@@ -68,12 +68,12 @@ def normalize_sample(sample: Mapping[str, Any]) -> Mapping[str, Any]:
     visuals = list(_visuals(messages))
     listed = any(_has(sample, key) for key in _LISTS)
     unread = (*_SOUNDS, *(() if visuals else _LOOSE), *(_CHOICES if listed else ()))
-    unused = [key for key in unread if _has(sample, key)]
-    if unused:
-        raise InputError(f'{_name(sample)} has "{unused[0]}" beside its messages, which is not read. {_REMEDY}')
-    kept = {key: value for key, value in sample.items() if key not in _LISTS}
+    unread = [key for key in unread if _has(sample, key)]
+    if unread:
+        raise InputError(f'{_name(sample)} has "{unread[0]}" beside its messages, which is not read. {_REMEDY}')
+    others = {key: value for key, value in sample.items() if key not in _LISTS}
     config = _pixel_limits(visuals, sample.get("image_processing_config"))
-    return {**kept, "messages": messages, **({"image_processing_config": config} if config else {})}
+    return {**others, "messages": messages, **({"image_processing_config": config} if config else {})}
 
 
 def _has(value: Mapping[str, Any], key: str) -> bool:
@@ -82,28 +82,28 @@ def _has(value: Mapping[str, Any], key: str) -> bool:
 
 
 def _name(sample: Mapping[str, Any]) -> str:
-    known = _first(sample, "id", "idx")
-    return "The sample" if known is None else f"The sample {known!r:.100}"
+    identifier = _first(sample, "id", "idx")
+    return "The sample" if identifier is None else f"The sample {identifier!r:.100}"
 
 
 def _with_messages(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The sample with its conversation as `messages`, a system prompt beside it among them."""
+    """Returns the sample with its conversation as `messages`, including a system prompt beside it."""
     keys = [key for key in ("messages", "conversations") if sample.get(key) is not None] or ["prompt"]
     if len(keys) > 1:
         raise InputError(f"{_name(sample)} has both messages and conversations. Keep one of them.")
     messages, system = sample[keys[0]], sample.get("system")
-    kept = {key: value for key, value in sample.items() if key not in ("messages", "conversations", keys[0])}
+    others = {key: value for key, value in sample.items() if key not in ("messages", "conversations", keys[0])}
     if isinstance(system, str) and system and isinstance(messages, list | tuple):
         messages = [{"role": "system", "content": system}, *messages]
-        del kept["system"]
-    return {**kept, "messages": messages}
+        del others["system"]
+    return {**others, "messages": messages}
 
 
 def _with_preference(sample: dict[str, Any]) -> dict[str, Any]:
-    """The sample with its two answers in the last message: `rejected_response`, or `chosen` and `rejected`."""
+    """Moves two answers, in `rejected_response` or in `chosen` and `rejected`, into the last message of the sample."""
     for key in ("rejected_messages", "rejected_images", "rejected_videos"):
         if _has(sample, key):
-            raise InputError(f'{_name(sample)} has "{key}". Give the rejected answer alone, as "rejected_response".')
+            raise InputError(f'{_name(sample)} has "{key}". Pass only the rejected answer, as "rejected_response".')
     messages, text, origin = list(sample["messages"]), "", sample.get("chosen")
     if sample.get("rejected_response") is not None:
         origin = last = messages.pop()
@@ -115,18 +115,18 @@ def _with_preference(sample: dict[str, Any]) -> dict[str, Any]:
         return sample
     if not all(isinstance(answer, str) for answer in pair.values()) or not messages or _role(messages[-1]) != "user":
         raise InputError(
-            f"{_name(sample)} has preferences that are not two answers to its last question. Give the messages up to "
+            f"{_name(sample)} has preferences that are not two answers to its last question. Pass the messages up to "
             'the question, and "chosen" and "rejected" as one text or one message each; or all messages, and '
             '"rejected_response" as one text.'
         )
     masks = {key: origin[key] for key in ("loss", "train", "weight") if isinstance(origin, Mapping) and key in origin}
     answer = {**masks, "role": "assistant", "content": [{"type": "text", "text": text, **pair}]}
-    kept = {key: value for key, value in sample.items() if key not in ("chosen", "rejected", "rejected_response")}
-    return {**kept, "messages": [*messages, answer]}
+    others = {key: value for key, value in sample.items() if key not in ("chosen", "rejected", "rejected_response")}
+    return {**others, "messages": [*messages, answer]}
 
 
 def _answer_text(answer: Any) -> Any:
-    """The text of an answer: itself, that of a message, or of a list of one message."""
+    """Returns the text of an answer, which is a text, a message, or a list of one message."""
     if isinstance(answer, list | tuple) and len(answer) == 1:
         answer = answer[0]
     if isinstance(answer, Mapping):
@@ -136,7 +136,7 @@ def _answer_text(answer: Any) -> Any:
 
 
 def _first(value: Mapping[str, Any], *keys: str) -> Any:
-    """The value of the first key that has one; Arrow gives all messages of a file the same keys."""
+    """Returns the first value that is not None. Arrow stores all keys for every message of a file, many with None."""
     return next((value[key] for key in keys if value.get(key) is not None), None)
 
 
@@ -146,7 +146,7 @@ def _role(message: Any) -> Any:
 
 
 def _read_turn(message: Any, where: str) -> Any:
-    """A message with the keys of the annotation format; what is no message stays for `read_messages`."""
+    """Returns a message with the keys of the annotation format. `read_messages` rejects values of other types."""
     if not isinstance(message, Mapping):
         return message
     for key in (*_LISTS, *_SOUNDS, *_LOOSE):
@@ -157,8 +157,8 @@ def _read_turn(message: Any, where: str) -> Any:
         content = [content]
     if isinstance(content, list | tuple):
         content = [_read_item(item, f"{where}.content[{i}]") for i, item in enumerate(content)]
-    kept = {key: value for key, value in message.items() if key not in ("from", "value", "train", "weight")}
-    turn = {**kept, "role": _role(message), "content": content}
+    others = {key: value for key, value in message.items() if key not in ("from", "value", "train", "weight")}
+    turn = {**others, "role": _role(message), "content": content}
     loss = _first(message, "train", "weight")
     if loss is not None and turn.get("loss") is None:
         turn["loss"] = bool(loss) if loss in (0, 1) else loss
@@ -166,34 +166,34 @@ def _read_turn(message: Any, where: str) -> Any:
 
 
 def _read_item(item: Any, where: str) -> Any:
-    """An item with its image or video as an object, which is empty if it names no file."""
+    """Returns an item with its image or video as an object, which is empty if the item does not name a file."""
     if not isinstance(item, Mapping) or not isinstance(item.get("type"), str):
         return item
     kind = _URLS.get(item["type"], item["type"])
     if kind not in _MEDIA:
-        lost = [key for key in (*_MEDIA, *_LOOSE) if _has(item, key)]
-        if kind == "text" and lost:
-            raise InputError(f'{where} has the type text, and "{lost[0]}" too. Make two items of it.')
+        media = [key for key in (*_MEDIA, *_LOOSE) if _has(item, key)]
+        if kind == "text" and media:
+            raise InputError(f'{where} has the type text and also "{media[0]}". Split it into two items.')
         return item
     if _has(item, "text"):
-        raise InputError(f"{where} has the type {item['type']}, and a text too. Make two items of it.")
-    given = {key: value for key, value in item.items() if value is not None and key not in _ITEM_KEYS}
-    value = given.pop(item["type"], None)
+        raise InputError(f"{where} has the type {item['type']} and also a text. Split it into two items.")
+    options = {key: value for key, value in item.items() if value is not None and key not in _ITEM_KEYS}
+    value = options.pop(item["type"], None)
     if not isinstance(value, Mapping):
         value = {} if value is None else _source(value, kind)
-    kept = {key: v for key, v in item.items() if key in _ITEM_KEYS}
-    return {**kept, "type": kind, kind: _rename([*value.items(), *given.items()], kind, where)}
+    others = {key: v for key, v in item.items() if key in _ITEM_KEYS}
+    return {**others, "type": kind, kind: _rename([*value.items(), *options.items()], kind, where)}
 
 
 def _source(value: Any, kind: str) -> dict[str, Any]:
-    """The object of a bare source: a path or an address, pictures in memory, or a list of frames."""
+    """Returns the object for a bare source: a path or a URL, pictures in memory, or a list of frames."""
     if isinstance(value, str | Path):
         return {f"{kind}_file": value}
     return {"frames": value}
 
 
 def _rename(pairs: Iterable[tuple[str, Any]], kind: str, where: str) -> dict[str, Any]:
-    """The object of an image or video with the keys that the annotation format has for them."""
+    """Returns the object of an image or video with the keys of the annotation format."""
     keys: dict[str, Any] = {}
     for key, value in pairs:
         name = f"{kind}_file" if key in ("path", "url") else _ALIASES.get(key, key)
@@ -205,25 +205,25 @@ def _rename(pairs: Iterable[tuple[str, Any]], kind: str, where: str) -> dict[str
 
 
 def _path(source: Any) -> Any:
-    """The source with file:// addresses as paths."""
+    """Returns the source with file:// URLs as paths."""
     if isinstance(source, list | tuple):
         return [_path(frame) for frame in source]
     return source.removeprefix("file://") if isinstance(source, str) else source
 
 
 def _listed(sample: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
-    """The objects of the images or videos that a list, or a single one, beside the messages names."""
+    """Returns the objects of the images or videos that are named beside the messages, in a list or singly."""
     keys = [key for key in (kind, f"{kind}s") if _has(sample, key)]
     if len(keys) > 1:
         raise InputError(f'{_name(sample)} has both "{kind}" and "{kind}s". Keep one of them.')
-    given = sample[keys[0]] if keys else []
-    given = given if isinstance(given, list | tuple) else [given]
-    items = [{**value, "type": kind} if isinstance(value, Mapping) else {"type": kind, kind: value} for value in given]
+    values = sample[keys[0]] if keys else []
+    values = values if isinstance(values, list | tuple) else [values]
+    items = [{**value, "type": kind} if isinstance(value, Mapping) else {"type": kind, kind: value} for value in values]
     return [_read_item(item, f"{keys[0]}[{i}]")[kind] for i, item in enumerate(items)]
 
 
 def _visuals(messages: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """The items for images and videos."""
+    """Yields the items with images and videos."""
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
         for item in content if isinstance(content, list) else ():
@@ -232,7 +232,7 @@ def _visuals(messages: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _fill(messages: list[Any], files: Mapping[str, list[dict[str, Any]]], name: str) -> list[Any]:
-    """The messages with the listed images and videos in their places, in order.
+    """Returns the messages with the listed images and videos in their places, in order.
 
     Raises:
         InputError: there are more or fewer places than files.
@@ -240,18 +240,18 @@ def _fill(messages: list[Any], files: Mapping[str, list[dict[str, Any]]], name: 
     lists = any(files.values())
     messages = [m if _has_visual(m) and not lists else _with_places(m) for m in messages]
     visuals = list(_visuals(messages))
-    for kind, given in files.items():
+    for kind, listed in files.items():
         places = [item for item in visuals if item["type"] == kind and not item[kind]]
         own = [item[kind] for item in visuals if item["type"] == kind and item[kind]]
-        if len(places) == len(given):
-            for item, value in zip(places, given, strict=True):
+        if len(places) == len(listed):
+            for item, value in zip(places, listed, strict=True):
                 item[kind] = value
         elif not places and not own:
-            messages = _put_first([{"type": kind, kind: value} for value in given], messages, name)
-        elif places or not _are_same(given, own, f"{kind}_file"):
+            messages = _put_first([{"type": kind, kind: value} for value in listed], messages, name)
+        elif places or not _are_same(listed, own, f"{kind}_file"):
             raise InputError(
-                f'{name}: the number of files in "{kind}s" is {len(given)}, but {len(places)} places need one: each '
-                f"<{kind}> in a text of the user, and each {kind} item without a file. Mend the texts or the list."
+                f'{name}: the number of files in "{kind}s" is {len(listed)}, but {len(places)} places need one: each '
+                f"<{kind}> in a text of the user, and each {kind} item without a file. Correct the texts or the list."
             )
     return messages
 
@@ -261,7 +261,7 @@ def _has_visual(message: Any) -> bool:
 
 
 def _with_places(message: Any) -> Any:
-    """A message of the user with an item without a file for each placeholder in its texts."""
+    """Returns a message of the user with each placeholder in its texts replaced by an item without a file."""
     content = message.get("content") if _role(message) == "user" else None
     items = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(items, list) or not any(_PLACEHOLDER.search(_text(item)) for item in items):
@@ -270,7 +270,7 @@ def _with_places(message: Any) -> Any:
 
 
 def _split(item: Any) -> list[Any]:
-    """The texts and the items without a file that a text with placeholders consists of."""
+    """Splits a text with placeholders into texts and items without a file."""
     if not _PLACEHOLDER.search(_text(item)):
         return [item]
     parts = enumerate(_PLACEHOLDER.split(item["text"]))  # text, kind, text, ...
@@ -282,28 +282,28 @@ def _text(item: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _are_same(given: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], key: str) -> bool:
-    """Whether a list names the files that the messages have anyway."""
-    files = [value.get(key) for value in given]
+def _are_same(listed: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Returns whether a list names the same files as the messages."""
+    files = [value.get(key) for value in listed]
     return None not in files and files == [value.get(key) for value in own]
 
 
 def _put_first(items: list[Any], messages: list[Any], name: str) -> list[Any]:
-    """The messages with items before the text of the user's first one, where ms-swift puts them."""
+    """Returns the messages with `items` before the text of the user's first message, as in ms-swift."""
     for i, message in enumerate(messages):
         if _role(message) == "user":
             content = message["content"]
             content = [{"type": "text", "text": content}] if isinstance(content, str) else content
             if isinstance(content, list):
                 return [*messages[:i], {**message, "content": [*items, *content]}, *messages[i + 1 :]]
-    raise InputError(f"{name} has images or videos, but no message of the user to show them in. Add one.")
+    raise InputError(f"{name} has images or videos, but no message of the user to put them in. Add one.")
 
 
 def _pixel_limits(visuals: Sequence[dict[str, Any]], config: Any) -> Any:
-    """The image_processing_config with the limits that the items gave until now.
+    """Moves the pixel limits of the items into the image_processing_config and returns it.
 
     Raises:
-        InputError: the limits differ, as one pair of them serves the whole sample.
+        InputError: the limits differ; one pair of limits applies to the whole sample.
     """
     objects = [item[item["type"]] for item in visuals]
     for key in _PIXELS:
@@ -313,8 +313,8 @@ def _pixel_limits(visuals: Sequence[dict[str, Any]], config: Any) -> Any:
         config = {} if config is None else config
         if not isinstance(config, Mapping) or any(limit != config.get(key, limits[0]) for limit in limits):
             raise InputError(
-                f"{key} is not the same for all images and videos of the sample, which share one. Give each the same, "
-                f'or give "image_processing_config": {{"{key}": ...}} beside the messages alone.'
+                f"{key} differs between the images and videos of the sample, which share one. Set each to the same, "
+                f'or set only "image_processing_config": {{"{key}": ...}} beside the messages.'
             )
         config = {**config, key: limits[0]}
     return config

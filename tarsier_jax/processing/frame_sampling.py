@@ -1,6 +1,6 @@
-"""Which frames of a clip the model sees: samplers, the share of each clip of a sample, and indices from an annotation.
+"""Selects the frames of a clip: samplers, the number of frames per clip of a sample, and indices from an annotation.
 
-The numbers are those of the original processor; they are plain Python so that rounding is the same too.
+The results equal those of the original processor. The arithmetic is plain Python, so rounding is the same.
 """
 
 import itertools
@@ -13,11 +13,11 @@ from tarsier_jax.errors import InputError
 
 SAMPLERS = ("v1", "v2")
 _BOUNDS = ("start_time", "start_frame", "end_time", "end_frame")
-_TICK = 1e-6  # seconds by which timestamps are rounded
+_TICK = 1e-6  # seconds of tolerance for rounded timestamps
 
 
 def sample_uniform(length: int, n: int) -> list[int]:
-    """Sampler v1: n of `length` frames, evenly spaced, the first and the last among them; all if there are fewer."""
+    """Sampler v1: n of `length` frames, evenly spaced, including the first and the last; all frames if length <= n."""
     if n == 1:
         return [0]
     if length <= n:
@@ -26,7 +26,7 @@ def sample_uniform(length: int, n: int) -> list[int]:
 
 
 def sample_segments(length: int, n: int, rng: np.random.Generator | None = None) -> list[int]:
-    """Sampler v2: one frame of each of n equal segments: the middle one, or with `rng` a random one."""
+    """Sampler v2: one frame per segment of n equal segments, the middle one, or a random one with `rng`."""
     if length <= n:
         return list(range(length))
     size, longer = divmod(length, n)  # the first `longer` segments have one frame more
@@ -40,19 +40,19 @@ def sample_segments(length: int, n: int, rng: np.random.Generator | None = None)
 def allocate_frames(
     videos: Sequence[Mapping[str, Any]], n_images: int, n_frames: int, max_n_frames: int, divisor: int = 1
 ) -> list[int]:
-    """How many frames each video item of one sample may show.
+    """Returns the maximum number of frames of each video item of one sample.
 
-    Videos with `frame_indices` or `time_indices` take what they list, images take one each. The others start from
-    `min_n_frames` (with `fps`: from max_n_frames) and grow by turns until the sample has n_frames, then shrink by
-    turns while it has more than max_n_frames; at last they are rounded up to a multiple of `divisor`.
+    Videos with `frame_indices` or `time_indices` use the listed frames, images use one each. The other videos start
+    from `min_n_frames` (with `fps`: from max_n_frames). They grow in turn until the sample has n_frames, then shrink
+    in turn while it has more than max_n_frames. Finally they are rounded up to a multiple of `divisor`.
 
     Raises:
-        InputError: a video is left without a frame.
+        InputError: a video has fewer than one frame.
     """
-    counts = [_frames_asked(video, max_n_frames) for video in videos]
+    counts = [_initial_count(video, max_n_frames) for video in videos]
     flexible = [i for i, video in enumerate(videos) if not _listed(video)]
     total = sum(counts) + n_images
-    # Each turn counts even after the goal is met: so did the original, and its shares depend on it.
+    # A round is completed even after the goal is reached, as in the original. The results depend on it.
     while flexible and total < n_frames:
         for i in flexible:
             counts[i] += total < n_frames
@@ -65,8 +65,8 @@ def allocate_frames(
         counts[i] += -counts[i] % divisor
     if any(count < 1 for count in counts):
         raise InputError(
-            f"{len(videos)} videos and {n_images} images share {n_frames} frames (at most {max_n_frames}), which "
-            "leaves a video without any. Raise n_frames and max_n_frames, or put fewer visuals into one sample."
+            f"{len(videos)} videos and {n_images} images share {n_frames} frames (at most {max_n_frames}), so one "
+            "video has none. Raise n_frames and max_n_frames, or put fewer visuals into one sample."
         )
     return counts
 
@@ -81,42 +81,48 @@ def select_frames(
     name: str = "the clip",
     times: np.ndarray | None = None,
 ) -> list[int]:
-    """Frame indices that a video item of an annotation asks for.
+    """Returns the frame indices that a video item of an annotation selects.
 
-    `frame_indices`, `time_indices` (seconds) and `fps` (frames a second to take; if that makes more than n, n evenly
-    spaced ones) exclude each other. `start_frame`/`end_frame`, or `start_time`/`end_time` in seconds, bound what is
-    sampled, both ends included; an end past the last frame means the last frame.
+    `frame_indices`, `time_indices` (in seconds) and `fps` exclude each other. `fps` selects that many frames per
+    second, or n evenly spaced frames if that is fewer. `start_frame`/`end_frame`, or `start_time`/`end_time` in
+    seconds, are the inclusive bounds of the sampled range. An end past the last frame means the last frame.
 
-    Seconds count from the first frame. Where frames come at a constant rate, they mean the nearest frame, as in the
-    original; elsewhere, the frame that is on the screen.
+    Seconds count from the first frame. At a constant rate they select the nearest frame, as in the original; otherwise
+    the frame that is displayed at that time.
 
     Args:
-        length: frames in the clip.  rate: its frames a second, None if it has none.  n: frames to take.
-        times: the time of each frame in seconds, (length,), increasing; None for a constant rate.
+        item: The video object of the annotation.
+        length: Number of frames in the clip.
+        rate: Frames per second of the clip, or None if its frames do not have times.
+        n: Number of frames to sample.
+        sampler: One of SAMPLERS.
+        rng: Random generator of sampler v2; None takes the middle of each segment.
+        name: Name of the clip in errors.
+        times: Time of each frame in seconds, (length,), increasing; None for a constant rate.
 
     Raises:
-        InputError: seconds are given for a clip without a frame rate, or the frames asked for are not in the clip.
+        InputError: seconds are used for a clip without a frame rate, or selected frames are not in the clip.
     """
-    given = [key for key in ("frame_indices", "time_indices", "fps") if item.get(key) is not None]
-    if len(given) > 1:
-        raise InputError(f"{name}: {' and '.join(given)} are both given. Keep one of them.")
+    selections = [key for key in ("frame_indices", "time_indices", "fps") if item.get(key) is not None]
+    if len(selections) > 1:
+        raise InputError(f"{name} has both {' and '.join(selections)}. Keep one of them.")
     _check_bounds(item, name)
     if rate is None and any(item.get(key) is not None for key in ("time_indices", "fps", "start_time", "end_time")):
         raise InputError(
-            f"{name} has no frame rate, so that times and fps mean nothing. Use frame_indices, start_frame, end_frame."
+            f"{name} does not have a frame rate, which times and fps need. Use frame_indices, start_frame, end_frame."
         )
     if times is not None and _is_constant(times, rate or 0):
         times = None
     if _listed(item):
         listed = item.get("frame_indices")
         indices = [_frame_at(s, rate, times) for s in item["time_indices"]] if listed is None else listed
-        return _check_listed(list(indices), length, f"{name} ({given[0]} {str(item[given[0]])[:60]})")
+        return _check_listed(list(indices), length, f"{name} ({selections[0]} {str(item[selections[0]])[:60]})")
     start, end = _bounds(item, length, rate, times)
     span = end - start + 1
     if not 0 <= start < length or span < 1:
         raise InputError(
-            f"{name} has frames 0 to {length - 1}, but {start} to {end} are asked for ({_window(item)}). "
-            "Mend the start and end."
+            f"{name} has frames 0 to {length - 1}, but {start} to {end} are selected ({_window(item)}). "
+            "Correct the start and end."
         )
     if item.get("fps") is not None:
         every = _every(start, end, item["fps"], rate or 0, times)
@@ -131,9 +137,9 @@ def _check_bounds(item: Mapping[str, Any], name: str) -> None:
     bounds = [key for key in _BOUNDS if item.get(key) is not None]
     for side in ("start", "end"):
         if {f"{side}_time", f"{side}_frame"} <= set(bounds):
-            raise InputError(f"{name}: {side}_time and {side}_frame are both given. Keep one of them.")
+            raise InputError(f"{name} has both {side}_time and {side}_frame. Keep one of them.")
     if bounds and _listed(item):
-        raise InputError(f"{name}: {bounds[0]} has no meaning where single frames are listed. Leave it out.")
+        raise InputError(f"{name}: {bounds[0]} cannot be combined with a list of frames. Remove it.")
 
 
 def _window(item: Mapping[str, Any]) -> str:
@@ -144,7 +150,7 @@ def _listed(video: Mapping[str, Any]) -> bool:
     return video.get("frame_indices") is not None or video.get("time_indices") is not None
 
 
-def _frames_asked(video: Mapping[str, Any], max_n_frames: int) -> int:
+def _initial_count(video: Mapping[str, Any], max_n_frames: int) -> int:
     for key in ("frame_indices", "time_indices"):
         if video.get(key) is not None:
             return len(video[key])
@@ -154,12 +160,12 @@ def _frames_asked(video: Mapping[str, Any], max_n_frames: int) -> int:
 
 
 def _is_constant(times: np.ndarray, rate: float) -> bool:
-    """Whether the frame nearest to any time is the one that the rate says."""
+    """Returns whether the nearest frame to every time follows from the rate alone."""
     return bool(np.all(np.abs(times * rate - np.arange(len(times))) < 0.5))
 
 
 def _frame_at(seconds: float, rate: float | None, times: np.ndarray | None) -> int:
-    """The index of the frame at a time. Past the last frame, it counts on at the clip's rate."""
+    """Returns the index of the frame at a time. Past the last frame, the index continues at the clip's rate."""
     if times is None or seconds < 0:
         return round(float(seconds) * (rate or 0))
     if seconds > times[-1]:
@@ -168,10 +174,10 @@ def _frame_at(seconds: float, rate: float | None, times: np.ndarray | None) -> i
 
 
 def _every(start: int, end: int, fps: float, rate: float, times: np.ndarray | None) -> list[int]:
-    """The frames from `start` to `end`, thinned out to `fps` a second."""
+    """Returns the frames from `start` to `end`, subsampled to `fps` frames per second."""
     if times is None:
         return list(range(start, end + 1, max(1, round(rate / fps))))
-    # A frame is taken if a multiple of 1 / fps falls into the time for which it is on the screen.
+    # A frame is selected if it is displayed at a multiple of 1 / fps.
     edges = np.append(times[start : end + 1], times[end] + 1 / rate) - times[start]
     ticks = np.ceil((edges - _TICK) * fps)
     return (start + np.flatnonzero(ticks[:-1] < ticks[1:])).tolist()
@@ -188,12 +194,12 @@ def _bounds(item: Mapping[str, Any], length: int, rate: float | None, times: np.
 
 def _check_listed(listed: list[Any], length: int, name: str) -> list[int]:
     if any(i != int(i) for i in listed):
-        raise InputError(f"{name}: frame_indices are whole numbers. Mend them, or give seconds as time_indices.")
+        raise InputError(f"{name}: frame_indices must be whole numbers. Round them, or use time_indices for seconds.")
     indices = [length - 1 if i == length else int(i) for i in listed]  # the duration means the last frame
     outside = [i for i in indices if not 0 <= i < length]
     if outside or not indices:
         raise InputError(
-            f"{name} has frames 0 to {length - 1}, but {outside or 'none'} are asked for. "
-            "Mend the frame_indices or time_indices."
+            f"{name} has frames 0 to {length - 1}, but {outside or 'none'} are selected. "
+            "Correct the frame_indices or time_indices."
         )
     return indices

@@ -1,7 +1,7 @@
-"""Resizing images and cutting them into the patches that the vision tower takes.
+"""Resizes images and splits them into the patches of the vision tower.
 
 The original resizes twice: first to its pixel budget, then Qwen2-VL's image processor resizes to whole patches within
-limits of its own. Both are bicubic with PIL, and both are kept, because one resize gives other pixels.
+its own limits. Both are bicubic with PIL. Both are needed, because a single resize changes the pixels.
 """
 
 import dataclasses
@@ -19,15 +19,24 @@ from tarsier_jax.config import VisionConfig
 from tarsier_jax.errors import CheckpointError, InputError
 
 _MAX_ASPECT = 200
-_BICUBIC = 3  # PIL's number, as preprocessor_config.json has it
+_BICUBIC = 3  # PIL's number, used in preprocessor_config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """What a checkpoint's preprocessor_config.json fixes. The defaults are those of the released Tarsier2 models.
+    """The options in a checkpoint's preprocessor_config.json. The defaults are those of the released Tarsier2 models.
 
-    double_frames: every frame of a video is a temporal patch of its own. A checkpoint that was trained on temporal
-    patches of consecutive frames says false; the key is this project's, others do not have it.
+    Attributes:
+        min_pixels: Minimum area of a resized image.
+        max_pixels: Maximum area of a resized image.
+        patch_size: Height and width of a patch in pixels.
+        merge_size: Patches per side that are merged into one token.
+        temporal_patch_size: Frames per temporal patch.
+        rescale: Factor of pixel values.
+        mean: Mean per channel of rescaled values.
+        std: Standard deviation per channel of rescaled values.
+        double_frames: Whether every frame of a video fills its own temporal patch. False for a checkpoint that was
+            trained on temporal patches of consecutive frames. Only this project writes this key.
     """
 
     min_pixels: int = 56 * 56
@@ -42,15 +51,15 @@ class ImageOptions:
 
     @property
     def factor(self) -> int:
-        """Height and width of a resized image are multiples of this many pixels."""
+        """Divisor in pixels of the height and width of a resized image."""
         return self.patch_size * self.merge_size
 
 
 def load_image_options(directory: str | Path, vision: VisionConfig) -> ImageOptions:
-    """Reads preprocessor_config.json, or the `image_processor` of processor_config.json where transformers 5 puts it.
+    """Reads preprocessor_config.json, or the `image_processor` of processor_config.json, which transformers 5 writes.
 
     Raises:
-        CheckpointError: the file cannot be read, contradicts config.json, or asks for other steps than Qwen2-VL's.
+        CheckpointError: the file cannot be read, contradicts config.json, or has other steps than Qwen2-VL's.
     """
     default = ImageOptions(
         patch_size=vision.patch_size,
@@ -66,7 +75,11 @@ def load_image_options(directory: str | Path, vision: VisionConfig) -> ImageOpti
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no such file. Raises CheckpointError for anything else."""
+    """Returns the object in a JSON file, or None if the file does not exist.
+
+    Raises:
+        CheckpointError: the file cannot be read, or contains another value than an object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -74,31 +87,34 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{path} cannot be read as JSON ({e}). Download the file again.") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} contains no JSON object. Download the file again.")
+        raise CheckpointError(f"{path} does not contain a JSON object. Download the file again.")
     return content
 
 
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int, name: str = "The image"
 ) -> tuple[int, int]:
-    """Height and width, multiples of `factor`, near the given ones, of min_pixels to max_pixels in all.
+    """Returns the nearest height and width that are multiples of `factor` with an area of min_pixels to max_pixels.
 
-    Source: HF qwen2_vl.image_processing_qwen2_vl.smart_resize as of transformers 4.47, which also refuses a side
-    shorter than `factor`.
+    Source: HF qwen2_vl.image_processing_qwen2_vl.smart_resize of transformers 4.47, which also rejects a side shorter
+    than `factor`.
+
+    Args:
+        name: Start of the error message.
 
     Raises:
-        InputError: a side is shorter than `factor`, or one is more than 200 times the other. `name` begins it.
+        InputError: a side is shorter than `factor`, or one is more than 200 times the other.
     """
     if min(height, width) < 1 or max(height, width) > _MAX_ASPECT * min(height, width):
         raise InputError(
             f"{name} is {width} x {height} pixels: one side is more than {_MAX_ASPECT} times the other. Crop it."
         )
     if min(height, width) < factor:
-        needed = math.ceil(height * width * (factor / min(height, width)) ** 2)
+        area = math.ceil(height * width * (factor / min(height, width)) ** 2)
         raise InputError(
             f"{name} is {width} x {height} pixels after fitting the pixel budget; each side needs {factor}. Set "
-            f"min_pixels, and max_pixels if it is lower, to {needed} or more; show fewer frames if their number is "
-            "what lowers max_pixels; or crop the longer side."
+            f"min_pixels, and max_pixels if it is lower, to {area} or more; use fewer frames if their number lowers "
+            "max_pixels; or crop the longer side."
         )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -113,13 +129,13 @@ def smart_resize(
 
 
 def fit_budget(image: Image.Image, min_pixels: int, max_pixels: int, name: str = "The image") -> Image.Image:
-    """The first of the two resizes: keeps the shape of the image, brings its area within the budget."""
+    """First resize: brings the area of the image within the budget and keeps its aspect ratio."""
     height, width = smart_resize(image.height, image.width, 1, min_pixels, max_pixels, name)
     return _resize(image, height, width)
 
 
 def temporal_patches(frames: int, size: int, double: bool) -> int:
-    """How many temporal patches so many frames fill: one each if `double`, else one for every `size` of them."""
+    """Returns the number of temporal patches: one per frame if `double`, else one per `size` frames."""
     return frames if double else -(-frames // size)
 
 
@@ -129,17 +145,24 @@ def patch_frames(
     """Second resize, normalisation and patches of one visual, in the order of HF's Qwen2VLImageProcessor.
 
     Args:
-        frames: `count` RGB images; all are resized to what the first one needs.
-        double: every frame fills a temporal patch by itself. If not, consecutive frames share one, and the last
-            frame is repeated to fill up the last.
+        frames: `count` RGB images. All are resized to the size of the first one.
+        count: Number of frames.
+        options: Sizes, limits and normalisation.
+        double: Whether every frame fills its own temporal patch. Otherwise consecutive frames share one, and the last
+            frame is repeated to complete the last one.
+        name: Start of error messages.
 
     Returns:
-        float32 (N, C*T*14*14) with T frames a temporal patch, and the grid int32 (3,): time, height, width in patches.
+        float32 (N, C*T*14*14) with T frames per temporal patch, and the grid int32 (3,): time, height, width in
+        patches.
+
+    Raises:
+        InputError: `frames` is empty, or their size cannot be used (see `smart_resize`).
     """
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
-        raise InputError(f"{name} has no frames. Check its indices, and its start and end.")
+        raise InputError(f"{name} is without frames. Check its indices, and its start and end.")
     limits = options.min_pixels, options.max_pixels
     T, patch, merge, factor = options.temporal_patch_size, options.patch_size, options.merge_size, options.factor
     height, width = smart_resize(first.height, first.width, factor, *limits, name)
@@ -151,24 +174,24 @@ def patch_frames(
         if double:
             out[i] = values
         else:
-            end = T if i == count - 1 else i % T + 1  # the last frame fills what remains of its temporal patch
+            end = T if i == count - 1 else i % T + 1  # the last frame completes its temporal patch
             out[i // T, ..., i % T : end, :, :] = values
     grid = np.array([t, height // patch, width // patch], np.int32)
     return out.reshape(int(grid.prod()), -1), grid
 
 
 def _normalisation(options: ImageOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Rescaling and normalising as one multiplication and one addition, float32 (C, 1, 1) each."""
+    """Returns rescaling and normalisation as one scale and one shift, float32 (C, 1, 1) each."""
     mean, std = np.array(options.mean), np.array(options.std)
     scale, shift = options.rescale / std, -mean / std
     return scale.astype(np.float32)[:, None, None], shift.astype(np.float32)[:, None, None]
 
 
 def _normalised_patches(image: Image.Image, patch: int, merge: int, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """float32 (H/28, W/28, 2, 2, C, 14, 14): blocks of patches that the merger joins, row by row."""
+    """Returns float32 (H/28, W/28, 2, 2, C, 14, 14): blocks of patches that the merger joins, row by row."""
     rows, columns = image.height // (patch * merge), image.width // (patch * merge)
     pixels = np.asarray(image).reshape(rows, merge, patch, columns, merge, patch, 3)
-    # Transposing bytes and then converting is several times faster than the other way round.
+    # Transposing bytes before converting them is several times faster than the opposite order.
     values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 4, 6, 2, 5)).astype(np.float32)
     values *= scale
     values += shift
@@ -206,13 +229,13 @@ def _parse_options(raw: Mapping[str, Any], default: ImageOptions, path: Path) ->
         odd.append("resample")
     if odd or options.min_pixels > options.max_pixels or len(options.mean) != 3 or len(options.std) != 3:
         raise CheckpointError(
-            f"{path} asks for other steps than Qwen2-VL's ({', '.join(odd) or 'sizes, mean or std'}), which are not "
+            f"{path} has other steps than Qwen2-VL's ({', '.join(odd) or 'sizes, mean or std'}), which are not "
             "supported. Copy the file from the released model again."
         )
     return options
 
 
 def _limit(raw: Mapping[str, Any], name: str, edge: str) -> Any:
-    """A limit may stand at the top level, or in `size` under an old or a new name."""
+    """Returns a limit, which is at the top level, or in `size` under an old or a new name."""
     size = raw.get("size") or {}
     return next((v for v in (raw.get(name), size.get(name), size.get(edge)) if v is not None), None)

@@ -1,4 +1,4 @@
-"""Reading picture files and animations, as an image viewer shows them.
+"""Reads picture files and animations as an image viewer shows them.
 
 Pictures are turned upright, transparency is flattened over white, and values of any bit depth are scaled to 8 bits.
 """
@@ -60,15 +60,15 @@ def load_image(source: str | Path | Image.Image | np.ndarray) -> Frame:
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3 or source.size == 0:
             raise InputError(
-                f"A frame in memory is an array {source.dtype} {source.shape}. Give uint8 arrays of shape (H, W, 3)."
+                f"A frame in memory is an array {source.dtype} {source.shape}. Pass uint8 arrays of shape (H, W, 3)."
             )
         return Image.fromarray(source)
     if not isinstance(source, str | Path):
-        raise InputError(f"{source!r} is no image. Give a path, a PIL image, or a uint8 array of shape (H, W, 3).")
+        raise InputError(f"{source!r} is not an image. Pass a path, a PIL image, or a uint8 array of shape (H, W, 3).")
     check_file(source)
     if kind_of(source) == "video":
         raise InputError(
-            f"{source} is a video where an image belongs. Use a video item, or video_file with frame_indices."
+            f"{source} is a video instead of an image. Use a video item, or video_file with frame_indices."
         )
     with _opened(Path(source)) as (image, _):
         if _is_animated(image):
@@ -108,7 +108,7 @@ def is_animation(path: str | Path) -> bool:
 
 
 def as_shown(image: Image.Image) -> Frame:
-    """Returns a picture as RGB, as an image viewer shows it. The frame has no metadata; `image` does not change."""
+    """Returns a picture as RGB, as an image viewer shows it. Metadata is dropped; `image` does not change."""
     image.load()
     frame = _to_srgb(image, _flattened(image))
     try:
@@ -116,12 +116,12 @@ def as_shown(image: Image.Image) -> Frame:
     except Exception:  # Pillow raises errors of many kinds for broken Exif data, but the pixels are sound
         turn = None
     frame = frame if turn is None else frame.transpose(turn)
-    frame.info.clear()  # or a second reading of the frame would turn it again
+    frame.info.clear()  # otherwise a second reading of the frame would rotate it again
     return frame
 
 
 def _flattened(image: Image.Image) -> Frame:
-    """RGB, 8 bits, over white. An opaque picture of 8 bits is as `convert("RGB")` returns it."""
+    """Returns RGB, 8 bits, over white. An opaque picture of 8 bits equals the result of `convert("RGB")`."""
     if image.mode in _DEEP_MODES:
         image = _scaled(image)
     elif image.mode == "La":
@@ -138,7 +138,7 @@ def _flattened(image: Image.Image) -> Frame:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Grey levels of more than 8 bits as 8 bits: mode "L", or "LA" if one level is transparent."""
+    """Scales grey levels of more than 8 bits to 8 bits: mode "L", or "LA" if one level is transparent."""
     values = np.asarray(image)
     tags: Any = getattr(image, "tag_v2", {})  # of a TIFF file
     if image.mode == "I" and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1 if tags else 2,))[0] == 1:
@@ -154,7 +154,7 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 def _levels(values: np.ndarray, bits: int) -> np.ndarray:
-    """Values (H, W) scaled to uint8.
+    """Scales values (H, W) to uint8.
 
     Integers of up to 16 bits are scaled by their bit depth, which keeps the high byte, as Pillow does for colors. Files
     do not state the range of wider integers and of floats. Integers from 0 to 255 are levels, integers from 0 to 65535
@@ -176,7 +176,7 @@ def _levels(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _to_srgb(image: Image.Image, frame: Frame) -> Frame:
-    """The frame of `image` with its color profile applied; as it is without a profile or with one that is unusable."""
+    """Applies the color profile of `image` to its frame. Without a usable profile, the frame is returned unchanged."""
     profile = image.info.get("icc_profile")
     if not profile:
         return frame
@@ -193,8 +193,8 @@ def _to_srgb(image: Image.Image, frame: Frame) -> Frame:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[ImageFile.ImageFile, BinaryIO]]:
-    """A picture file, opened, and its file object. Errors within are raised as InputError."""
-    # Pillow maps some files that it opens by name into memory, and turns a TIFF of alpha and orientation wrongly then.
+    """Opens a picture file and yields it with its file object. Errors in the block are raised as InputError."""
+    # Pillow maps some files that it opens by name into memory, and then rotates a TIFF with alpha wrongly.
     with _input_errors(str(path)), path.open("rb") as file, Image.open(file) as image:
         scale = math.ceil(math.sqrt(image.width * image.height / _FULL_PIXELS))
         if scale > 1:
@@ -233,7 +233,7 @@ def _is_animated(image: Image.Image) -> bool:
 
 
 def _durations(image: Image.Image, file: BinaryIO) -> list[float]:
-    """The duration of each frame in ms, 0 for none. Decodes every frame, so that a broken one is found."""
+    """Returns the duration of each frame in ms, 0 for none. Decodes every frame to find broken ones."""
     durations = []
     with contextlib.suppress(EOFError):
         while True:

@@ -1,4 +1,4 @@
-"""JSON and JSON lines as other programs leave them: encodings, byte order marks, numbers that JSON does not have."""
+"""Reads JSON and JSON lines of other programs: encodings, byte order marks, numbers that are not valid JSON."""
 
 import json
 import math
@@ -12,10 +12,10 @@ _BOM = "\ufeff"
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; NaN and infinities, which JSON does not have, are read as Python reads them.
+    """Parses a JSON text. NaN and infinities, which are not valid JSON, are read as in Python.
 
     Args:
-        where: names the text in the error, such as "list.jsonl line 3".
+        where: Name of the text in errors, such as "list.jsonl line 3".
 
     Raises:
         InputError: the text is not JSON, or is nested too deeply.
@@ -23,16 +23,16 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text.strip().removeprefix(_BOM))
     except RecursionError:
-        raise InputError(f"{where} is no JSON that can be read: it is nested too deeply.") from None
+        raise InputError(f"{where} cannot be read as JSON: it is nested too deeply.") from None
     except ValueError as e:
-        raise InputError(f"{where} is no JSON ({e}).") from None
+        raise InputError(f"{where} is not JSON ({e}).") from None
 
 
 def to_json(value: Any, encoding: str = "utf-8") -> str:
-    """One line of valid JSON that `encoding` can represent.
+    """Returns one line of valid JSON that `encoding` can represent.
 
-    Half surrogates, which stand for bytes of a file name that are not UTF-8, become escapes; numbers that are not
-    finite become null; values that JSON does not have, such as dates, become texts.
+    Half surrogates, which represent the bytes of a file name that are not UTF-8, become escapes. Numbers that are not
+    finite become null. Values of other types, such as dates, become strings.
 
     Raises:
         RecursionError: the value is nested too deeply.
@@ -50,10 +50,10 @@ def to_json(value: Any, encoding: str = "utf-8") -> str:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a list that are not blank, each a JSON text.
+    """Yields the non-blank lines of a list, each a JSON text.
 
-    The list is JSON lines, an array, or one object over several lines; UTF-8 with or without a byte order mark, UTF-16
-    or UTF-32.
+    The list is JSON lines, an array, or one object over several lines, in UTF-8 with or without a byte order mark,
+    UTF-16 or UTF-32.
 
     Raises:
         InputError: the text is in another encoding.
@@ -68,7 +68,13 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def check_line(path: str, number: int, line: bytes, first: bool) -> None:
-    """Checks a line of annotations in UTF-8; only the first that is not blank shows an array or another encoding.
+    """Checks a line of annotations in UTF-8.
+
+    Args:
+        path: Name of the file in errors.
+        number: Number of the line.
+        line: The line.
+        first: Whether this is the first non-blank line, which shows an array or another encoding.
 
     Raises:
         InputError: the encoding is another one, or the file is a JSON array.
@@ -78,7 +84,7 @@ def check_line(path: str, number: int, line: bytes, first: bool) -> None:
         raise InputError(f"{path} has the encoding {encoding}. {_convert(path, encoding)}")
     if first and line.removeprefix(_BOM.encode()).lstrip().startswith(b"["):
         raise InputError(
-            f"{path} is a JSON array; annotations are one JSON object a line. Write it anew with "
+            f"{path} is a JSON array; annotations are one JSON object per line. Convert it with "
             f"`jq -c '.[]' {path} > lines.jsonl`."
         )
     try:
@@ -119,7 +125,7 @@ def _convert(path: str | Path, encoding: str) -> str:
 
 
 def _is_whole_line(line: str) -> bool:
-    """Whether a line is a value by itself, other than a list."""
+    """Returns whether a line is a complete value other than a list."""
     try:
         return not isinstance(parse_json(line, ""), list)
     except InputError:
@@ -127,7 +133,7 @@ def _is_whole_line(line: str) -> bool:
 
 
 def _whole_value(text: str) -> Any:
-    """The list or object that a text is as a whole, or None."""
+    """Returns the list or object that is the entire text, or None."""
     try:
         value = parse_json(text, "")
     except InputError:

@@ -1,4 +1,4 @@
-"""Disturbing the order and choice of a video's frames, so that the model describes it wrongly: DPO's rejected answers.
+"""Perturbs the order and choice of a video's frames. Descriptions of perturbed videos are DPO's rejected answers.
 
 Source: Tarsier2 (arXiv 2501.07888), section 3.3.
 """
@@ -13,24 +13,32 @@ from tarsier_jax.errors import InputError
 _PARTS = 4
 
 
-def disturb(indices: Sequence[int], kind: str | None, rng: np.random.Generator, name: str = "The video") -> list[int]:
-    """The frame indices, disturbed in one of four ways; without a `kind`, in one drawn from `rng`.
+def perturb(indices: Sequence[int], kind: str | None, rng: np.random.Generator, name: str = "The video") -> list[int]:
+    """Perturbs frame indices in one of four ways.
 
-    exchange: of four parts, as even as can be, two change places.
-    crop: as many frames as before, evenly from a random three quarters of the clip, as the original code has it; the
-    paper says half.
-    reverse: a random span of more than half of the frames, up to all, runs backwards.
-    discard: half of the frames, drawn at random, are left out; of an odd number, the larger half.
+    * exchange: two of four nearly equal parts change places.
+    * crop: the same number of frames, evenly spaced over a random three quarters of the clip, as in the original code.
+      The paper says half.
+    * reverse: a random span of more than half of the frames, up to all, is reversed.
+    * discard: a random half of the frames is removed; of an odd number, the larger half.
+
+    Args:
+        indices: Frame indices.
+        kind: One of KINDS; None draws one from `rng`.
+        rng: Random generator.
+        name: Name of the video in errors.
 
     Raises:
-        InputError: there is no such kind, or there are fewer than two frames. `name` begins the latter.
+        InputError: `kind` is unknown, or there are fewer than two frames.
     """
     if kind is None:
         kind = KINDS[rng.integers(len(KINDS))]
     if kind not in _WAYS:
-        raise InputError(f"Frames cannot be disturbed by {kind!r}. The kinds are {', '.join(KINDS)}.")
+        raise InputError(f"Frames cannot be perturbed by {kind!r}. The kinds are {', '.join(KINDS)}.")
     if len(indices) < 2:
-        raise InputError(f"{name} shows {len(indices)} frames, too few to disturb. Show two or more, or leave it out.")
+        raise InputError(
+            f"{name} has {len(indices)} frames, too few to disturb. Use two or more frames, or remove disturb."
+        )
     return _WAYS[kind](list(indices), rng)
 
 
@@ -57,8 +65,8 @@ def _reverse(indices: list[int], rng: np.random.Generator) -> list[int]:
 
 
 def _discard(indices: list[int], rng: np.random.Generator) -> list[int]:
-    kept = rng.choice(len(indices), len(indices) // 2, replace=False)
-    return [indices[i] for i in sorted(kept)]
+    positions = rng.choice(len(indices), len(indices) // 2, replace=False)
+    return [indices[i] for i in sorted(positions)]
 
 
 _WAYS: dict[str, Callable[[list[int], np.random.Generator], list[int]]] = {

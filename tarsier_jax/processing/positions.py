@@ -1,4 +1,4 @@
-"""M-RoPE: the time, height and width ids of every token."""
+"""M-RoPE position ids: time, height and width of every token."""
 
 from collections.abc import Collection
 
@@ -10,17 +10,18 @@ from tarsier_jax.errors import InputError
 def mrope_positions(
     input_ids: np.ndarray, grid_thw: np.ndarray, merge: int, placeholder_ids: Collection[int]
 ) -> np.ndarray:
-    """Position ids int32 (3, S): time, height, width.
+    """Returns position ids int32 (3, S): time, height, width.
 
-    Text counts up on all three axes at once. The tokens of a visual count frames, rows and columns of merged patches
-    from where the text before it ended; text resumes at the largest id on any axis plus one. That is the rule of the
-    original model and of transformers 4 (Qwen2VLForConditionalGeneration.get_rope_index); transformers 5 resumes at
-    the larger of height and width, whatever the number of frames.
+    The ids of text increase on all three axes at once. The tokens of a visual count frames, rows and columns of merged
+    patches from the end of the preceding text. The following text resumes at the largest id on any axis plus one. This
+    is the rule of the original model and of transformers 4 (Qwen2VLForConditionalGeneration.get_rope_index).
+    transformers 5 resumes at the larger of height and width and ignores the number of frames.
 
     Args:
         input_ids: int (S,), with one placeholder per merged patch.
         grid_thw: int (visuals, 3), patches in time, height and width.
-        placeholder_ids: the ids of the tokens that stand for visuals.
+        merge: Patches per side that are merged into one token.
+        placeholder_ids: Ids of the placeholder tokens of visuals.
 
     Raises:
         InputError: placeholders and grids do not match.

@@ -1,4 +1,4 @@
-"""The processor: a sample in the annotation format in, arrays for the model out."""
+"""The processor: converts samples in the annotation format to arrays for the model."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -27,18 +27,19 @@ _UNSUPPORTED_STEPS = ("do_crop", "do_padding", "do_resize")
 
 @dataclasses.dataclass(frozen=True)
 class ProcessorOptions:
-    """What a user chooses. The defaults are those of the original's default configuration.
+    """Options of the user. The defaults are those of the original's default configuration.
 
     Attributes:
         n_frames: Frames per sample, shared by its videos.
-        max_n_frames: Largest number of frames per sample where `fps` selects more than n_frames.
+        max_n_frames: Largest number of frames per sample if `fps` selects more than n_frames.
         max_pixels: Largest number of pixels of a frame or image, before rounding to whole patches.
         min_pixels: Smallest number of pixels of a frame or image, before rounding to whole patches.
-        max_pixels_per_sample: Largest number of pixels of all frames together; a doubled frame counts twice.
-        max_seq_len: Largest number of tokens per sample, visual ones included.
+        max_pixels_per_sample: Largest number of pixels of all frames together. A doubled frame counts twice.
+        max_seq_len: Largest number of tokens per sample, including visual tokens.
         video_sampler: "v1" samples evenly with both ends, "v2" samples the middle of equal segments.
-        force_frames_n_divisible: The frames of a video are padded with black ones to a multiple of this number.
-        double_frames: Every frame is a temporal patch of its own, unless the checkpoint pairs frames (`ImageOptions`).
+        force_frames_n_divisible: Divisor of the number of frames per video; black frames are added.
+        double_frames: Whether every frame fills its own temporal patch, unless the checkpoint pairs frames
+            (`ImageOptions`).
     """
 
     n_frames: int = 16
@@ -54,18 +55,28 @@ class ProcessorOptions:
     def __post_init__(self) -> None:
         for name in ("n_frames", "max_pixels", "max_pixels_per_sample", "max_seq_len", "force_frames_n_divisible"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} has to be at least 1, not {getattr(self, name)}.")
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.n_frames > self.max_n_frames:
             raise InputError(f"n_frames {self.n_frames} is above max_n_frames {self.max_n_frames}. Raise max_n_frames.")
         if not 0 <= self.min_pixels <= self.max_pixels:
-            raise InputError(f"min_pixels {self.min_pixels} has to be between 0 and max_pixels {self.max_pixels}.")
+            raise InputError(f"min_pixels {self.min_pixels} must be between 0 and max_pixels {self.max_pixels}.")
         if self.video_sampler not in SAMPLERS:
-            raise InputError(f"video_sampler is {self.video_sampler!r}, but has to be one of {', '.join(SAMPLERS)}.")
+            raise InputError(f"video_sampler is {self.video_sampler!r}, but must be one of {', '.join(SAMPLERS)}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Turns samples into examples, and examples into batches. `load_processor` makes one."""
+    """Converts samples to examples, and examples to batches. `load_processor` creates one.
+
+    Attributes:
+        tokenizer: Tokenizer of the checkpoint.
+        config: Configuration of the model.
+        chat_template: Jinja template of the prompt.
+        image: Options in the checkpoint's preprocessor_config.json.
+        eos_token_ids: Tokens that end an answer.
+        options: Options of the user.
+        buckets: Shapes that batches are padded to.
+    """
 
     tokenizer: "PreTrainedTokenizerBase"
     config: ModelConfig
@@ -76,24 +87,30 @@ class Processor:
     buckets: Buckets = dataclasses.field(default_factory=Buckets)
 
     def replace(self, **options: Any) -> "Processor":
-        """A processor with other options, such as n_frames=8. Raises InputError for an unknown or unfit one."""
+        """Returns a processor with other options, such as n_frames=8.
+
+        Raises:
+            InputError: an option is unknown or invalid.
+        """
         unknown = options.keys() - {field.name for field in dataclasses.fields(self.options)}
         if unknown:
-            known = ", ".join(field.name for field in dataclasses.fields(self.options))
-            raise InputError(f"There is no option {', '.join(sorted(unknown))}. The options are {known}.")
+            names = ", ".join(field.name for field in dataclasses.fields(self.options))
+            raise InputError(f"The option {', '.join(sorted(unknown))} does not exist. The options are {names}.")
         return dataclasses.replace(self, options=dataclasses.replace(self.options, **options))
 
     def __call__(
         self, sample: Mapping[str, Any], training: bool = False, rng: np.random.Generator | None = None
     ) -> Example:
-        """Decodes, resizes, tokenizes. The sample is left as it is.
+        """Decodes, resizes and tokenizes a sample, which does not change.
 
         Args:
-            training: keeps the last answer closed, cuts text beyond max_seq_len, and lets sampler v2 draw frames.
-            rng: what sampler v2 draws from; without it, each call draws anew.
+            sample: A sample in the annotation format, or in one that `normalize_sample` converts.
+            training: Ends the last answer with its end-of-turn token, truncates text beyond max_seq_len, and makes
+                sampler v2 random.
+            rng: Random generator of sampler v2. Without it, every call draws other frames.
 
         Raises:
-            InputError: says what is wrong with the sample or its files, or that it is too long.
+            InputError: the sample or one of its files cannot be used, or the sample is too long.
         """
         sample = normalize_sample(sample)
         messages, options = read_messages(sample), self.options
@@ -114,7 +131,7 @@ class Processor:
         input_ids, labels = encode_messages(
             self.tokenizer, self.chat_template, messages, self._placeholder_ids, training
         )
-        n = self._kept_tokens(input_ids, training)
+        n = self._truncated_length(input_ids, training)
         position_ids = mrope_positions(
             input_ids[:n], grid_thw, self.config.vision.spatial_merge_size, self._placeholder_ids
         )
@@ -127,12 +144,12 @@ class Processor:
         return make_batch(examples, self.config, self.buckets, self.pad_token_id)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of an answer, without special tokens and surrounding white space."""
+        """Returns the text of an answer, without special tokens and surrounding white space."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
     @property
     def double_frames(self) -> bool:
-        """Whether every frame of a video is a temporal patch of its own."""
+        """Whether every frame of a video fills its own temporal patch."""
         return self.options.double_frames and self.image.double_frames
 
     @property
@@ -145,7 +162,7 @@ class Processor:
         return self.config.image_token_id, self.config.video_token_id
 
     def _pixel_limits(self, sample: Mapping[str, Any], visuals: Sequence[Visual]) -> tuple[int, int]:
-        """min_pixels and max_pixels of every frame of this sample: its own, or the options', within its budget."""
+        """Returns min_pixels and max_pixels per frame, from the sample or the options, within the sample's budget."""
         own = sample.get("image_processing_config")
         own = _check_pixel_limits({} if own is None else own)
         low, high = own.get("min_pixels", self.options.min_pixels), own.get("max_pixels", self.options.max_pixels)
@@ -153,12 +170,12 @@ class Processor:
             raise InputError(f"image_processing_config: min_pixels {low} is not between 0 and max_pixels {high}.")
         T = self.config.vision.temporal_patch_size
         times = {"image": T, "video": T if self.double_frames else 1}
-        shown = sum(visual.count * times[visual.kind] for visual in visuals)
-        high = min(int(high), self.options.max_pixels_per_sample // max(shown, 1))
+        num_frames = sum(visual.count * times[visual.kind] for visual in visuals)
+        high = min(int(high), self.options.max_pixels_per_sample // max(num_frames, 1))
         return min(int(low), high), high
 
     def _patches(self, visuals: Sequence[Visual], limits: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """pixel_values and grid_thw of all visuals."""
+        """Returns pixel_values and grid_thw of all visuals."""
         if not visuals:
             return np.zeros((0, self.config.vision.patch_dim), np.float32), np.zeros((0, 3), np.int32)
         parts, grids = [], []
@@ -171,42 +188,48 @@ class Processor:
             grids.append(grid)
         return parts[0] if len(parts) == 1 else np.concatenate(parts), np.stack(grids)
 
-    def _kept_tokens(self, input_ids: np.ndarray, training: bool) -> int:
-        """How many tokens remain of a prompt that may be too long."""
+    def _truncated_length(self, input_ids: np.ndarray, training: bool) -> int:
+        """Returns the number of tokens of a prompt after truncation to max_seq_len."""
         limit, visual = self.options.max_seq_len, np.isin(input_ids, self._placeholder_ids)
         if len(input_ids) <= limit:
             return len(input_ids)
         if training and not visual[limit:].any():
             return limit
         raise InputError(
-            f"The sample has {len(input_ids)} tokens, {visual.sum()} of them visual, but max_seq_len is {limit}. Show "
-            "fewer frames (n_frames), show them smaller (max_pixels), or raise max_seq_len."
+            f"The sample has {len(input_ids)} tokens, {visual.sum()} of them visual, but max_seq_len is {limit}. Use "
+            "fewer frames (n_frames) or smaller ones (max_pixels), or raise max_seq_len."
         )
 
 
 def _check_pixel_limits(config: Any) -> dict[str, Any]:
-    """The limits that an image_processing_config sets. Raises InputError for one that cannot be followed."""
+    """Returns the limits in an image_processing_config.
+
+    Raises:
+        InputError: a value is invalid, or a step is not supported.
+    """
     if not isinstance(config, Mapping):
-        raise InputError(
-            f'image_processing_config has to be like {{"max_pixels": 100000}}, not {config!r:.200}. Mend it.'
-        )
+        raise InputError(f'image_processing_config must be like {{"max_pixels": 100000}}, not {config!r:.200}.')
     unsupported = [key for key in _UNSUPPORTED_STEPS if config.get(key)]
     if unsupported:
-        raise InputError(f"image_processing_config: {', '.join(unsupported)} is not supported. Leave it out.")
+        raise InputError(f"image_processing_config: {', '.join(unsupported)} is not supported. Remove it.")
     limits = {key: config[key] for key in ("min_pixels", "max_pixels") if config.get(key) is not None}
     for key, limit in limits.items():
         if not is_number(limit):
-            raise InputError(f"image_processing_config: {key} has to be a number, not {limit!r:.200}.")
+            raise InputError(f"image_processing_config: {key} must be a number, not {limit!r:.200}.")
     if limits.get("max_pixels", 1) < 1:
-        raise InputError(f"image_processing_config: max_pixels has to be at least 1, not {limits['max_pixels']}.")
+        raise InputError(f"image_processing_config: max_pixels must be at least 1, not {limits['max_pixels']}.")
     return limits
 
 
 def media_sample(path: str | Path, prompt: str | None = None) -> dict[str, Any]:
-    """The sample that asks about one media file; without a prompt, for a detailed description. An animation is a video.
+    """Returns a sample with one media file and a prompt. An animation is a video.
+
+    Args:
+        path: A video, animation or image.
+        prompt: The prompt; by default, it requests a detailed description.
 
     Raises:
-        InputError: the name has no accepted ending.
+        InputError: the ending of the name is not accepted.
     """
     kind = "image" if kind_of(path) == "image" and not is_animation(path) else "video"
     content = [
@@ -217,7 +240,7 @@ def media_sample(path: str | Path, prompt: str | None = None) -> dict[str, Any]:
 
 
 def load_processor(directory: str | Path, config: ModelConfig) -> Processor:
-    """The processor of a Hugging Face directory, with default options.
+    """Loads the processor of a Hugging Face directory, with default options.
 
     Raises:
         CheckpointError: a file is missing or unreadable, or files contradict each other.
@@ -236,9 +259,9 @@ def load_processor(directory: str | Path, config: ModelConfig) -> Processor:
 
 
 def _eos_token_ids(directory: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """The tokens that end an answer, from the first file that names any, else the tokenizer's."""
+    """Returns the tokens that end an answer, from the first file that names some, else the tokenizer's."""
     config = read_json(directory / "config.json") or {}
     sources = (read_json(directory / "generation_config.json") or {}, config, config.get("text_config") or {})
     own: Any = tokenizer.eos_token_id
-    found = next((s["eos_token_id"] for s in sources if s.get("eos_token_id") is not None), own)
-    return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
+    ids = next((s["eos_token_id"] for s in sources if s.get("eos_token_id") is not None), own)
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)

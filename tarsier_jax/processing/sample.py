@@ -1,4 +1,4 @@
-"""Samples in the annotation format: checking them, and opening the images and videos they name.
+"""Checks samples in the annotation format, and opens their images and videos.
 
 {"messages": [{"role": "user", "content": [{"type": "video", "video": {"video_file": "a.mp4"}},
                                            {"type": "text", "text": "Describe the video in detail."}]}]}
@@ -17,7 +17,7 @@ from PIL import Image
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.frame_sampling import allocate_frames, select_frames
-from tarsier_jax.processing.perturb import KINDS, disturb
+from tarsier_jax.processing.perturb import KINDS, perturb
 from tarsier_jax.processing.video import Clip, open_clip
 
 ROLES = ("system", "user", "assistant")
@@ -29,38 +29,50 @@ _KEYS = {
     "image": (*_SOURCES, "frame_indices"),
 }
 MEDIA_KEYS = _KEYS["video"]
-_COUNT = "Give the number of frames by the option n_frames, for all samples, or name frames by frame_indices"
-_SIZE = "Give max_pixels, the limit of each frame"
-# Keys of Qwen's items that the annotation format cannot express, and a way to get the like.
+_COUNT = "Set the number of frames for all samples with the option n_frames, or list frames in frame_indices"
+_SIZE = "Use max_pixels, the limit of each frame"
+# Keys of Qwen's items that the annotation format cannot express, and the nearest alternative.
 _REMEDIES = {
     **dict.fromkeys(("nframes", "num_frames", "n_frames", "min_frames", "max_frames", "max_n_frames"), _COUNT),
     **dict.fromkeys(("total_pixels", "resized_height", "resized_width"), _SIZE),
-    "start": "Give start_time, in seconds, or start_frame",
-    "end": "Give end_time, in seconds, or end_frame",
-    "bytes": "Write the picture to a file, and give its path",
+    "start": "Use start_time, in seconds, or start_frame",
+    "end": "Use end_time, in seconds, or end_frame",
+    "bytes": "Write the picture to a file, and use its path",
 }
 _NUMBER_TYPES = (int, float, np.integer, np.floating)
-_LARGEST = 2**53  # of a number; times and indices are far below
-_MOST_FRAMES = 100_000  # that min_n_frames may ask for
-_MASK_MARGIN = 30  # rows kept below the lowest mask box
+_LARGEST = 2**53  # largest number in an annotation; times and indices are far below
+_MOST_FRAMES = 100_000  # largest min_n_frames
+_MASK_MARGIN = 30  # rows below the lowest mask box that remain
 
 
 @dataclasses.dataclass(frozen=True)
 class Visual:
-    """An image or video of a sample, opened but not yet decoded."""
+    """An image or video of a sample, opened but not yet decoded.
 
-    kind: str  # "image" or "video"
+    Attributes:
+        kind: "image" or "video".
+        clip: The opened file.
+        indices: Frame indices.
+        mask_boxes: Boxes for `mask_frames`.
+        blanks: Number of black frames to append.
+    """
+
+    kind: str
     clip: Clip
     indices: list[int]
     mask_boxes: Sequence[Any] | None = None
-    blanks: int = 0  # black frames to append
+    blanks: int = 0
 
     @property
     def count(self) -> int:
         return len(self.indices) + self.blanks
 
     def frames(self) -> Iterator[Image.Image]:
-        """Decodes the frames, one by one. Raises InputError when one cannot be."""
+        """Decodes the frames one by one.
+
+        Raises:
+            InputError: a frame cannot be decoded.
+        """
         frames = self.clip.read(self.indices)
         if self.mask_boxes is not None:
             frames = mask_frames(frames, self.mask_boxes)
@@ -72,16 +84,16 @@ class Visual:
 
 
 def read_messages(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a sample, checked and copied, each content as a list of items.
+    """Checks and copies the messages of a sample. Each content becomes a list of items.
 
-    The formats that `normalize_sample` knows are read too. A message keeps its `loss`.
+    The sample may have any format that `normalize_sample` converts. A message keeps its `loss`.
 
     Raises:
-        InputError: says which message or item is malformed.
+        InputError: a message or item is malformed.
     """
     messages = normalize_sample(sample).get("messages") if is_conversation(sample) else None
     if not isinstance(messages, list | tuple) or not messages:
-        raise InputError('A sample is a dict {"messages": [...]} with one message at least; this one has none.')
+        raise InputError('A sample is a dict {"messages": [...]} with at least one message; this one has none.')
     return [_read_message(message, i) for i, message in enumerate(messages)]
 
 
@@ -93,13 +105,13 @@ def open_visuals(
     divisor: int,
     rng: np.random.Generator | None,
 ) -> list[Visual]:
-    """Opens every image and video of checked messages, in order, and chooses the frames.
+    """Opens every image and video of checked messages, in order, and selects the frames.
 
-    A video with "disturb": {"kind": "reverse", "seed": 3} shows the chosen frames as `disturb` leaves them. All that is
-    random there comes from the seed (0 if none is given), the kind too if none is given; `rng` plays no part in it.
+    For a video with "disturb": {"kind": "reverse", "seed": 3}, `perturb` changes the selected frames. Its random
+    numbers, and the kind if that is omitted, depend on the seed (default 0) and not on `rng`.
 
     Raises:
-        InputError: a file cannot be opened, or has not the frames asked for.
+        InputError: a file cannot be opened, or lacks selected frames.
     """
     items = [item for m in messages for item in m["content"] if item["type"] != "text"]
     videos = [item["video"] for item in items if item["type"] == "video"]
@@ -113,17 +125,20 @@ def open_visuals(
         clip = open_clip(_source(video))
         n = next(counts)
         indices = select_frames(video, clip.length, clip.rate, n, sampler, rng, clip.name, clip.times)
-        if (way := video.get("disturb")) is not None:
-            indices = disturb(indices, way.get("kind"), np.random.default_rng(way.get("seed") or 0), clip.name)
+        if (perturbation := video.get("disturb")) is not None:
+            seed = perturbation.get("seed") or 0
+            indices = perturb(indices, perturbation.get("kind"), np.random.default_rng(seed), clip.name)
         visuals.append(Visual("video", clip, indices, video.get("mask_boxes"), -len(indices) % divisor))
     return visuals
 
 
 def mask_frames(frames: Iterator[Image.Image], mask_boxes: Sequence[Any]) -> Iterator[Image.Image]:
-    """Blacks out boxes, and crops each frame some rows below the box that ends highest.
+    """Blacks out boxes, and crops each frame some rows below the box with the highest lower edge.
 
-    mask_boxes: for each frame a list of boxes; a box is its corners (x, y) as fractions of width and height, clockwise
-    from the top left.
+    Args:
+        frames: Frames of one size.
+        mask_boxes: A list of boxes per frame. A box is its corners (x, y) as fractions of width and height, clockwise
+            from the top left.
 
     Raises:
         InputError: there are fewer lists of boxes than frames, or a box is malformed.
@@ -139,10 +154,10 @@ def mask_frames(frames: Iterator[Image.Image], mask_boxes: Sequence[Any]) -> Ite
         for box in mask_boxes[i]:
             try:
                 corners = [(round(x * width), round(y * height)) for x, y in box]
-                (left, top), (right, _), (_, low) = corners[:3]
+                (x0, top), (x1, _), (_, low) = corners[:3]
             except (TypeError, ValueError, OverflowError):
-                raise InputError(f"{box!r:.100} in mask_boxes is no box: give four corners [x, y].") from None
-            pixels[top:low, left:right] = 0
+                raise InputError(f"{box!r:.100} in mask_boxes is not a box: use four corners [x, y].") from None
+            pixels[top:low, x0:x1] = 0
             bottom = min(bottom, max(y for _, y in corners) + _MASK_MARGIN)
         yield Image.fromarray(pixels[:bottom])
 
@@ -163,7 +178,7 @@ def _read_message(message: Any, index: int) -> dict[str, Any]:
     if loss is None:
         return {"role": message["role"], "content": items}
     if not isinstance(loss, bool):
-        raise InputError(f"{where}: loss has to be true or false, not {_short(loss)}.")
+        raise InputError(f"{where}: loss must be true or false, not {_short(loss)}.")
     return {"role": message["role"], "content": items, "loss": loss}
 
 
@@ -195,16 +210,16 @@ def _check_text(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as e:
         half = ascii(text[e.start])
-        raise InputError(f"{where} has {half} at {e.start}, half of a character, which is no text. Mend it.") from None
+        raise InputError(f"{where} has {half}, half of a character, at {e.start}. Replace it.") from None
 
 
 def _check_keys(value: Mapping[str, Any], kind: str, where: str) -> None:
-    """Refuses keys that would be ignored."""
+    """Raises InputError for keys that are not read."""
     for key in value:
         if value[key] is None or key in _KEYS[kind]:
             continue
         close = difflib.get_close_matches(str(key), _KEYS[kind], 1)
-        remedy = _REMEDIES.get(key) or (f"Write {close[0]}, if that is meant" if close else "Leave it out")
+        remedy = _REMEDIES.get(key) or (f"Use {close[0]} if you mean that" if close else "Remove it")
         raise InputError(
             f"{where}: the {kind} has the key {_short(key)}, which is not supported. {remedy}. Supported are "
             f"{', '.join(_KEYS[kind])}."
@@ -212,41 +227,41 @@ def _check_keys(value: Mapping[str, Any], kind: str, where: str) -> None:
 
 
 def _check_choice(video: Mapping[str, Any], where: str) -> None:
-    """Checks the types of the keys by which a video item chooses frames."""
+    """Checks the types of the keys that select the frames of a video item."""
     for key in _NUMBERS:
         if video.get(key) is not None and not is_number(video[key]):
-            raise InputError(f"{where}: {key} has to be a number, not {_short(video[key])}.")
+            raise InputError(f"{where}: {key} must be a number, not {_short(video[key])}.")
     for key in _LISTS:
         value = video.get(key)
         if value is None:
             continue
         if not isinstance(value, list | tuple | np.ndarray) or not len(value) or not all(map(is_number, value)):
-            raise InputError(f"{where}: {key} has to be a list of numbers, one at least, not {_short(value)}.")
+            raise InputError(f"{where}: {key} must be a list of at least one number, not {_short(value)}.")
     if video.get("fps") is not None and video["fps"] <= 0:
-        raise InputError(f"{where}: fps has to be above 0, not {video['fps']}.")
+        raise InputError(f"{where}: fps must be above 0, not {video['fps']}.")
     if not 0 <= (video.get("min_n_frames") or 0) <= _MOST_FRAMES:
-        raise InputError(f"{where}: min_n_frames has to be from 0 to {_MOST_FRAMES}, not {video['min_n_frames']}.")
+        raise InputError(f"{where}: min_n_frames must be from 0 to {_MOST_FRAMES}, not {video['min_n_frames']}.")
     if video.get("mask_boxes") is not None and not isinstance(video["mask_boxes"], list | tuple | np.ndarray):
-        raise InputError(f"{where}: mask_boxes has to be a list of boxes a frame, not {_short(video['mask_boxes'])}.")
+        raise InputError(f"{where}: mask_boxes must be a list of boxes per frame, not {_short(video['mask_boxes'])}.")
     if video.get("disturb") is not None:
         _check_disturb(video, where)
 
 
 def _check_disturb(video: Mapping[str, Any], where: str) -> None:
-    way = video["disturb"]
-    if not isinstance(way, Mapping) or way.keys() - {"kind", "seed"}:
-        raise InputError(f'{where}: disturb has to be like {{"kind": "reverse", "seed": 3}}, not {_short(way)}.')
-    kind, seed = way.get("kind"), way.get("seed")
+    value = video["disturb"]
+    if not isinstance(value, Mapping) or value.keys() - {"kind", "seed"}:
+        raise InputError(f'{where}: disturb must be like {{"kind": "reverse", "seed": 3}}, not {_short(value)}.')
+    kind, seed = value.get("kind"), value.get("seed")
     if kind is not None and kind not in KINDS:
-        raise InputError(f"{where}: the kind of disturb has to be one of {', '.join(KINDS)}, not {_short(kind)}.")
+        raise InputError(f"{where}: the kind of disturb must be one of {', '.join(KINDS)}, not {_short(kind)}.")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise InputError(f"{where}: the seed of disturb has to be a whole number from 0 on, not {_short(seed)}.")
+        raise InputError(f"{where}: the seed of disturb must be a whole number of at least 0, not {_short(seed)}.")
     if video.get("mask_boxes") is not None:
-        raise InputError(f"{where}: disturb would move frames away from their mask_boxes. Leave out one of the two.")
+        raise InputError(f"{where}: disturb would separate frames and their mask_boxes. Remove one of the two.")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that is finite, and no truth value."""
+    """Returns whether a value is a finite number and not a bool."""
     return isinstance(value, _NUMBER_TYPES) and not isinstance(value, bool) and bool(-_LARGEST <= value <= _LARGEST)
 
 
@@ -257,7 +272,7 @@ def _source(item: Mapping[str, Any]) -> Any:
 def _open_image(item: Mapping[str, Any]) -> Visual:
     source, index = _source(item), item.get("frame_indices", 0)
     if isinstance(index, bool) or not isinstance(index, int):
-        raise InputError(f"An image shows one frame: frame_indices has to be one number, not {_short(index)}.")
+        raise InputError(f"An image has one frame: frame_indices must be one number, not {_short(index)}.")
     if item.get("video_file") is not None:
         if "frame_indices" not in item:
             raise InputError(f"An image from {source} needs frame_indices, the number of its frame.")

@@ -1,4 +1,4 @@
-"""Chat templates for training, and for programs other than this one."""
+"""Chat templates for training and for other programs."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tarsier_jax.processing.chat import (
     TEMPLATE_FILE,
     directory_templates,
     marks_answers,
-    render,
+    render_template,
 )
 from tarsier_jax.processing.image import read_json
 
@@ -24,8 +24,8 @@ _GENERATION_TAGS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 _JSON_FILES = ("processor_config.json", "chat_template.json", "tokenizer_config.json")
 Messages = list[dict[str, Any]]
 
-# Gives every visual of a conversation the `num_vision_tokens` that a template needs and turns strings into items. Then
-# it writes <|video_pad|> for videos.
+# Adds the `num_vision_tokens` that a template needs to every visual of a conversation, and converts strings to items.
+# Then it writes <|video_pad|> for videos.
 _ADAPTER = """\
 {%- set all = namespace(messages=[], pads=[]) -%}
 {%- for message in messages -%}
@@ -57,7 +57,7 @@ _ADAPTER = """\
 
 _QUESTION = {"type": "text", "text": " Which one?\n"}
 _ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "The cat"}]}
-# Conversations in which templates show how they differ. The first visual is a video.
+# Conversations that different templates render differently. The first visual is a video.
 _PROBES = (
     [
         {"role": "user", "content": [{"type": "video"}, _QUESTION, {"type": "image"}]},
@@ -70,28 +70,28 @@ _PROBES = (
 
 
 def training_template(template: str) -> str:
-    """Returns the template, or the ChatML that renders the same conversations, if it does not mark answers.
+    """Returns the template if it marks answers, else the ChatML template that renders the same text.
 
     Raises:
-        InputError: ChatML renders other conversations than the template.
+        InputError: the template does not mark answers, and ChatML renders another text.
     """
     if marks_answers(template):
         return template
     equal = _find_equal(template, (CHATML, BARE_CHATML))
     if equal is None:
         raise InputError(
-            "The checkpoint's chat template has no {% generation %} block, so it does not say which tokens to train "
-            "on. Put one around the assistant's text and its end-of-turn token."
+            "The checkpoint's chat template does not mark the tokens to train on with a {% generation %} block. Put "
+            "one around the assistant's text and its end-of-turn token."
         )
     return equal
 
 
 def save_chat_template(directory: Path, template: str) -> None:
-    """Writes `template` as the one that `load_chat_template` returns, and another one for other programs.
+    """Writes `template` for `load_chat_template`, and an equal template for other programs.
 
-    transformers and vLLM set no `num_vision_tokens`. They get a template that renders the same conversations with one
-    placeholder per visual: the first that does so of the directory's own, `template`, `CHATML`, and `template` behind
-    an adapter. All but the directory's own are without {% generation %} blocks, which few programs parse.
+    transformers and vLLM do not set `num_vision_tokens`. Their template renders the same conversations with one
+    placeholder per visual: the first of the directory's own, `template`, `CHATML`, and `template` behind an adapter
+    that does. All except the directory's own are without {% generation %} blocks, which few programs parse.
     """
     (directory / TEMPLATE_FILE).unlink(missing_ok=True)  # of an earlier export
     own, bare = list(directory_templates(directory)), _GENERATION_TAGS.sub("", template)
@@ -109,7 +109,7 @@ def save_chat_template(directory: Path, template: str) -> None:
 
 
 def _replace_templates(directory: Path, template: str) -> None:
-    """Writes a template wherever programs look for one; their order differs."""
+    """Writes a template to all files that programs read, since their order differs."""
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     for name in _JSON_FILES:
         content = read_json(directory / name) or {}
@@ -119,11 +119,14 @@ def _replace_templates(directory: Path, template: str) -> None:
 
 
 def _find_equal(template: str, candidates: Iterable[str]) -> str | None:
-    """The first candidate that renders, without `num_vision_tokens`, what `template` renders for one of each visual."""
+    """Returns the first candidate that renders the text of `template`, with one token per visual, or None.
+
+    Candidates are rendered without `num_vision_tokens`.
+    """
     expected = []
     for probe in _PROBES:
         if text := _render(template, _with_counts(probe)):
-            # Templates that count tokens have <|image_pad|> for videos too, but other programs need <|video_pad|>.
+            # Templates that count tokens use <|image_pad|> for videos too, but other programs need <|video_pad|>.
             text = text.replace("<|video_pad|>", "<|image_pad|>").replace("<|image_pad|>", "<|video_pad|>", 1)
             expected += [(probe, text), (_with_strings(probe), text)]
     if not expected:
@@ -132,9 +135,9 @@ def _find_equal(template: str, candidates: Iterable[str]) -> str | None:
 
 
 def _render(template: str, messages: Messages) -> str | None:
-    """The prompt; None if the template cannot render it."""
+    """Returns the prompt, or None if the template cannot render it."""
     try:
-        return render(template, messages, add_generation_prompt=messages[-1]["role"] == "user")[0]
+        return render_template(template, messages, add_generation_prompt=messages[-1]["role"] == "user")[0]
     except (jinja2.TemplateError, TypeError, ValueError):
         return None
 
@@ -147,5 +150,5 @@ def _with_counts(messages: Messages) -> Messages:
 
 
 def _with_strings(messages: Messages) -> Messages:
-    """The messages with a string in place of a single text."""
+    """Returns the messages with a string in place of a single text item."""
     return [{**m, "content": m["content"][0]["text"]} if len(m["content"]) == 1 else m for m in messages]

@@ -1,7 +1,7 @@
-"""Reading video files: the frames of FFmpeg's own decode, addressed by index, with their presentation times.
+"""Reads frames of video files by index, as FFmpeg decodes them, with their presentation times.
 
-PyAV brings FFmpeg's libraries. Opening a file reads its packets without decoding them: their timestamps are the index
-of frames. Reading seeks to the key frame before each wanted frame, and decodes from there.
+PyAV contains FFmpeg's libraries. Opening a file reads its packets without decoding them; their timestamps are the index
+of frames. Reading seeks to the key frame before each selected frame, and decodes from there.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ from tarsier_jax.processing.clip import Clip, Frame, undecodable
 
 _TIMED = {"mov", "matroska"}  # formats that store the presentation time of each frame
 _CHECKED_FORMATS = {"avi", "asf", "mpegts"}  # formats whose times may be wrong
-_CHECKED = 64  # frames that are decoded to find out
-_REPORTING = {"h264", "hevc", "vp9", "libdav1d", "mpeg2video"}  # decoders that show no frame without its references
-_MOST_IN_ORDER = 32  # frames that refer to later ones, one after the other: these are decoded when they are shown
+_CHECKED = 64  # frames that are decoded to check the times
+_REPORTING = {"h264", "hevc", "vp9", "libdav1d", "mpeg2video"}  # decoders that omit frames without their references
+_MOST_IN_ORDER = 32  # consecutive frames that are displayed in the order of decoding although frames are reordered
 
 
 class _MissingFrame(ValueError):
@@ -49,19 +49,19 @@ def _named_errors(path: Path, errors: tuple[type[Exception], ...] = _ERRORS) -> 
     """Raises InputError for the errors that PyAV and this module raise about a file."""
     try:
         yield
-    except errors as e:  # an argument, as readings that were abandoned end after the module at exit
+    except errors as e:  # an argument, since abandoned iterators can outlive the module at exit
         raise undecodable(str(path), ValueError(getattr(e, "strerror", None) or e)) from None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Index:
-    """The frames of a file in display order, and the key frames at which decoding may begin.
+    """The frames of a file in display order, and the key frames from which decoding can start.
 
     Attributes:
         pts: The presentation timestamp of each frame, int64 (length,), strictly increasing.
         key_pts: The presentation timestamp of each key frame, int64 (keys,), increasing.
         key_seek: The timestamp to which the container seeks for each key frame, int64 (keys,).
-        reliable: Whether each timestamp in `pts` names a frame. If not, frames are counted from the start.
+        reliable: Whether each timestamp in `pts` identifies a frame. Otherwise frames are counted from the start.
     """
 
     pts: np.ndarray
@@ -74,7 +74,7 @@ def open_video(path: Path) -> Clip:
     """Opens a video file and reads its index of frames.
 
     Raises:
-        InputError: The file is cut off, damaged, or has no video that FFmpeg decodes.
+        InputError: The file is cut off, damaged, or lacks a video that FFmpeg decodes.
     """
     with _named_errors(path), _opened(path) as (container, stream):
         index = _read_index(path, container, stream)
@@ -102,16 +102,16 @@ def open_video(path: Path) -> Clip:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    # FFmpeg takes a relative name with a colon for an address.
+    # FFmpeg reads a relative name with a colon as a URL.
     with av.open(str(path.absolute()), metadata_errors="replace") as container:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream) and not container.streams.audio:
             raise ValueError("it contains no video stream")
         if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:  # of an album
-            raise InputError(f"{path} cannot be decoded: it contains sound only. Choose another file.")
+            raise InputError(f"{path} cannot be decoded: it contains only sound. Choose another file.")
         if stream.codec_context is None:
             raise InputError(
-                f"{path} cannot be decoded: FFmpeg has no decoder for its codec. Convert it, for example with "
+                f"{path} cannot be decoded: FFmpeg lacks a decoder for its codec. Convert it, for example with "
                 "`ffmpeg -i in.mp4 -c:v libx264 out.mp4` on a machine that plays it."
             )
         stream.codec_context.thread_count = 1  # several clips are decoded at once, each in a thread
@@ -121,26 +121,26 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 def _read_index(path: Path, container: InputContainer, stream: VideoStream) -> _Index:
     codec = stream.codec_context
     stamps = [_stamp(packet, codec.name) for packet in container.demux(stream) if packet.size]
-    # A fragmented file, such as a recording that was broken off, states no number of frames.
+    # A fragmented file, such as an interrupted recording, does not state the number of frames.
     is_cut = not stamps or stamps[-1].corrupt
     if stream.frames and (len(stream.index_entries) > len(stamps) or (is_cut and stream.frames > len(stamps))):
         raise ValueError("the file ends before its last frame")
     pts = [stamp.pts for stamp in stamps]
     if is_cut or None in pts or len(set(pts)) < len(pts) or not stamps[0].key or _has_decoding_times(stamps):
         return _count_frames(path)
-    if codec.pix_fmt == "pal8":  # a palette may come with the first frame alone
+    if codec.pix_fmt == "pal8":  # only the first frame may contain the palette
         return _count_frames(path)
-    shown, first = sorted(stamp.pts for stamp in stamps if stamp.shown), pts[0]
-    if shown and shown[0] < first:
-        shown = [*_leading_frames(path, first), *(t for t in shown if t >= first)]
+    frame_pts, first = sorted(stamp.pts for stamp in stamps if stamp.displayed), pts[0]
+    if frame_pts and frame_pts[0] < first:
+        frame_pts = [*_leading_frames(path, first), *(t for t in frame_pts if t >= first)]
     formats = set(container.format.name.split(","))
-    if not formats & _TIMED and not (formats & _CHECKED_FORMATS and _first_frames(path) == shown[:_CHECKED]):
+    if not formats & _TIMED and not (formats & _CHECKED_FORMATS and _first_frames(path) == frame_pts[:_CHECKED]):
         return _count_frames(path)
     if all(stamp.key for stamp in stamps) and not codec.codec.intra_only and codec.name not in _REPORTING:
-        stamps = stamps[:1]  # the container marks no key frames
+        stamps = stamps[:1]  # the container does not mark key frames
     keys = sorted((s.pts, s.pts if s.dts is None else min(s.pts, s.dts)) for s in stamps if s.key)
     key_pts, key_seek = np.array(keys, np.int64).T
-    return _Index(np.array(shown, np.int64), key_pts, key_seek, True)
+    return _Index(np.array(frame_pts, np.int64), key_pts, key_seek, True)
 
 
 class _Stamp(NamedTuple):
@@ -149,27 +149,27 @@ class _Stamp(NamedTuple):
     Attributes:
         pts: The presentation timestamp, or None.
         dts: The decoding timestamp, or None.
-        key: Whether it is a key frame.
-        shown: Whether it makes a frame that is shown.
+        key: Whether the packet is a key frame.
+        displayed: Whether its frame is displayed.
         corrupt: Whether it is incomplete.
     """
 
     pts: Any
     dts: Any
     key: bool
-    shown: bool
+    displayed: bool
     corrupt: bool
 
 
 def _stamp(packet: Packet, codec: str) -> _Stamp:
-    shown = not packet.is_discard and not _is_hidden(packet, codec)
-    return _Stamp(packet.pts, packet.dts, packet.is_keyframe, shown, packet.is_corrupt)
+    displayed = not packet.is_discard and not _is_hidden(packet, codec)
+    return _Stamp(packet.pts, packet.dts, packet.is_keyframe, displayed, packet.is_corrupt)
 
 
 def _has_decoding_times(stamps: Sequence[_Stamp]) -> bool:
-    """Whether the presentation times of a part are those of decoding, although frames are reordered.
+    """Returns whether the presentation times of a part are decoding times, although frames are reordered.
 
-    Clips of unlike time bases that were joined without encoding have such parts.
+    Clips of different time bases that were joined without encoding have such parts.
     """
     runs = itertools.groupby(stamp.pts == stamp.dts for stamp in stamps)
     longest = max((sum(1 for _ in run) for is_equal, run in runs if is_equal), default=0)
@@ -177,7 +177,7 @@ def _has_decoding_times(stamps: Sequence[_Stamp]) -> bool:
 
 
 def _is_hidden(packet: Packet, codec: str) -> bool:
-    """Whether a packet of VP8 or VP9 is a reference that is never shown.
+    """Returns whether a packet of VP8 or VP9 is a reference that is never displayed.
 
     Source: RFC 6386, section 9.1; VP9 bitstream specification, section 6.2 and annex B.
     """
@@ -186,40 +186,40 @@ def _is_hidden(packet: Packet, codec: str) -> bool:
     data = memoryview(packet)
     if codec == "vp8":
         return not data[0] & 0b1_0000
-    superframe = data[-1] & 0b1110_0000 == 0b1100_0000  # it contains a frame that is shown
+    superframe = data[-1] & 0b1110_0000 == 0b1100_0000  # it contains a displayed frame
     profile_3 = data[0] & 0b0011_0000 == 0b0011_0000  # a reserved bit follows the profile
     return not superframe and not data[0] & (0b0101 if profile_3 else 0b1010)  # show_existing_frame, show_frame
 
 
 def _decode_file(path: Path) -> Iterator[VideoFrame]:
-    """All frames of a file, from its start."""
+    """Yields all frames of a file, from its start."""
     with _opened(path) as (container, stream):
         yield from _decode(container.demux(stream))
 
 
 def _leading_frames(path: Path, first: int) -> list[int]:
-    """The timestamps of frames shown before the first key frame, at `first`.
+    """Returns the timestamps of decodable frames that are displayed before the first key frame, at `first`.
 
-    A cut leaves some of them without the frames that they refer to; those are not decoded.
+    After a cut, some of these frames lack their references and are not decoded.
     """
     return list(itertools.takewhile(lambda pts: pts < first, (frame.pts or 0 for frame in _decode_file(path))))
 
 
 def _first_frames(path: Path) -> list[int | None]:
-    """The timestamps of the first frames, as they are decoded.
+    """Returns the timestamps of the first frames in the order of decoding.
 
-    AVI stores no times: FFmpeg derives them, wrongly where frames are reordered. In ASF, they may be those of decoding;
-    in a transport stream, a packet may be a field, half of a frame.
+    AVI does not store times; FFmpeg derives them, wrongly if frames are reordered. In ASF they may be decoding times.
+    In a transport stream a packet may be a field, half of a frame.
     """
     return [frame.pts for frame in itertools.islice(_decode_file(path), _CHECKED)]
 
 
 def _count_frames(path: Path) -> _Index:
-    """The index of a file whose packets do not tell its frames: all of it is decoded."""
+    """Returns the index of a file whose packets do not identify its frames, by decoding all of it."""
     with _opened(path) as (container, stream):
         pts = [frame.pts for frame in _decode(container.demux(stream))]
         interval = 1 / ((stream.average_rate or 25) * (stream.time_base or Fraction(1)))
-    times = sorted(t for t in pts if t is not None)  # in AVI, they are in the order of decoding
+    times = sorted(t for t in pts if t is not None)  # AVI has the order of decoding
     if len(set(times)) < len(pts):
         times = [round(i * interval) for i in range(len(pts))]
     none = np.zeros(0, np.int64)
@@ -227,7 +227,7 @@ def _count_frames(path: Path) -> _Index:
 
 
 def _scan(path: Path, indices: Sequence[int]) -> Iterator[VideoFrame]:
-    """Decodes from the start and counts. `indices` increase strictly."""
+    """Decodes from the start and counts frames. `indices` increase strictly."""
     frames = enumerate(_decode_file(path))
     for index in indices:
         frame = next((frame for i, frame in frames if i == index), None)
@@ -238,36 +238,36 @@ def _scan(path: Path, indices: Sequence[int]) -> Iterator[VideoFrame]:
 
 def _seek(path: Path, index: _Index, indices: Sequence[int]) -> Iterator[VideoFrame]:
     """Decodes from the key frame before each of `indices`, which increase strictly."""
-    wanted = index.pts[list(indices)]
-    keys = np.maximum(np.searchsorted(index.key_pts, wanted, side="right") - 1, 0)
-    pairs = zip(keys.tolist(), wanted.tolist(), strict=True)
+    targets = index.pts[list(indices)]
+    keys = np.maximum(np.searchsorted(index.key_pts, targets, side="right") - 1, 0)
+    pairs = zip(keys.tolist(), targets.tolist(), strict=True)
     with _opened(path) as (container, stream):
         for key, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
             yield from _decode_group(container, stream, index, key, [pts for _, pts in group])
 
 
 def _decode_group(
-    container: InputContainer, stream: VideoStream, index: _Index, key: int, wanted: list[int]
+    container: InputContainer, stream: VideoStream, index: _Index, key: int, targets: list[int]
 ) -> Iterator[VideoFrame]:
-    """The frames with the timestamps `wanted`, from one key frame on."""
+    """Yields the frames with the timestamps `targets`, decoded from one key frame."""
     for first, thin in _attempts(key):
         packets = _packets_from(container, stream, index, first)
-        for frame in _decode(_thinned(packets, stream.codec_context, set(wanted)) if thin else packets):
-            if frame.pts is None or frame.pts < wanted[0]:
+        for frame in _decode(_thinned(packets, stream.codec_context, set(targets)) if thin else packets):
+            if frame.pts is None or frame.pts < targets[0]:
                 continue
-            if frame.pts > wanted[0] or (frame.is_corrupt and (thin or first > 0)):
+            if frame.pts > targets[0] or (frame.is_corrupt and (thin or first > 0)):
                 break  # the frame cannot be decoded from here
             yield frame
-            wanted = wanted[1:]
-            if not wanted:
+            targets = targets[1:]
+            if not targets:
                 return
     raise _MissingFrame("a frame is missing")
 
 
 def _attempts(key: int) -> Iterator[tuple[int, bool]]:
-    """The key frames to decode from, until it succeeds, and whether to decode the wanted frames only.
+    """Yields the key frames to try in turn, and whether the decoder skips frames that are not selected.
 
-    Some containers mark frames as key frames from which nothing can be decoded.
+    Some containers mark frames as key frames although decoding cannot start there.
     """
     yield key, True
     yield key, False
@@ -279,7 +279,7 @@ def _attempts(key: int) -> Iterator[tuple[int, bool]]:
 
 
 def _packets_from(container: InputContainer, stream: VideoStream, index: _Index, key: int) -> Iterator[Packet]:
-    """Packets from a key frame on; none if the container does not find it."""
+    """Yields the packets from a key frame on, or none if the container does not find it."""
     codec, pts = stream.codec_context, int(index.key_pts[key])
     codec.flush_buffers()
     codec.skip_frame = "DEFAULT"
@@ -293,20 +293,20 @@ def _packets_from(container: InputContainer, stream: VideoStream, index: _Index,
     return iter(())
 
 
-def _thinned(packets: Iterable[Packet], codec: VideoCodecContext, wanted: Container[int | None]) -> Iterator[Packet]:
-    """Packets as they are; the decoder skips frames that are not wanted and that no other frame refers to.
+def _thinned(packets: Iterable[Packet], codec: VideoCodecContext, targets: Container[int | None]) -> Iterator[Packet]:
+    """Yields the packets, and makes the decoder skip frames that are neither in `targets` nor references.
 
     In HEVC with temporal layers, a frame that its own layer does not refer to may be a reference of the layer above.
     """
     hevc, layers = codec.name == "hevc", codec.extradata or b""
     skips = codec.name in ("h264", "mpeg4", "mpeg2video") or (hevc and len(layers) > 21 and layers[21] >> 3 & 7 == 1)
     for packet in packets:
-        codec.skip_frame = "NONREF" if skips and packet.pts not in wanted else "DEFAULT"
+        codec.skip_frame = "NONREF" if skips and packet.pts not in targets else "DEFAULT"
         yield packet
 
 
 def _decode(packets: Iterable[Packet]) -> Iterator[VideoFrame]:
-    """Decodes packets; as in the ffmpeg program, one that cannot be decoded is left out."""
+    """Decodes packets. As in the ffmpeg program, undecodable packets are skipped."""
     for packet in packets:
         try:
             yield from packet.decode()  # pyright: ignore[reportReturnType]
@@ -315,12 +315,12 @@ def _decode(packets: Iterable[Packet]) -> Iterator[VideoFrame]:
 
 
 def _pictures(frames: Iterable[VideoFrame]) -> Iterator[Frame]:
-    """Frames as RGB, converted as the ffmpeg program converts them, turned as their display matrix says."""
+    """Converts frames to RGB as the ffmpeg program does, and rotates them according to their display matrix."""
     graph, layout, size, turns = Graph(), None, (0, 0), list[Transpose]()
     for frame in frames:
         if layout is None:
             size = frame.width, frame.height
-            turns = _turns(frame)  # once, as PyAV frees a frame whose side data was read with the next garbage only
+            turns = _turns(frame)  # once: PyAV keeps a frame with side data until the next garbage collection
         if layout != (frame.format.name, frame.width, frame.height):
             graph, layout = _rgb_graph(frame, *size), (frame.format.name, frame.width, frame.height)
         graph.push(frame)
@@ -331,9 +331,9 @@ def _pictures(frames: Iterable[VideoFrame]) -> Iterator[Frame]:
 
 
 def _rgb_graph(frame: VideoFrame, width: int, height: int) -> Graph:
-    """The filters of the ffmpeg program for RGB output, of the size of the first frame.
+    """Returns the filters of the ffmpeg program for RGB output in the size of the first frame.
 
-    PyAV's `reformat` converts more than 8 bits in another way.
+    PyAV's `reformat` converts more than 8 bits differently.
     """
     graph = Graph()
     graph.threads = 1
@@ -346,21 +346,21 @@ def _rgb_graph(frame: VideoFrame, width: int, height: int) -> Graph:
 
 
 def _picture(rgb: Any) -> Frame:
-    """A frame in RGB as a picture."""
+    """Returns an RGB frame as a picture."""
     (plane,) = rgb.planes
     data: Any = memoryview(plane)
     return Image.frombuffer("RGB", (rgb.width, rgb.height), data, "raw", "RGB", plane.line_size, 1)
 
 
 def _turns(frame: VideoFrame) -> list[Transpose]:
-    """The quarter turns and mirrors of the frame's display matrix, which maps a place (x, y) to (a x + c y, b x + d y).
+    """Returns the quarter turns and mirrors of the frame's display matrix.
 
-    Other angles are rounded to quarter turns.
+    The matrix maps a point (x, y) to (a x + c y, b x + d y). Other angles are rounded to quarter turns.
     """
     a, b, c, d = _display_matrix(frame)
-    turned = abs(b) > abs(a)
-    x, y = (c, b) if turned else (a, d)
-    turns = {Transpose.TRANSPOSE: turned, Transpose.FLIP_LEFT_RIGHT: x < 0, Transpose.FLIP_TOP_BOTTOM: y < 0}
+    swaps_axes = abs(b) > abs(a)
+    x, y = (c, b) if swaps_axes else (a, d)
+    turns = {Transpose.TRANSPOSE: swaps_axes, Transpose.FLIP_LEFT_RIGHT: x < 0, Transpose.FLIP_TOP_BOTTOM: y < 0}
     return [turn for turn, is_needed in turns.items() if is_needed]
 
 
@@ -369,7 +369,7 @@ def _display_matrix(frame: VideoFrame) -> tuple[float, float, float, float]:
     try:
         side_data = frame.side_data
         matrix = next((m for m in side_data if m.type.name == "DISPLAYMATRIX"), None)
-    except ValueError:  # a kind of side data that PyAV does not name, such as Exif; the rotation alone is at hand
+    except ValueError:  # PyAV does not know this kind of side data, such as Exif; only the rotation is available
         angle = math.radians(frame.rotation)
         return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
     if matrix is None:
@@ -379,7 +379,7 @@ def _display_matrix(frame: VideoFrame) -> tuple[float, float, float, float]:
 
 
 def _rate(times: np.ndarray, average: Fraction | None) -> float | None:
-    """Frames per second: the file's own average where its frames keep to it, else their mean rate."""
+    """Returns frames per second: the average rate in the file if its frames agree with it, else their mean rate."""
     if len(times) < 2 or times[-1] <= 0:
         return float(average) if average else None
     mean = (len(times) - 1) / float(times[-1])

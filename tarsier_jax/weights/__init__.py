@@ -1,4 +1,4 @@
-"""Weights: Hugging Face directories and Orbax checkpoints in, and out again bit for bit."""
+"""Weights: reads Hugging Face directories and Orbax checkpoints, and writes them bit for bit."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-# The name of the small Tarsier2 in the package, which describes moving shapes (see the card beside it).
+# The name of the small Tarsier2 in the package, which describes moving shapes (see its model card in embedded/).
 EMBEDDED = "tarsier2-micro"
 _EMBEDDED_FILES = Path(__file__).parent.parent / "embedded"
 EMBEDDED_CLIP = _EMBEDDED_FILES / "clip.mp4"
@@ -35,12 +35,15 @@ _DOWNLOADED = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
 
 
 def resolve(path: str | Path) -> Path:
-    """A local directory as it is; EMBEDDED as the package has it; a hub id ("omni-research/Tarsier2-Recap-7b")
-    downloaded, weights and texts only.
+    """Returns the local directory of a checkpoint.
+
+    Args:
+        path: A local directory, EMBEDDED, or a hub id ("omni-research/Tarsier2-Recap-7b"). The weights and text files
+            of a hub id are downloaded.
 
     Raises:
-        CheckpointError: it is none of these, or a kind of checkpoint that cannot be loaded (see `check_kind`), or the
-            download fails.
+        CheckpointError: `path` is none of these, is a kind of checkpoint that cannot be loaded (see `check_kind`), or
+            the download fails.
     """
     try:
         directory = Path(check_local("the checkpoint", str(path)))
@@ -52,33 +55,36 @@ def resolve(path: str | Path) -> Path:
     if str(path) == EMBEDDED:
         return _EMBEDDED_FILES / EMBEDDED
     if directory.is_file():
-        raise CheckpointError(f"{path} is a file. Give the checkpoint directory that it is in.")
+        raise CheckpointError(f"{path} is a file. Pass the checkpoint directory that contains it.")
     if directory.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise CheckpointError(f"There is no directory {path}. Give a checkpoint directory, or a hub id like org/name.")
+        raise CheckpointError(
+            f"The directory {path} does not exist. Pass a checkpoint directory, or a hub id like org/name."
+        )
     from huggingface_hub import snapshot_download
 
     try:
         directory = Path(snapshot_download(str(path), allow_patterns=_DOWNLOADED))
-    except Exception as e:  # the hub's client raises its own, the network's and the disk's errors
+    except Exception as e:  # the hub's client raises errors of its own, of the network and of the disk
         reason = str(e).strip().split("\n")[0]
         if os.path.expanduser("~") == "~" and "HF_HOME" not in os.environ:
-            reason = "there is no home directory to keep it in: set HF_HOME to a directory"
+            reason = "the user lacks a home directory for the download: set HF_HOME to a directory"
         raise CheckpointError(
-            f"There is no directory {path}, and it could not be downloaded as a hub id ({reason}). Check the name and "
-            "the network, and for gated models log in with `hf auth login`."
+            f"The directory {path} does not exist, and the download of it as a hub id failed ({reason}). Check the "
+            "name and the network. For gated models, log in with `hf auth login`."
         ) from None
     check_kind(directory)
     return directory
 
 
 def load_weights(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:
-    """The model of a Hugging Face or converted directory, with stacked layers.
+    """Loads the model of a Hugging Face or converted directory, with stacked layers.
 
-    int8: quantizes the decoder's layers, see weights.quantize.
+    Args:
+        int8: Quantizes the decoder's layers, see `weights.quantize`.
 
     Raises:
         CheckpointError: see `load_hf` and `load_checkpoint`.
-        InputError: int8 without qwix.
+        InputError: `int8` is set and qwix is not installed.
     """
     load = load_checkpoint if is_converted(directory) else load_hf
     if not int8:

@@ -1,4 +1,4 @@
-"""Back to a Hugging Face directory: the same names, dtypes and bits, in safetensors shards."""
+"""Export to a Hugging Face directory: the same names, dtypes and bits, in safetensors shards."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from tarsier_jax.processing.templates import save_chat_template
 from tarsier_jax.weights.match import open_checkpoint
 from tarsier_jax.weights.names import abstract_state, parameters
 from tarsier_jax.weights.orbax import (
-    Progress,
+    ProgressCallback,
     check_arrays,
     copy_assets,
     is_converted,
@@ -31,13 +31,20 @@ from tarsier_jax.weights.orbax import (
 )
 from tarsier_jax.weights.safetensors import DTYPES
 
-_SHARD = 5 * 10**9  # bytes of a file at most
+_SHARD = 5 * 10**9  # maximum bytes per file
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor to be written. `read` gives its values."""
+    """A tensor to write.
+
+    Attributes:
+        name: Name in the checkpoint.
+        shape: Shape in the checkpoint.
+        dtype: Dtype in the checkpoint.
+        read: Returns the values.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -54,13 +61,13 @@ def convert_to_hf(
     out: Path,
     layout: str | None = None,
     dtype: str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[str]:
-    """Writes a converted directory back as a Hugging Face directory; memory stays near one tensor.
+    """Writes a converted directory back as a Hugging Face directory. Memory stays near one tensor.
 
     Args:
-        layout: a key of `Family.layouts`; the source's own when None. Another layout brings a config.json of its kind.
-        dtype: what values are rounded to; their own when None.
+        layout: A key of `Family.layouts`; the source's own when None. config.json is rewritten for another layout.
+        dtype: Dtype that values are rounded to; the source's own when None.
 
     Returns:
         The names of the tensors written.
@@ -91,7 +98,7 @@ def convert_to_hf(
 
 
 def export_hf(model: Tarsier, out: Path, layout: str) -> None:
-    """Writes the weights of a model with stacked layers as safetensors into `out`, beside what is there."""
+    """Writes the weights of a model with stacked layers as safetensors into the existing directory `out`."""
     state = dict(nnx.to_flat_state(nnx.state(model)))
     entries = []
     for parameter in parameters(model.config, layout):
@@ -103,7 +110,7 @@ def export_hf(model: Tarsier, out: Path, layout: str) -> None:
 
 
 def hf_tensors(directory: Path, layout: str) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, values) of every tensor of a directory of either kind, under the names of `layout`."""
+    """Yields (name, values) of every tensor of a Hugging Face or converted directory, with the names of `layout`."""
     config = load_config(directory)
     renamed = parameters(config, layout)
     if is_converted(directory):
@@ -123,8 +130,8 @@ def _tied_head(entries: list[Entry], layout: Layout) -> Entry:
     return dataclasses.replace(embedding, name=layout.lm_head)
 
 
-def write_shards(out: Path, entries: list[Entry], progress: Progress | None = None) -> None:
-    """Writes safetensors files of at most 5 GB, with an index where there are several."""
+def write_shards(out: Path, entries: list[Entry], progress: ProgressCallback | None = None) -> None:
+    """Writes safetensors files of at most 5 GB, and an index if there are several."""
     shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > _SHARD:
@@ -145,7 +152,7 @@ def write_shards(out: Path, entries: list[Entry], progress: Progress | None = No
 
 
 def _write_safetensors(path: Path, entries: list[Entry]) -> Iterator[int]:
-    """Writes one file, a tensor in memory at a time; yields the bytes of each."""
+    """Writes one file with one tensor in memory at a time, and yields the number of bytes of each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:

@@ -1,4 +1,4 @@
-"""From a Hugging Face directory straight into device arrays, a shard at a time."""
+"""Loads a Hugging Face directory into device arrays, one shard at a time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +19,10 @@ from tarsier_jax.weights.safetensors import Tensor
 
 
 def load_hf(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:
-    """The model with a Hugging Face checkpoint's weights, in `config.param_dtype`, laid out over `mesh`.
+    """Returns the model with the weights of a Hugging Face checkpoint, in `config.param_dtype`, sharded over `mesh`.
 
-    Host memory holds the shard of one parameter at a time; a process reads no rows that its devices do not hold. With
-    int8 (see weights.quantize), devices hold one parameter at a time as it was.
+    Host memory contains the shard of one parameter at a time. A process reads only the rows of its own devices. With
+    int8 (see `weights.quantize`), device memory contains one parameter at a time in its original dtype.
 
     Raises:
         CheckpointError: see `open_checkpoint`.
@@ -38,13 +38,13 @@ def load_hf(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8
             shardings[parameter.path],
             lambda index, p=parameter, t=tensors: read_block(p, t, index or ()).astype(dtype, copy=False),
         )
-        array.block_until_ready()  # or the host's copies would pile up
+        array.block_until_ready()  # otherwise copies accumulate in host memory
         arrays[parameter.path] = quantize_parameter(parameter.path, array) if int8 else array
     return build(graph, state, arrays)
 
 
 def shardings_for(state: nnx.State, mesh: Mesh | None) -> dict[tuple[Any, ...], Sharding]:
-    """The sharding of every parameter; without a mesh, all of it on the first device."""
+    """Returns the sharding of every parameter. Without a mesh, all are on the first device."""
     if mesh is not None:
         return dict(parameter_shardings(state, mesh))
     device = SingleDeviceSharding(jax.local_devices()[0])
@@ -52,13 +52,13 @@ def shardings_for(state: nnx.State, mesh: Mesh | None) -> dict[tuple[Any, ...], 
 
 
 def build(graph: nnx.GraphDef, state: nnx.State, arrays: dict[tuple[Any, ...], Any]) -> Tarsier:
-    """The model with the given arrays as its parameters."""
+    """Returns the model with `arrays` as its parameters."""
     flat = {path: leaf.replace(arrays[path]) for path, leaf in nnx.to_flat_state(state)}
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def read_block(parameter: Parameter, tensors: Sequence[Tensor], index: tuple[Any, ...]) -> np.ndarray:
-    """The part of a parameter that `index` selects, in its dtype on disk."""
+    """Returns the part of a parameter that `index` selects, in its dtype on disk."""
     if not parameter.stacked:
         return _read_part(tensors[0], parameter.shape, index)
     layers = range(*index[0].indices(parameter.shape[0]))
@@ -72,7 +72,7 @@ def read_block(parameter: Parameter, tensors: Sequence[Tensor], index: tuple[Any
 
 
 def _read_part(tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    """Rows are read as far as the first dimension selects them; the other dimensions are cut in memory."""
+    """Reads the rows that the first dimension selects. The other dimensions are sliced in memory."""
     start, stop, _ = index[0].indices(shape[0])
     row = tensor.size // shape[0]
     values = tensor.read(start * row, stop * row).reshape(stop - start, *shape[1:])

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint against every parameter of the model, strictly and in both directions."""
+"""Matches the tensors of a checkpoint and the parameters of the model, strictly and in both directions."""
 
 import dataclasses
 import re
@@ -13,17 +13,24 @@ from tarsier_jax.families import family_of
 from tarsier_jax.weights.names import Parameter, detect_layout, parameters
 from tarsier_jax.weights.safetensors import Tensor, open_tensors
 
-_SHOWN = 10  # names of each kind of problem that an error lists
-_PIECE = 2**24  # values compared at a time
+_MAX_LISTED = 10  # names per kind of problem in an error
+_PIECE = 2**24  # values per comparison
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face directory whose tensors are known to fit the model."""
+    """A Hugging Face directory whose tensors fit the model.
+
+    Attributes:
+        directory: The directory.
+        layout: Key of `Family.layouts`.
+        tied_head: Whether the files contain an output head although it is tied to the embedding.
+        sources: Every parameter with its tensors, one per layer.
+    """
 
     directory: Path
     layout: str
-    tied_head: bool  # it holds an output head although that is tied to the embedding
+    tied_head: bool
     sources: tuple[tuple[Parameter, tuple[Tensor, ...]], ...]
 
     @property
@@ -32,45 +39,44 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: Path, config: ModelConfig) -> Checkpoint:
-    """Matches names, shapes and dtypes; reads no values, but for a tied head.
+    """Matches names, shapes and dtypes. Reads values only to compare a tied head with the embedding.
 
     Raises:
-        CheckpointError: a tensor is missing, is one too many, or has another shape; the layers of one parameter have
-            different dtypes; a tied head differs from the embedding. All problems are told at once.
+        CheckpointError: a tensor is missing, belongs to no parameter, or has another shape; the layers of one
+            parameter have different dtypes; a tied head differs from the embedding. One error lists all problems.
     """
     family, tensors = family_of(config), open_tensors(directory)
     layout = detect_layout(family, tensors)
     if layout is None:
         raise CheckpointError(
-            f"{directory} contains no vision tower: no tensor's name begins with "
-            f"{', '.join(each.vision for each in family.layouts.values())}. Give a {family.name} checkpoint."
+            f"{directory} contains no vision tower: no tensor's name starts with "
+            f"{', '.join(each.vision for each in family.layouts.values())}. Use a {family.name} checkpoint."
         )
-    wanted = parameters(config, layout)
-    left = {
+    remaining = {
         name: t
         for name, t in tensors.items()
         if not any(re.fullmatch(pattern, name) for pattern in family.ignored_names)
     }
-    head = left.pop(family.layouts[layout].lm_head, None) if config.text.tie_embeddings else None
+    head = remaining.pop(family.layouts[layout].lm_head, None) if config.text.tie_embeddings else None
     missing, misshapen, mixed = [], [], []
     sources = []
-    for parameter in wanted:
-        found = [left.pop(name, None) for name in parameter.names]
-        missing += [name for name, t in zip(parameter.names, found, strict=True) if t is None]
+    for parameter in parameters(config, layout):
+        matches = [remaining.pop(name, None) for name in parameter.names]
+        missing += [name for name, t in zip(parameter.names, matches, strict=True) if t is None]
         misshapen += [
             f"{name} {t.shape} instead of {parameter.tensor_shape}"
-            for name, t in zip(parameter.names, found, strict=True)
+            for name, t in zip(parameter.names, matches, strict=True)
             if t is not None and t.shape != parameter.tensor_shape
         ]
-        present = tuple(t for t in found if t is not None)
+        present = tuple(t for t in matches if t is not None)
         if len({t.dtype for t in present}) > 1:
             mixed.append(f"{parameter.names[0]} to {parameter.names[-1]}")
         sources.append((parameter, present))
     problems = [
-        *_told("missing", missing),
-        *_told("not part of the model", left),
-        *_told("misshapen", misshapen),
-        *_told("of different dtypes from layer to layer", mixed),
+        *_list_names("missing", missing),
+        *_list_names("not part of the model", remaining),
+        *_list_names("misshapen", misshapen),
+        *_list_names("of different dtypes from layer to layer", mixed),
     ]
     if head is not None and not problems:
         embedding = next(present[0] for parameter, present in sources if parameter.path[:2] == ("decoder", "embed"))
@@ -79,17 +85,17 @@ def open_checkpoint(directory: Path, config: ModelConfig) -> Checkpoint:
     if problems:
         raise CheckpointError(
             f"{directory} does not fit its config.json ({layout} layout): {'; '.join(problems)}. "
-            "Download the checkpoint again, or mend its config.json."
+            "Download the checkpoint again, or correct its config.json."
         )
     return Checkpoint(directory, layout, head is not None, tuple(sources))
 
 
-def _told(what: str, names: Iterable[str]) -> list[str]:
+def _list_names(problem: str, names: Iterable[str]) -> list[str]:
     names = list(names)
     if not names:
         return []
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{len(names)} tensors are {what}: {', '.join(names[:_SHOWN])}{more}"]
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return [f"{len(names)} tensors are {problem}: {', '.join(names[:_MAX_LISTED])}{more}"]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The names of each parameter's tensors in a Hugging Face checkpoint, from the tables of the model's family.
 
-Weights keep PyTorch's layout, so that a tensor and its parameter hold the same values in the same order; only their
-shapes may differ, and one parameter holds the tensors of all layers.
+Weights keep PyTorch's layout: a tensor and its parameter contain the same values in the same order. Only their shapes
+may differ, and one parameter contains the tensors of all layers.
 """
 
 import dataclasses
@@ -18,32 +18,40 @@ from tarsier_jax.sharding import parameter_path
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One of our parameters, and the tensors that it is made of, one a layer (or one, without layers)."""
+    """A parameter of the model, and the tensors in the checkpoint that it is read from.
+
+    Attributes:
+        path: Path in the model's state.
+        shape: Shape of the parameter, with the layer dimension if it is stacked.
+        stacked: Whether the parameter has a leading layer dimension, with one tensor per layer.
+        names: Names of the tensors.
+        tensor_shape: Shape of each tensor in the checkpoint.
+    """
 
     path: tuple[Any, ...]
-    shape: tuple[int, ...]  # with the layer dimension, where there is one
+    shape: tuple[int, ...]
     stacked: bool
     names: tuple[str, ...]
-    tensor_shape: tuple[int, ...]  # of each tensor, in the checkpoint
+    tensor_shape: tuple[int, ...]
 
 
 def abstract_state(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's structure and the shapes of its parameters; takes no memory."""
+    """Returns the model's structure and the shapes of its parameters, without allocating them."""
     return nnx.split(nnx.eval_shape(lambda: family_of(config).model(config, nnx.Rngs(0))))
 
 
 def parameters(config: ModelConfig, layout: str) -> list[Parameter]:
-    """Every parameter of the model, with the names that `layout` gives its tensors."""
+    """Returns every parameter of the model, with the names of its tensors in `layout`."""
     family, (_, state) = family_of(config), abstract_state(config)
     names = _templates(family, family.layouts[layout])
-    found = []
+    out = []
     for path, leaf in nnx.to_flat_state(state):
         template = names[parameter_path(path)]
         stacked = "{}" in template
         per_layer = leaf.shape[1:] if stacked else leaf.shape
         tensors = tuple(template.format(i) for i in range(leaf.shape[0])) if stacked else (template,)
-        found.append(Parameter(path, leaf.shape, stacked, tensors, family.tensor_shape(path, per_layer, config)))
-    return found
+        out.append(Parameter(path, leaf.shape, stacked, tensors, family.tensor_shape(path, per_layer, config)))
+    return out
 
 
 def _templates(family: Family, layout: Layout) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Orbax checkpoints: saving a model, restoring it shard by shard, and converting a checkpoint that fits no memory.
+"""Orbax checkpoints: saves and restores a model shard by shard, and converts checkpoints larger than memory.
 
-A converted directory holds `params/` (Orbax, plain zarr3 without compression: random bits do not compress), the
+A converted directory contains `params/` (Orbax, plain zarr3 without compression: random bits do not compress), the
 files that came with the weights (config, tokenizer, processor), and a manifest, `tarsier_jax.json`, which is written
 last.
 """
@@ -39,16 +39,22 @@ from tarsier_jax.weights.safetensors import Tensor
 MANIFEST = "tarsier_jax.json"
 PARAMS = "params"
 _FORMAT = 1
-_PIECE = 16 * 2**20  # bytes of a chunk at most
-_PENDING = 2  # chunks that are written while the next is read
+_PIECE = 16 * 2**20  # maximum bytes per chunk
+_PENDING = 2  # chunks that are written while the next one is read
 _ASSETS = {".json", ".txt", ".jinja", ".model"}
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+ProgressCallback = Callable[[int, int], None]  # bytes done, total bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a converted directory knows of the checkpoint it came from."""
+    """The properties of the original checkpoint that a converted directory stores.
+
+    Attributes:
+        layout: Key of `Family.layouts`.
+        tied_head: Whether the original contains an output head although it is tied to the embedding.
+        format: Version of the format of converted directories.
+    """
 
     layout: str
     tied_head: bool = False
@@ -60,14 +66,18 @@ def is_converted(directory: Path) -> bool:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Raises CheckpointError when the directory was not written by this project, or by a newer version of it."""
+    """Reads the manifest of a converted directory.
+
+    Raises:
+        CheckpointError: the directory was not written by this project, or by a newer version of it.
+    """
     try:
         raw = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         manifest = Manifest(raw["layout"], raw["tied_head"], raw["format"])
     except FileNotFoundError:
         raise CheckpointError(
-            f"{directory} is no converted directory: it has no {MANIFEST}. Give the output of convert.hf_to_orbax, or "
-            "the directory `model` of a training run."
+            f"{directory} is not a converted directory: {MANIFEST} is missing. Use the output of convert.hf_to_orbax, "
+            "or the directory `model` of a training run."
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{directory / MANIFEST} cannot be read ({e!r}). Convert the checkpoint again.") from None
@@ -76,10 +86,10 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def convert_hf(source: Path, out: Path, progress: Progress | None = None) -> Checkpoint:
-    """Writes the converted form of a Hugging Face directory to `out`, which appears only when it is whole.
+def convert_hf(source: Path, out: Path, progress: ProgressCallback | None = None) -> Checkpoint:
+    """Writes the converted form of a Hugging Face directory to `out`, which appears only when it is complete.
 
-    Memory stays near four chunks, whatever the size of the model or of its tensors.
+    Memory stays near four chunks for every size of the model and of its tensors.
 
     Raises:
         CheckpointError: the source does not fit (see `open_checkpoint`), `out` exists, or the disk is full.
@@ -94,9 +104,9 @@ def convert_hf(source: Path, out: Path, progress: Progress | None = None) -> Che
 
 
 def write_converted(out: Path, model: Tarsier, source: Path, chat_template: str) -> None:
-    """Writes a trained model as a converted directory, with the files of the checkpoint that it came from.
+    """Writes a trained model as a converted directory, with the other files of the original checkpoint.
 
-    Every process of several calls it, and writes the shards that it holds.
+    All processes must call it; each writes the shards of its own devices.
 
     Raises:
         CheckpointError: `out` exists, or the disk is full.
@@ -126,7 +136,7 @@ def _wait_for_all(moment: str) -> None:
 
 
 def copy_assets(source: Path, out: Path) -> None:
-    """Brings along config, tokenizer, template and processor files; never weights or code."""
+    """Copies config, tokenizer, template and processor files, but not weights or code."""
     for file in sorted(source.iterdir()):
         if file.suffix in _ASSETS and not file.name.endswith(".index.json") and file.name != MANIFEST:
             shutil.copyfile(file, out / file.name)
@@ -134,7 +144,13 @@ def copy_assets(source: Path, out: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Streamed:
-    """A leaf that Orbax saves without its ever being whole in memory."""
+    """A leaf that Orbax saves chunk by chunk, without a complete copy in memory.
+
+    Attributes:
+        parameter: The parameter.
+        tensors: Its tensors on disk, one per layer.
+        wrote: Called with the number of bytes of each chunk after it is written.
+    """
 
     parameter: Parameter
     tensors: tuple[Tensor, ...]
@@ -146,14 +162,14 @@ class _Streamed:
 
     @property
     def chunk(self) -> tuple[int, ...]:
-        """Whole rows of one layer: the most that divide it evenly and stay below _PIECE."""
+        """Shape of a chunk: complete rows of one layer, as many as divide it evenly and stay below _PIECE."""
         rows, *rest = self.shape[1:] if self.parameter.stacked else self.shape
         most = max(1, _PIECE // (math.prod(rest) * self.tensors[0].dtype.itemsize))
         height = next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
         return (*((1,) if self.parameter.stacked else ()), height, *rest)
 
     def pieces(self) -> Iterator[tuple[Any, np.ndarray]]:
-        """(index, values) of every chunk."""
+        """Yields (index, values) of every chunk."""
         size, height = math.prod(self.chunk), self.chunk[1 if self.parameter.stacked else 0]
         for layer, tensor in enumerate(self.tensors):
             for i in range(tensor.size // size):
@@ -163,7 +179,7 @@ class _Streamed:
 
 
 class _StreamedHandler(ocp.type_handlers.TypeHandler):
-    """Writes streamed leaves as Orbax writes a jax.Array, so that restoring knows no difference."""
+    """Writes streamed leaves in the format of a jax.Array, which Orbax restores as usual."""
 
     def typestr(self) -> str:
         return "jax.Array"
@@ -200,13 +216,13 @@ def _create_array(path: Path, shape: tuple[int, ...], chunk: tuple[int, ...], dt
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": str(path)},
         "metadata": metadata,
-        "context": {"file_io_sync": False},  # `new_directory` syncs once, at the end
-        "store_data_equal_to_fill_value": True,  # Orbax takes a chunk of zeros that is left out for a lost one
+        "context": {"file_io_sync": False},  # `new_directory` syncs once at the end
+        "store_data_equal_to_fill_value": True,  # Orbax reports an absent chunk of zeros as lost
     }
     return ts.open(spec, create=True, delete_existing=True).result()
 
 
-def _save_streaming(path: Path, checkpoint: Checkpoint, progress: Progress | None) -> None:
+def _save_streaming(path: Path, checkpoint: Checkpoint, progress: ProgressCallback | None) -> None:
     done = 0
 
     def wrote(count: int) -> None:
@@ -228,16 +244,16 @@ def save_checkpoint(path: Path, model: Tarsier) -> None:
 
 
 def _save(path: Path, leaves: dict[tuple[Any, ...], Any], **options: Any) -> None:
-    # One file a chunk instead of OCDBT's database: converting and exporting address arrays by name.
+    # One file per chunk instead of OCDBT's database: conversion and export address arrays by name.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, **options)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(nnx.traversals.unflatten_mapping(leaves)))
 
 
 def load_checkpoint(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:
-    """Restores a converted directory; each process reads only what its devices hold, in `config.param_dtype`.
+    """Restores a converted directory in `config.param_dtype`. Each process reads only the shards of its devices.
 
-    With int8 (see weights.quantize), all is restored first, and then quantized.
+    With int8 (see `weights.quantize`), all parameters are restored and then quantized.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or does not fit the directory's config.json.
@@ -263,7 +279,9 @@ def load_checkpoint(directory: Path, config: ModelConfig, mesh: Mesh | None = No
 
 
 def check_arrays(directory: Path, state: nnx.State) -> None:
-    """Looks at every parameter of a converted directory without reading it; Orbax would fail late and at length.
+    """Checks every parameter of a converted directory without reading its values.
+
+    Orbax would report the same problems late and at length.
 
     Raises:
         CheckpointError: a parameter is missing, has another shape, or lacks a part of its values.
@@ -284,7 +302,7 @@ def check_arrays(directory: Path, state: nnx.State) -> None:
 
 
 def _is_whole(store: ts.TensorStore) -> bool:
-    """Whether the files of all chunks are there, each with the bytes it must have."""
+    """Returns whether the files of all chunks exist with the correct number of bytes."""
     spec = store.spec().to_json()
     chunk = spec["metadata"]["chunk_grid"]["configuration"]["chunk_shape"]
     plain = [codec["name"] for codec in spec["metadata"]["codecs"]] == ["bytes"]
@@ -297,6 +315,6 @@ def _is_whole(store: ts.TensorStore) -> bool:
 
 
 def open_array(directory: Path, path: tuple[Any, ...]) -> ts.TensorStore:
-    """One parameter of a converted directory, unread."""
+    """Opens one parameter of a converted directory without reading its values."""
     file = (directory / PARAMS / ".".join(map(str, path))).resolve()  # tensorstore refuses "." and ".." in paths
     return ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(file)}}, open=True, read=True).result()

@@ -1,8 +1,8 @@
-"""Weights in int8, by qwix: half the memory of bfloat16, and half of what decoding a token reads.
+"""Weights in int8 with qwix: half the memory of bfloat16, and half the memory traffic per decoded token.
 
-Weights only, symmetric, one scale for each output channel, rounded to nearest. Products are computed in the model's
-dtype. Only the decoder's layers are quantized, 6.5 of the 7B's 8.3 billion parameters: embedding and head decide
-over tokens, and the vision tower is small and runs once a clip.
+Only weights are quantized: symmetric, one scale per output channel, rounded to nearest. Products are computed in the
+model's dtype. Only the decoder's layers are quantized, 6.5 of the 7B's 8.3 billion parameters. Embedding and head
+decide over tokens, and the vision tower is small and runs once per clip.
 """
 
 import functools
@@ -32,9 +32,10 @@ def check_qwix() -> None:
 
 
 def quantize_parameter(path: tuple[Any, ...], x: jax.Array) -> Any:
-    """A matrix of the decoder's layers, (L, out, in), as a qwix.QArray laid out as it was; others as they are.
+    """Quantizes a matrix of the decoder's layers, (L, out, in), and deletes `x`. Other parameters are returned as is.
 
-    Consumes `x`.
+    Returns:
+        A qwix.QArray with the sharding of `x`, or `x`.
     """
     if not _QUANTIZED.fullmatch(parameter_path(path)):
         return x
@@ -60,7 +61,7 @@ def _quantize(values: jax.sharding.Sharding, scales: jax.sharding.Sharding) -> A
 
 
 def use_quantized(model: Tarsier) -> Tarsier:
-    """Has the layers multiply by their quantized weights."""
+    """Makes the layers multiply by their quantized weights, and returns the model."""
     import qwix
 
     for _, module in nnx.iter_modules(model):

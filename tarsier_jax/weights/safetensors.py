@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory, read one at a time and only where asked for."""
+"""The tensors of a Hugging Face directory, read one at a time and in part."""
 
 import dataclasses
 import json
@@ -17,13 +17,20 @@ from tarsier_jax.files import warn
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
-_OTHERS = ("adapter_", "consolidated")  # safetensors that belong to other things
+_OTHERS = ("adapter_", "consolidated")  # safetensors that are not part of the model
 _MAX_HEADER = 100 * 2**20  # the format's own limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor on disk. `read(start, stop)` gives a range of its flattened values."""
+    """A tensor on disk.
+
+    Attributes:
+        file: The file that contains it.
+        shape: Its shape.
+        dtype: Its dtype.
+        read: Start and stop -> that range of the flattened values.
+    """
 
     file: Path
     shape: tuple[int, ...]
@@ -40,52 +47,56 @@ class Tensor:
 
 
 def open_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a directory of safetensors, or of `.bin` shards, by name. No values are read yet.
+    """Returns every tensor of a directory of safetensors, or of `.bin` shards, by name, without reading values.
 
-    The files are those that transformers reads: `model.safetensors`, else the shards of its index; without either, all
-    safetensors. After these the same for `.bin`.
+    The files are those that transformers reads: `model.safetensors`, else the shards of its index, else all
+    safetensors. `.bin` files follow in the same order.
 
     Raises:
-        CheckpointError: there are no weights, a shard is missing or damaged, a name stands in two shards, shards of two
-            checkpoints are mixed, or a dtype is not supported. All problems are told at once.
+        CheckpointError: weights are missing, a shard is missing or damaged, a name is in two shards, shards of two
+            checkpoints are mixed, or a dtype is not supported. One error lists all problems.
     """
     for single, pattern, opener in (
         ("model.safetensors", "*.safetensors", open_safetensors),
         ("pytorch_model.bin", "pytorch_model*.bin", _open_torch),
     ):
-        files, wanted = _find_files(directory, single, pattern)
+        files, weight_map = _find_files(directory, single, pattern)
         if files:
-            return _collect(files, opener, wanted)
-    raise CheckpointError(f"{directory} holds no *.safetensors and no pytorch_model*.bin. Download the weights too.")
+            return _collect(files, opener, weight_map)
+    raise CheckpointError(f"{directory} contains no *.safetensors and no pytorch_model*.bin. Download the weights too.")
 
 
 def _find_files(directory: Path, single: str, pattern: str) -> tuple[list[Path], dict[str, Path]]:
-    """The files to read, and which of them holds each tensor according to the index, if the index counts."""
+    """Returns the files to read, and the file of each tensor according to the index, {} without an index."""
     index = directory / f"{single}.index.json"
     if (directory / single).is_file():
         if index.exists():
-            warn(f"{directory / single} is read and {index} is not, as in transformers. Remove the one that is stale.")
+            warn(f"{directory / single} is read and {index} is not, as in transformers. Remove the stale one.")
         return [directory / single], {}
     present = [path for path in sorted(directory.glob(pattern)) if not path.name.startswith(_OTHERS)]
     if not index.exists():
         _check_numbers(present)
         return present, {}
-    wanted = _read_index(index)
-    files = sorted(set(wanted.values()))
+    weight_map = _read_index(index)
+    files = sorted(set(weight_map.values()))
     if unnamed := [path.name for path in present if _SHARD.search(path.name) and path not in files]:
-        warn(f"{index} does not name {', '.join(unnamed[:3])}; such files are not read. Remove what is stale.")
-    return files, wanted
+        warn(f"{index} does not name {', '.join(unnamed[:3])}; such files are not read. Remove the stale files.")
+    return files, weight_map
 
 
 def _check_numbers(files: list[Path]) -> None:
-    """Raises CheckpointError unless the shards, "model-00001-of-00002" and so on, are all those of one checkpoint."""
+    """Checks that the shards, "model-00001-of-00002" and so on, form one complete checkpoint.
+
+    Raises:
+        CheckpointError: a shard is missing, or shards belong to different checkpoints.
+    """
     matches = [match for file in files if (match := _SHARD.search(file.name))]
     if not matches:
         return
     directory, totals = files[0].parent, {match[2] for match in matches}
     if len(totals) > 1:
         raise CheckpointError(
-            f"{directory} holds shards of different checkpoints (-of-{', -of-'.join(sorted(totals))}) and no "
+            f"{directory} contains shards of different checkpoints (-of-{', -of-'.join(sorted(totals))}) and no "
             "index. Remove those of one."
         )
     if absent := sorted(set(range(1, int(totals.pop()) + 1)) - {int(match[1]) for match in matches}):
@@ -94,47 +105,51 @@ def _check_numbers(files: list[Path]) -> None:
 
 
 def _read_index(path: Path) -> dict[str, Path]:
-    """The file of each tensor. Raises CheckpointError for an index that is damaged, or names files elsewhere."""
+    """Returns the file of each tensor.
+
+    Raises:
+        CheckpointError: the index is damaged, or names files in another directory.
+    """
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        found = {name: path.parent / PurePosixPath(file) for name, file in files.items()}
-        if not found:
+        weight_map = {name: path.parent / PurePosixPath(file) for name, file in files.items()}
+        if not weight_map:
             raise ValueError("it names no file")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path} is damaged ({e!r}). Download the file again.") from None
-    outside = [file for file in found.values() if ".." in file.parts or not file.is_relative_to(path.parent)]
+    outside = [file for file in weight_map.values() if ".." in file.parts or not file.is_relative_to(path.parent)]
     if outside:
         raise CheckpointError(
             f"{path} names {outside[0]}, which is not in its directory. Download the checkpoint again."
         )
-    return found
+    return weight_map
 
 
 def _collect(
-    files: list[Path], opener: Callable[[Path], dict[str, Tensor]], wanted: dict[str, Path]
+    files: list[Path], opener: Callable[[Path], dict[str, Tensor]], weight_map: dict[str, Path]
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     problems = []
     for file in files:
         try:
-            found = opener(file)
+            shard = opener(file)
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        for name, tensor in found.items():
+        for name, tensor in shard.items():
             if name in tensors:
-                problems.append(f"{name} stands in both {tensors[name].file} and {file}; remove one of the files.")
+                problems.append(f"{name} is in both {tensors[name].file} and {file}; remove one of the files.")
             tensors[name] = tensor
-        lacking = [name for name, where in wanted.items() if where == file and name not in found]
-        if lacking:
-            problems.append(f"The index says that {file} holds {lacking[0]}; it does not. Download it again.")
+        absent = [name for name, place in weight_map.items() if place == file and name not in shard]
+        if absent:
+            problems.append(f"{absent[0]} is not in {file}, although the index says so. Download it again.")
     if problems:
         raise CheckpointError(" ".join(problems))
     return tensors
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file. Format: 8 bytes of header length, a JSON header, the values."""
+    """Returns the tensors of one file. The format is 8 bytes of header length, a JSON header, and the values."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -146,7 +161,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"The shard {path} is missing. Download it too.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
-        raise CheckpointError(f"{path} is no valid safetensors file ({e}). Download it again.") from None
+        raise CheckpointError(f"{path} is not a valid safetensors file ({e}). Download it again.") from None
     return tensors
 
 
@@ -177,7 +192,7 @@ def _safetensor(path: Path, base: int, name: str, entry: dict[str, Any]) -> Tens
 
 
 def _open_torch(path: Path) -> dict[str, Tensor]:
-    """The tensors of one `.bin` shard; pickled code in it is never run (weights_only)."""
+    """Returns the tensors of one `.bin` shard. Pickled code in it is never run (weights_only)."""
     try:
         import torch
     except ImportError:
@@ -189,7 +204,7 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise CheckpointError(f"The shard {path} is missing. Download it too.") from None
-    except Exception as e:  # torch raises whatever the damage happens to hit
+    except Exception as e:  # torch raises errors of many types for damaged files
         reason = str(e).split("\n")[0]
         raise CheckpointError(f"{path} cannot be read ({reason}). Download it again.") from None
     tensors = {}

@@ -149,8 +149,8 @@ def test_bad_checkpoints_are_named(checkpoint: Path, gif: Path, tmp_path: Path, 
         ("nothing", None, "config.json does not exist"),
         ("config.json", b'{"model_type": "gpt2"}', "model_type is 'gpt2', which is not supported"),
         ("config.json", (checkpoint / "config.json").read_bytes(), "tokenizer"),
-        ("tokenizer.json", (checkpoint / "tokenizer.json").read_bytes(), "holds no *.safetensors"),
-        ("model.safetensors", b"\0" * 30, "is no valid safetensors file"),
+        ("tokenizer.json", (checkpoint / "tokenizer.json").read_bytes(), "contains no *.safetensors"),
+        ("model.safetensors", b"\0" * 30, "is not a valid safetensors file"),
     ):
         if content is not None:
             (model / name).write_bytes(content)

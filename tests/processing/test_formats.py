@@ -128,7 +128,7 @@ def test_turns_that_are_not_trained_on() -> None:
         assert read_messages(sample)[1] == {"role": "assistant", "content": [text("A ball moves.")], "loss": False}
     answers = {"messages": [{"role": "user", "content": "Hi"}, {**ANSWER, "loss": False}], "rejected_response": "B."}
     assert normalize_sample(answers)["messages"][1]["loss"] is False
-    with pytest.raises(InputError, match=r"messages\[0\]: loss has to be true or false, not 'no'"):
+    with pytest.raises(InputError, match=r"messages\[0\]: loss must be true or false, not 'no'"):
         read_messages({"messages": [{**ANSWER, "loss": "no"}]})
 
 
@@ -179,14 +179,14 @@ def test_preferences(sample: dict, first: str) -> None:
         (chat("Describe.", audios=["a.wav"]), 'has "audios" beside its messages, which is not read'),
         (chat("Describe.", video_file="a.mp4"), 'has "video_file" beside its messages'),
         ({"messages": [{**ANSWER, "images": ["a.png"]}]}, r'messages\[0\] has "images" beside its content'),
-        ({"messages": [ANSWER], "videos": ["a.mp4"]}, "no message of the user to show them in"),
-        (chat([{**text("Hi"), "video": "a.mp4"}]), r'content\[0\] has the type text, and "video" too'),
+        ({"messages": [ANSWER], "videos": ["a.mp4"]}, "no message of the user to put them in"),
+        (chat([{**text("Hi"), "video": "a.mp4"}]), r'content\[0\] has the type text and also "video"'),
         (chat("<video>", videos=["a.mp4"], video_start=1), 'has "video_start" beside its messages, which is not read'),
         (llava("<video>", video="a.mp4", fps=2), 'has "fps" beside its messages, which is not read'),
         (chat("Describe.", media=["a.mp4"]), 'has "media" beside its messages, which is not read'),
         ({"messages": [{**ANSWER, "video_file": "a.mp4"}]}, r'messages\[0\] has "video_file" beside its content'),
-        (chat([{**text("Hi"), "video_file": "a.mp4"}]), 'has the type text, and "video_file" too'),
-        (chat([{"type": "video", "video": "a.mp4", "text": "Hi"}]), "has the type video, and a text too"),
+        (chat([{**text("Hi"), "video_file": "a.mp4"}]), 'has the type text and also "video_file"'),
+        (chat([{"type": "video", "video": "a.mp4", "text": "Hi"}]), "has the type video and also a text"),
         (chat([video(video_start=1, start_time=2)]), 'has "start_time" twice'),
         (chat("<video>", videos=["a.mp4"], conversations=[]), "both messages and conversations"),
         (chat("Hi", rejected_response=["B."]), "preferences that are not two answers"),
@@ -194,15 +194,15 @@ def test_preferences(sample: dict, first: str) -> None:
         (chat("Hi", rejected_messages=[ANSWER]), 'has "rejected_messages"'),
         ({"conversations": [{"from": "observation", "value": "x"}]}, r"messages\[0\] needs a role"),
         # Keys that the annotation format does not have
-        (chat([video(start=1, end=2)]), "has the key 'start', .* Give start_time, in seconds"),
-        (chat([video(strat_time=1)]), "has the key 'strat_time', .* Write start_time, if that is meant"),
+        (chat([video(start=1, end=2)]), "has the key 'start', .* Use start_time, in seconds"),
+        (chat([video(strat_time=1)]), "has the key 'strat_time', .* Use start_time if you mean that"),
         (chat([{"type": "video", "video": "a.mp4", "nframes": 4}]), "the key 'nframes', .* option n_frames"),
         (chat([{"type": "video", "video": "a.mp4", "total_pixels": 4}]), "the key 'total_pixels', .* max_pixels"),
         (chat([{"type": "image", "image": "a.png", "start_time": 4}]), "the image has the key 'start_time'"),
         (chat("<image>", images=[{"bytes": b"x", "path": None}]), "exactly one of .* but has bytes"),
         (chat("<video>", videos=[""]), "empty name in place of a file"),
         (chat("<video>", videos=[None]), "exactly one of .* but has none"),
-        (chat([{"type": "image", "image": "a.png", "max_pixels": 9}, image()]), "max_pixels is not the same"),
+        (chat([{"type": "image", "image": "a.png", "max_pixels": 9}, image()]), "max_pixels differs"),
     ],
 )
 def test_nothing_is_lost_in_silence(sample: dict, message: str) -> None:

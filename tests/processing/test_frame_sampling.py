@@ -90,18 +90,18 @@ def test_select_frames_by_the_second_sampler() -> None:
     [
         (
             {"frame_indices": [3, 120]},
-            r"a.mp4 \(frame_indices \[3, 120\]\) has frames 0 to 99, but \[120\] are asked for",
+            r"a.mp4 \(frame_indices \[3, 120\]\) has frames 0 to 99, but \[120\] are selected",
         ),
         ({"frame_indices": [-1]}, r"\[-1\]"),
-        ({"frame_indices": []}, "none are asked for"),
+        ({"frame_indices": []}, "none are selected"),
         ({"time_indices": [11.0, 12.0]}, r"\[110, 120\]"),
-        ({"start_frame": 100}, "Mend the start and end"),
-        ({"start_time": 12.5}, r"125 to 99 are asked for \(start_time 12.5\)"),
-        ({"start_time": 1, "start_frame": 2}, "start_time and start_frame are both given"),
-        ({"time_indices": [1], "end_time": 2}, "end_time has no meaning where single frames are listed"),
-        ({"frame_indices": [1.5]}, "frame_indices are whole numbers"),
+        ({"start_frame": 100}, "Correct the start and end"),
+        ({"start_time": 12.5}, r"125 to 99 are selected \(start_time 12.5\)"),
+        ({"start_time": 1, "start_frame": 2}, "has both start_time and start_frame"),
+        ({"time_indices": [1], "end_time": 2}, "end_time cannot be combined with a list of frames"),
+        ({"frame_indices": [1.5]}, "frame_indices must be whole numbers"),
         ({"start_frame": 9, "end_frame": 3}, "9 to 3"),
-        ({"frame_indices": [1], "fps": 2}, "frame_indices and fps are both given"),
+        ({"frame_indices": [1], "fps": 2}, "has both frame_indices and fps"),
     ],
 )
 def test_frames_outside_of_the_clip(item: dict, message: str) -> None:
@@ -111,5 +111,5 @@ def test_frames_outside_of_the_clip(item: dict, message: str) -> None:
 
 @pytest.mark.parametrize("item", [{"fps": 2}, {"time_indices": [1]}, {"start_time": 1}])
 def test_seconds_need_a_frame_rate(item: dict) -> None:
-    with pytest.raises(InputError, match="has no frame rate"):
+    with pytest.raises(InputError, match="does not have a frame rate"):
         select_frames(item, length=100, rate=None, n=4)

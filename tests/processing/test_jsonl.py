@@ -57,9 +57,9 @@ def test_bad_lines_stay_for_their_reader(tmp_path: Path) -> None:
     lines = ["[" * 100_000, "a.mp4", json.dumps(VALUES[1])]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     assert list(read_lines(tmp_path / "list.jsonl")) == lines
-    with pytest.raises(InputError, match=r"^The line is no JSON that can be read: it is nested too deeply"):
+    with pytest.raises(InputError, match=r"^The line cannot be read as JSON: it is nested too deeply"):
         parse_json(lines[0], "The line")
-    with pytest.raises(InputError, match=r"^The line is no JSON \(Expecting value"):
+    with pytest.raises(InputError, match=r"^The line is not JSON \(Expecting value"):
         parse_json(lines[1], "The line")
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.perturb import KINDS, disturb
+from tarsier_jax.processing.perturb import KINDS, perturb
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.sample import open_visuals, read_messages
 from tests.processing.conftest import frame_numbers, user
@@ -14,7 +14,7 @@ FRAMES = list(range(0, 160, 10))  # 16, as a video of 151 frames shows
 
 
 def seeds(kind: str | None, frames: list[int], count: int = 50) -> Iterable[list[int]]:
-    return [disturb(frames, kind, np.random.default_rng(seed)) for seed in range(count)]
+    return [perturb(frames, kind, np.random.default_rng(seed)) for seed in range(count)]
 
 
 def test_exchange_swaps_two_quarters() -> None:
@@ -57,15 +57,15 @@ def test_discard_keeps_half_in_order() -> None:
 
 
 @pytest.mark.parametrize("n", range(2, 12))
-def test_few_frames_are_disturbed_too(n: int) -> None:
+def test_few_frames_are_perturbed_too(n: int) -> None:
     frames = list(range(0, 7 * n, 7))
     for kind in KINDS:
-        for disturbed in seeds(kind, frames, 10):
-            assert disturbed != frames
-            assert len(disturbed) == (n // 2 if kind == "discard" else n)
-            assert 0 <= min(disturbed) <= max(disturbed) <= frames[-1]
+        for perturbed in seeds(kind, frames, 10):
+            assert perturbed != frames
+            assert len(perturbed) == (n // 2 if kind == "discard" else n)
+            assert 0 <= min(perturbed) <= max(perturbed) <= frames[-1]
             if kind in ("exchange", "reverse"):
-                assert sorted(disturbed) == frames
+                assert sorted(perturbed) == frames
 
 
 def test_without_a_kind_each_may_be_drawn() -> None:
@@ -74,34 +74,34 @@ def test_without_a_kind_each_may_be_drawn() -> None:
     assert len({tuple(f) for f in frames}) > 30
 
 
-def test_what_cannot_be_disturbed() -> None:
-    with pytest.raises(InputError, match=r"a\.mp4 shows 1 frames, too few"):
-        disturb([5], "crop", np.random.default_rng(0), "a.mp4")
+def test_what_cannot_be_perturbed() -> None:
+    with pytest.raises(InputError, match=r"a\.mp4 has 1 frames, too few"):
+        perturb([5], "crop", np.random.default_rng(0), "a.mp4")
     with pytest.raises(InputError, match=r"'shuffle'\. The kinds are exchange, crop, reverse, discard"):
-        disturb(FRAMES, "shuffle", np.random.default_rng(0))
+        perturb(FRAMES, "shuffle", np.random.default_rng(0))
 
 
-def disturbed_video(path: Path, **way: object) -> dict:
+def perturbed_video(path: Path, **way: object) -> dict:
     return user({"type": "video", "video": {"video_file": str(path), "disturb": way}})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_video_item_asks_for_it(mp4: Path, kind: str) -> None:
-    (visual,) = open_visuals(read_messages(disturbed_video(mp4, kind=kind, seed=3)), 8, 8, "v1", 1, None)
-    expected = disturb([0, 6, 11, 17, 22, 28, 33, 39], kind, np.random.default_rng(3))
+    (visual,) = open_visuals(read_messages(perturbed_video(mp4, kind=kind, seed=3)), 8, 8, "v1", 1, None)
+    expected = perturb([0, 6, 11, 17, 22, 28, 33, 39], kind, np.random.default_rng(3))
     assert frame_numbers(list(visual.frames())) == expected
 
 
 def test_training_and_inference_show_the_same_frames(processor: Processor, mp4: Path) -> None:
-    sample = disturbed_video(mp4, seed=5)
+    sample = perturbed_video(mp4, seed=5)
     seen = [processor(sample, training) for training in (False, True)]
     np.testing.assert_array_equal(seen[0].pixel_values, seen[1].pixel_values)
-    other = processor(disturbed_video(mp4, seed=6))
+    other = processor(perturbed_video(mp4, seed=6))
     assert not np.array_equal(other.pixel_values, seen[0].pixel_values)
 
 
 def test_black_frames_follow_what_is_left(mp4: Path) -> None:
-    messages = read_messages(disturbed_video(mp4, kind="discard"))
+    messages = read_messages(perturbed_video(mp4, kind="discard"))
     (visual,) = open_visuals(messages, 8, 8, "v1", 8, None)
     assert [number < 0 for number in frame_numbers(list(visual.frames()))] == [False] * 4 + [True] * 4
 
@@ -109,14 +109,14 @@ def test_black_frames_follow_what_is_left(mp4: Path) -> None:
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        ({"disturb": "reverse"}, r'content\[0\]: disturb has to be like {"kind": "reverse", "seed": 3}, not \'reverse'),
-        ({"disturb": {"kinds": "reverse"}}, "disturb has to be like"),
-        ({"disturb": {"kind": "shuffle"}}, "kind of disturb has to be one of exchange, crop, reverse, discard"),
-        ({"disturb": {"kind": ["crop"]}}, "kind of disturb has to be one of"),
-        ({"disturb": {"seed": -1}}, "seed of disturb has to be a whole number from 0 on, not -1"),
-        ({"disturb": {"seed": 1.5}}, "seed of disturb has to be"),
-        ({"disturb": {"seed": True}}, "seed of disturb has to be"),
-        ({"disturb": {}, "mask_boxes": [[]]}, "away from their mask_boxes"),
+        ({"disturb": "reverse"}, r'content\[0\]: disturb must be like {"kind": "reverse", "seed": 3}, not \'reverse'),
+        ({"disturb": {"kinds": "reverse"}}, "disturb must be like"),
+        ({"disturb": {"kind": "shuffle"}}, "kind of disturb must be one of exchange, crop, reverse, discard"),
+        ({"disturb": {"kind": ["crop"]}}, "kind of disturb must be one of"),
+        ({"disturb": {"seed": -1}}, "seed of disturb must be a whole number of at least 0, not -1"),
+        ({"disturb": {"seed": 1.5}}, "seed of disturb must be"),
+        ({"disturb": {"seed": True}}, "seed of disturb must be"),
+        ({"disturb": {}, "mask_boxes": [[]]}, "would separate frames and their mask_boxes"),
     ],
 )
 def test_malformed_wishes(video: dict, message: str) -> None:

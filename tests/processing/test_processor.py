@@ -80,13 +80,13 @@ def test_a_sample_may_have_limits_of_its_own(processor: Processor) -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ([1], r"has to be like .*, not \[1\]"),
-        ({"max_pixels": "100000"}, "max_pixels has to be a number, not '100000'"),
-        ({"max_pixels": float("nan")}, "max_pixels has to be a number, not nan"),
-        ({"min_pixels": True}, "min_pixels has to be a number, not True"),
-        ({"max_pixels": 0}, "max_pixels has to be at least 1, not 0"),
+        ([1], r"must be like .*, not \[1\]"),
+        ({"max_pixels": "100000"}, "max_pixels must be a number, not '100000'"),
+        ({"max_pixels": float("nan")}, "max_pixels must be a number, not nan"),
+        ({"min_pixels": True}, "min_pixels must be a number, not True"),
+        ({"max_pixels": 0}, "max_pixels must be at least 1, not 0"),
         ({"min_pixels": -5}, "min_pixels -5 is not between 0 and"),
-        ({"max_pixels": 10**400}, "max_pixels has to be a number, not 1000"),
+        ({"max_pixels": 10**400}, "max_pixels must be a number, not 1000"),
     ],
 )
 def test_malformed_limits(processor: Processor, limits: object, message: str) -> None:
@@ -166,7 +166,7 @@ def test_batches_pad_with_the_tokenizers_token(processor: Processor) -> None:
         ({"n_frames": 0}, "at least 1"),
         ({"min_pixels": 500_000}, "min_pixels 500000"),
         ({"video_sampler": "v3"}, "one of v1, v2"),
-        ({"frames": 3}, "no option frames. The options are n_frames"),
+        ({"frames": 3}, "option frames does not exist. The options are n_frames"),
     ],
 )
 def test_unfit_options(processor: Processor, options: dict, message: str) -> None:

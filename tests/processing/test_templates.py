@@ -197,7 +197,7 @@ def test_templates_to_train_with() -> None:
     assert training_template(QWEN2_VL) == CHATML
     without_system = QWEN2_VL.replace("loop.first", "false")
     assert training_template(without_system) == BARE_CHATML
-    with pytest.raises(InputError, match=r"no \{% generation %\} block"):
+    with pytest.raises(InputError, match=r"does not mark .* \{% generation %\} block"):
         training_template(QWEN2_VL.replace("helpful", "careful"))
 
 

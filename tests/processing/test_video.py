@@ -118,7 +118,7 @@ def test_missing_files(tmp_path: Path, name: str) -> None:
 
 
 def test_frames_that_the_clip_has_not(mp4: Path) -> None:
-    with pytest.raises(InputError, match=r"frames 0 to 39; there is no frame \[40\]"):
+    with pytest.raises(InputError, match=r"frames 0 to 39; frame \[40\] does not exist"):
         open_clip(mp4).read([3, 40])
 
 
@@ -131,7 +131,7 @@ def test_unknown_endings_name_the_accepted_ones(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_frames_is_no_clip(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no images"):
+    with pytest.raises(InputError, match="contains no images"):
         open_clip(tmp_path)
     with pytest.raises(InputError, match="list of frames is empty"):
         open_clip([])
@@ -156,7 +156,7 @@ def test_find_inputs(tmp_path: Path) -> None:
 
 
 def test_find_inputs_without_media(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no video, animation or image"):
+    with pytest.raises(InputError, match="contains no video, animation or image"):
         find_inputs(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         find_inputs(tmp_path / "missing.mp4")

@@ -317,7 +317,7 @@ def test_sound_with_a_cover_picture_is_no_video(source: Callable[..., Path], tmp
     sound = ("-f", "lavfi", "-i", "sine=d=0.2")
     streams = ("-map", 0, "-map", 1, "-c:a", "aac", "-c:v", "copy", "-disposition:v", "attached_pic")
     ffmpeg(*sound, "-i", cover, *streams, "-f", "ipod", path)
-    with pytest.raises(InputError, match=r"song\.mp4 cannot be decoded: it contains sound only"):
+    with pytest.raises(InputError, match=r"song\.mp4 cannot be decoded: it contains only sound"):
         open_clip(path)
 
 

@@ -48,20 +48,20 @@ def test_an_adapter_without_a_config(tmp_path: Path, name: str) -> None:
 
 def test_an_adapter_without_a_readable_configuration(tmp_path: Path) -> None:
     for name in ("adapter_model.bin", "adapter_config.json"):
-        with pytest.raises(CheckpointError, match="holds a LoRA adapter of its base model"):
+        with pytest.raises(CheckpointError, match="contains a LoRA adapter of its base model"):
             resolve(make(tmp_path / name, name))
 
 
 def test_adapters_in_the_directories_of_a_run(tmp_path: Path) -> None:
     """As ms-swift and LLaMA-Factory leave them."""
     make(tmp_path / "checkpoint-500", "adapter_model.safetensors", adapter_config=ADAPTER)
-    with pytest.raises(CheckpointError, match=f"checkpoint-500 holds a LORA adapter.*{MERGE}"):
+    with pytest.raises(CheckpointError, match=f"checkpoint-500 contains a LORA adapter.*{MERGE}"):
         resolve(make(tmp_path, "args.json", "trainer_state.json"))
 
 
 def test_a_directory_of_checkpoints(tmp_path: Path) -> None:
     make(tmp_path, "run.json", "model/config.json", "random_model/config.json", "checkpoints/2/state")
-    with pytest.raises(CheckpointError, match=r"holds no config.json. Give .*/model or .*/random_model, which do"):
+    with pytest.raises(CheckpointError, match=r"does not contain a config.json. Use .*/model or .*/random_model"):
         resolve(tmp_path)
 
 
@@ -70,18 +70,18 @@ def test_a_directory_of_checkpoints(tmp_path: Path) -> None:
 def test_a_quantised_checkpoint(tmp_path: Path, method: str, where: str) -> None:
     config = json.loads(where)
     config.get("text_config", config)["quantization_config"] = {"quant_method": method}
-    with pytest.raises(CheckpointError, match=rf"is quantised \({method}.*Give the checkpoint in bfloat16"):
+    with pytest.raises(CheckpointError, match=rf"is quantised \({method}.*Use the original checkpoint in bfloat16"):
         resolve(make(tmp_path, "model.safetensors", config=json.dumps(config)))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tarsier2-q4_k_m.gguf", "holds a GGUF file"),
-        ("global_step500/zero_pp_rank_0_mp_rank_00_optim_states.pt", "holds DeepSpeed state.*zero_to_fp32.py"),
-        ("zero_to_fp32.py", "holds DeepSpeed state"),
-        ("pytorch_model_fsdp_0/__0_0.distcp", "holds FSDP shards.*accelerate merge-weights"),
-        ("model_index.json", "holds a diffusers pipeline"),
+        ("tarsier2-q4_k_m.gguf", "contains a GGUF file"),
+        ("global_step500/zero_pp_rank_0_mp_rank_00_optim_states.pt", "contains DeepSpeed state.*zero_to_fp32.py"),
+        ("zero_to_fp32.py", "contains DeepSpeed state"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "contains FSDP shards.*accelerate merge-weights"),
+        ("model_index.json", "contains a diffusers pipeline"),
     ],
 )
 def test_weights_in_another_form(tmp_path: Path, name: str, message: str) -> None:

@@ -20,7 +20,7 @@ from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.families import load_config
 from tarsier_jax.families.qwen2_vl import LAYOUTS
 from tarsier_jax.models.tarsier import Tarsier
-from tarsier_jax.processing.chat import BARE_CHATML, load_chat_template, render
+from tarsier_jax.processing.chat import BARE_CHATML, load_chat_template, render_template
 from tarsier_jax.weights import convert_hf, convert_to_hf, export_hf, hf_tensors, load_weights, save_checkpoint
 from tarsier_jax.weights import orbax as orbax_module
 from tests import reference
@@ -140,7 +140,7 @@ def test_the_other_layout_loads_in_transformers(write: Write, tmp_path: Path, so
     assert size == {"shortest_edge": 3136, "longest_edge": 50176}
     assert load_chat_template(tmp_path / "qwen") == counting  # the one that transformers reads needs no counts
     image = [{"role": "user", "content": [{"type": "image"}]}]
-    assert "<|image_pad|>" in render((tmp_path / "qwen" / "chat_template.jinja").read_text(), image)[0]
+    assert "<|image_pad|>" in render_template((tmp_path / "qwen" / "chat_template.jinja").read_text(), image)[0]
     convert_to_hf(tmp_path / "orbax", tmp_path / "tarsier", layout="tarsier2")
     assert load_config(tmp_path / "tarsier") == load_config(source) == load_config(tmp_path / "qwen")
 

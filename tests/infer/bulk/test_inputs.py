@@ -60,8 +60,8 @@ def test_another_encoding_is_one_error(tmp_path: Path) -> None:
 
 def test_a_bad_line_is_one_error(tmp_path: Path) -> None:
     deep, bare, good, empty = items(tmp_path / "list.jsonl", "[" * 100_000 + '\na.mp4\n"b.mp4"\n{"messages": null}\n')
-    assert "list.jsonl line 1 is no JSON that can be read: it is nested too deeply" in reason(deep)
-    assert "list.jsonl line 2 is no JSON" in reason(bare) and "a path in quotes" in reason(bare)
+    assert "list.jsonl line 1 cannot be read as JSON: it is nested too deeply" in reason(deep)
+    assert "list.jsonl line 2 is not JSON" in reason(bare) and "a path in quotes" in reason(bare)
     assert 'neither "messages" nor "input"' in reason(empty)
     assert good.input == "b.mp4"
 
@@ -220,6 +220,6 @@ def test_a_scan_says_what_it_skips(tmp_path: Path, capsys: pytest.CaptureFixture
     find_media([str(gif)])
     assert capsys.readouterr().err == ""
     gif.unlink()
-    with pytest.raises(InputError, match="holds no video"):
+    with pytest.raises(InputError, match="contains no video"):
         find_media([str(tmp_path)])
     assert "skipped 4 files" in capsys.readouterr().err

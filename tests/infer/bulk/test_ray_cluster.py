@@ -108,7 +108,7 @@ def test_every_clip_once_whatever_dies(cluster: Any, source: Path, tmp_path: Pat
 def test_what_an_actor_cannot_load(cluster: Any, source: Path, tmp_path: Path) -> None:
     with start(*flags(source, tmp_path / "out.jsonl", "--ray", cluster.address, "--model", "nowhere")) as process:
         told, _ = process.communicate()
-    assert process.returncode == 1 and "error: There is no directory nowhere" in told and "Traceback" not in told
+    assert process.returncode == 1 and "error: The directory nowhere does not exist" in told and "Traceback" not in told
 
 
 @pytest.mark.slow

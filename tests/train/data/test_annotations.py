@@ -120,7 +120,7 @@ def test_the_root_of_media_in_other_formats(beside: dict, visual: dict) -> None:
     ("text", "message"),
     [
         ("[1]", "is no JSON object"),
-        ("{", "The line is no JSON "),
+        ("{", "The line is not JSON "),
         ('{"a": ' * 100_000, "is nested too deeply"),
         ('{"messages": [{"role": "user", "content": "<video>"}]}', 'files in "videos" is 0, but 1 places'),
     ],

@@ -262,7 +262,7 @@ def test_bad_lines_are_skipped_and_counted(tmp_path: Path, packer: PackingConfig
     assert [(row.seen, len(row.bad)) for row in rows] == [(8, 5), (0, 0)]
     assert {(bad.file, bad.line) for bad in rows[0].bad} == {(files, line) for line in (2, 4, 5, 6, 7)}
     reasons = [bad.reason for bad in rows[0].bad]
-    assert reasons[0].startswith("The line is no JSON (Expecting property name")
+    assert reasons[0].startswith("The line is not JSON (Expecting property name")
     assert reasons[1:3] == ["The line is no JSON object.", "Sample x is empty."]
     assert "1 answers of 65 tokens, with 0 frames" in reasons[3] and "8 answers, 64 tokens" in reasons[3]
     assert "could not be prepared, because of an unexpected key error: 'tokens'" in reasons[4]
