@@ -1,1 +1,1 @@
-"""Programs that convert checkpoints and prove that nothing was lost."""
+"""Programs that convert checkpoints and compare them with the original."""

@@ -1,4 +1,4 @@
-"""Two ways to run a checkpoint, ours and Hugging Face's, behind the four calls that `convert.verify` compares."""
+"""Two backends that run a checkpoint, ours and Hugging Face's, with the four calls that `convert.verify` compares."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,23 +19,23 @@ from tarsier_jax.processing.processor import Processor
 from tarsier_jax.weights import hf_tensors
 
 
-class Side(Protocol):
-    """What a comparison asks of a model, about one unpadded example."""
+class Backend(Protocol):
+    """The outputs of a model that are compared, for one unpadded example."""
 
     def vision(self, example: Example) -> np.ndarray:
-        """Features of all visual tokens, float32 (visual tokens, D)."""
+        """Returns the features of all visual tokens, float32 (visual tokens, D)."""
         ...
 
     def hidden(self, example: Example) -> np.ndarray:
-        """The decoder's final hidden states on the plain token embeddings, float32 (S, D)."""
+        """Returns the decoder's final hidden states for the plain token embeddings, float32 (S, D)."""
         ...
 
     def logits(self, example: Example) -> np.ndarray:
-        """float32 (S, V)."""
+        """Returns the logits, float32 (S, V)."""
         ...
 
     def answer(self, example: Example, n: int) -> list[int]:
-        """At most `n` greedy tokens, without the end of sequence."""
+        """Returns at most `n` greedy tokens, without the end of sequence."""
         ...
 
 
@@ -72,17 +72,21 @@ class Ours:
 
 
 class HuggingFace:
-    """The live PyTorch model in transformers, with the tensors of any layout that we read."""
+    """The PyTorch model in transformers, with the tensors of any supported layout."""
 
     def __init__(self, directory: Path, config: ModelConfig, eos_token_ids: tuple[int, ...]):
-        """Raises CheckpointError when torch is not installed."""
+        """Loads the model.
+
+        Raises:
+            CheckpointError: torch is not installed, or transformers rejects the tensors.
+        """
         try:
             import torch
             from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
         except ImportError:
             raise CheckpointError(
-                "Comparing with the PyTorch reference needs torch. Install it with `pip install -e '.[test]'`, or give "
-                "a second directory to compare with."
+                "The comparison with the PyTorch reference needs torch. Install it with `pip install -e '.[test]'`, or "
+                "pass a second directory to compare with."
             ) from None
         self.torch, self.eos_token_ids = torch, list(eos_token_ids)
         with torch.device("meta"):
@@ -97,12 +101,12 @@ class HuggingFace:
         model.tie_weights()
         rotary: Any
         for rotary in (model.model.language_model.rotary_emb, model.model.visual.rotary_pos_emb):
-            fresh = type(rotary)(rotary.config)  # frequencies are no parameters, and the meta device holds none
+            fresh = type(rotary)(rotary.config)  # not parameters: the meta device lacks their values
             rotary.inv_freq, rotary.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
         self.model: Any = model.eval().requires_grad_(False)
 
     def _inputs(self, example: Example) -> dict[str, Any]:
-        """Position ids are given: transformers 5 would number text after a long video differently."""
+        """Returns the inputs with our position ids: transformers 5 numbers text after a long video differently."""
         torch = self.torch
         inputs = {
             "input_ids": torch.from_numpy(example.input_ids).long()[None],

@@ -1,6 +1,6 @@
 """Converts a Hugging Face checkpoint for sharded loading: `python -m convert.hf_to_orbax HF_DIR OUT`.
 
-OUT appears only when it is whole. Memory stays small whatever the model's size.
+OUT appears only when it is complete. Memory stays small for every size of the model.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from tarsier_jax.programs import run
 from tarsier_jax.weights import convert_hf, resolve
 
 
-def convert(source: str, out: Path) -> None:
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant so
+def _convert(source: str, out: Path) -> None:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about intended settings
     progress = Progress()
     checkpoint = convert_hf(resolve(source), out, progress)
     print(progress.summary(sum(len(tensors) for _, tensors in checkpoint.sources), out))
@@ -27,9 +27,9 @@ def main() -> int:
     )
     parser.add_argument("source", type=path_text, metavar="HF_DIR", help="Hugging Face directory or hub id")
     parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write; it must not exist yet")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    return run(lambda: convert(args.source, args.out), args.traceback)
+    return run(lambda: _convert(args.source, args.out), args.traceback)
 
 
 if __name__ == "__main__":

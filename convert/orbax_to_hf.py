@@ -1,7 +1,7 @@
 """Writes a converted checkpoint back as a Hugging Face directory: `python -m convert.orbax_to_hf DIR OUT`.
 
-Every tensor comes back bit for bit. With --layout the names and config.json become those of the other family; with
---dtype values are rounded to that dtype, such as those of a model that was trained in float32.
+Every tensor is restored bit for bit. --layout writes the names and the config.json of the other layout. --dtype rounds
+the values to that dtype, for example after training in float32.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from tarsier_jax.programs import run
 from tarsier_jax.weights import convert_to_hf
 
 
-def convert(source: Path, out: Path, layout: str | None, dtype: str | None) -> None:
+def _convert(source: Path, out: Path, layout: str | None, dtype: str | None) -> None:
     progress = Progress()
     names = convert_to_hf(source, out, layout, dtype, progress)
     print(progress.summary(len(names), out))
@@ -28,9 +28,9 @@ def main() -> int:
     parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write; it must not exist yet")
     parser.add_argument("--layout", choices=("tarsier2", "qwen2_vl"), help="default: the source's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    return run(lambda: convert(args.source, args.out, args.layout, args.dtype), args.traceback)
+    return run(lambda: _convert(args.source, args.out, args.layout, args.dtype), args.traceback)
 
 
 if __name__ == "__main__":

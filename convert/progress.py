@@ -1,4 +1,4 @@
-"""A line on stderr that says how far a long copy is, and a summary at its end."""
+"""A progress line on stderr for a long copy, and a summary at its end."""
 
 import resource
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Progress:
-    """Called with bytes done and bytes in all."""
+    """Prints progress when called with the number of bytes done and the total."""
 
     def __init__(self) -> None:
         self.start = self.last = time.monotonic()
@@ -18,10 +18,10 @@ class Progress:
         if now - self.last < 1 and done < total:
             return
         self.last, rate = now, done / max(now - self.start, 1e-9)
-        left = (total - done) / rate
+        remaining = (total - done) / rate
         end = "\n" if done >= total else ""
         print(
-            f"\r{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left:.0f} s left ",
+            f"\r{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {remaining:.0f} s left ",
             end=end,
             file=sys.stderr,
             flush=True,

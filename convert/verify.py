@@ -1,12 +1,12 @@
-"""Compares a checkpoint in this project with the live Hugging Face model, or with a second checkpoint of ours.
+"""Compares a checkpoint in this project with the Hugging Face model, or with a second checkpoint of ours.
 
     python -m convert.verify HF_DIR            # against transformers, in float32 on the CPU
     python -m convert.verify DIR OTHER_DIR     # ours against ours, e.g. before and after a conversion
     python -m convert.verify DIR --int8        # with weights in int8 against the same in bfloat16
 
 Prints, for an image, a video and a long text, the largest absolute differences of each tower and of the logits, the
-mean KL divergence, how often the most likely token agrees, and both greedy answers. Exit status 1 when the greedy
-answers differ, but for --int8, with which they may.
+mean KL divergence, the share of equal most likely tokens, and both greedy answers. The exit status is 1 when the greedy
+answers differ, except with --int8.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 import tarsier_jax
-from convert.backends import HuggingFace, Ours, Side
+from convert.backends import Backend, HuggingFace, Ours
 from tarsier_jax.files import path_text
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.programs import run
@@ -28,7 +28,7 @@ COLUMNS = ("probe", "tokens", "vision", "decoder", "logits", "mean KL", "top-1")
 
 
 def probes(processor: Any) -> Iterable[tuple[str, Example]]:
-    """An image, a video of 16 frames and more than 500 tokens of text, made up here."""
+    """Yields a synthetic image, a synthetic video of 16 frames, and more than 500 tokens of text."""
     rows, columns = np.mgrid[:336, :448]
     frames = [
         np.stack([rows + 4 * t, columns + 7 * t, (rows * columns) // 64 + 11 * t], axis=-1).astype(np.uint8)
@@ -45,16 +45,16 @@ def probes(processor: Any) -> Iterable[tuple[str, Example]]:
         yield name, processor({"messages": [{"role": "user", "content": content}]})
 
 
-def compare(one: Side, other: Side, name: str, example: Example) -> tuple[str, ...]:
-    """One row of the table."""
+def compare_backends(one: Backend, other: Backend, name: str, example: Example) -> tuple[str, ...]:
+    """Returns one row of the table."""
     has_visuals = len(example.grid_thw) > 0
     vision = _difference(one.vision(example), other.vision(example)) if has_visuals else "-"
-    hidden = _difference(one.hidden(example), other.hidden(example))
+    decoder = _difference(one.hidden(example), other.hidden(example))
     a, b = one.logits(example), other.logits(example)
     log_p, log_q = (jax.nn.log_softmax(x, axis=-1) for x in (b, a))
     kl = float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)))
     agreement = np.mean(a.argmax(axis=-1) == b.argmax(axis=-1))
-    return name, str(len(a)), vision, hidden, _difference(a, b), f"{kl:.1e}", f"{agreement:.1%}"
+    return name, str(len(a)), vision, decoder, _difference(a, b), f"{kl:.1e}", f"{agreement:.1%}"
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> str:
@@ -62,12 +62,12 @@ def _difference(a: np.ndarray, b: np.ndarray) -> str:
 
 
 def verify(directory: str, other: str | None, dtype: str, int8: bool, max_new_tokens: int) -> int:
-    """Prints the comparison; 1 when greedy answers differ, else 0."""
+    """Prints the comparison. Returns 1 if greedy answers differ, else 0."""
     model, processor = tarsier_jax.load(directory, dtype=dtype, int8=int8)
     ours = Ours(model, processor)
     other = directory if int8 and other is None else other
     if other is None:
-        theirs: Side = HuggingFace(resolve(directory), processor.config, processor.eos_token_ids)
+        theirs: Backend = HuggingFace(resolve(directory), processor.config, processor.eos_token_ids)
     else:
         theirs = Ours(*tarsier_jax.load(other, dtype=dtype))
     weights = "weights in int8, " if int8 else ""
@@ -76,8 +76,8 @@ def verify(directory: str, other: str | None, dtype: str, int8: bool, max_new_to
     print("  ".join(f"{column:>9}" for column in COLUMNS))
     differ, answers = 0, []
     for name, example in probes(processor):
-        print("  ".join(f"{cell:>9}" for cell in compare(ours, theirs, name, example)), flush=True)
-        a, b = (side.answer(example, max_new_tokens) for side in (ours, theirs))
+        print("  ".join(f"{cell:>9}" for cell in compare_backends(ours, theirs, name, example)), flush=True)
+        a, b = (backend.answer(example, max_new_tokens) for backend in (ours, theirs))
         answers.append((name, a == b, processor.tokenizer.decode(a), processor.tokenizer.decode(b)))
         differ += a != b
     print(f"\ngreedy answers, {max_new_tokens} tokens at most")
@@ -92,11 +92,11 @@ def main() -> int:
     )
     described = f"Hugging Face directory or hub id, or a converted directory (default {EMBEDDED}, the small model here)"
     parser.add_argument("directory", type=path_text, nargs="?", default=EMBEDDED, help=described)
-    parser.add_argument("other", type=path_text, nargs="?", help="a second one (default: the live Hugging Face model)")
+    parser.add_argument("other", type=path_text, nargs="?", help="a second checkpoint (default: Hugging Face)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32, with --int8 bfloat16")
-    parser.add_argument("--int8", action="store_true", help="hold the weights of DIR's decoder layers in int8")
+    parser.add_argument("--int8", action="store_true", help="store the weights of DIR's decoder layers in int8")
     parser.add_argument("--max_new_tokens", type=int, default=32)
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
     dtype = args.dtype or ("bfloat16" if args.int8 else "float32")

@@ -78,7 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="discard the output of an earlier run")
     add_precision_flags(parser)
     add_sampling_flags(parser, seed_help="clip i is sampled with seed + i")
-    parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 

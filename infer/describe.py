@@ -73,7 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_precision_flags(parser)
     add_sampling_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Errors whose message is written for the person at the keyboard: what is wrong, where, and how to mend it."""
+"""Errors with a message for the user that names the problem, its place and the remedy."""
 
 import re
 
@@ -12,14 +12,14 @@ class InputError(TarsierError):
 
 
 class CheckpointError(TarsierError):
-    """A checkpoint directory that cannot be read, or does not hold the tensors that its config asks for."""
+    """A checkpoint directory that cannot be read, or lacks tensors of its configuration."""
 
 
 def reason_of(error: Exception) -> str:
-    """The reason for a line that cannot be used, in words, also for an error that no code expected."""
+    """Returns the reason why a line cannot be used, as a sentence, also for an unexpected error."""
     if isinstance(error, TarsierError):
         return str(error)
     if isinstance(error, RecursionError):
-        return "The sample is nested too deeply to be read. Leave it out, or flatten it."
+        return "The sample is nested too deeply to be read. Remove it, or flatten it."
     kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
     return f"The sample could not be prepared, because of an unexpected {kind}: {error}. Check its keys and values."

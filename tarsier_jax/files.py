@@ -1,4 +1,4 @@
-"""Paths from the command line, locks on outputs, files and directories written as a whole, and the cache directory."""
+"""Paths on the command line, locks of outputs, atomic writes of files and directories, caches, and warnings."""
 
 import argparse
 import contextlib
@@ -8,55 +8,56 @@ import functools
 import os
 import re
 import shutil
-import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from tarsier_jax.errors import CheckpointError, InputError
 
-_SCHEME = re.compile(r"\s*(\w[\w+.-]+):/", re.IGNORECASE)  # with one slash too, which `Path` makes of two
-_SHOWN = 200  # characters of a URL that an error shows
+_SCHEME = re.compile(r"\s*(\w[\w+.-]+):/", re.IGNORECASE)  # also with one slash, since `Path` reduces two to one
+_MAX_URL = 200  # characters of a URL in an error
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}  # from some network file systems
 
 
 def is_url(text: str) -> bool:
-    """Whether `text` is a URL instead of a local path."""
+    """Returns whether `text` is a URL instead of a local path."""
     return text.startswith("data:") or _SCHEME.match(text) is not None
 
 
 def check_local(name: str, text: str) -> str:
-    """The path `text`, with a leading ~ expanded.
+    """Returns the path `text`, with a leading ~ expanded.
 
     Args:
-        name: of the flag or key that has the path, for errors.
+        name: Name of the flag or key in errors.
+        text: A path.
 
     Raises:
-        InputError: `text` is empty or a URL. Nothing here reads or writes object stores: `Path` makes of
-            gs://bucket/a a local directory `gs:`.
+        InputError: `text` is empty or a URL. Object stores are not supported, and `Path` would convert gs://bucket/a
+            to a local directory `gs:`.
     """
     if not text.strip():
-        raise InputError(f"{name} is empty. Give a path.")
+        raise InputError(f"{name} is empty. Pass a path.")
     if text.startswith("data:"):
-        raise InputError(f"{name} is a data URL, which is not read. Write its content to a file, and give the path.")
+        raise InputError(f"{name} is a data URL, which is not read. Write its content to a file, and pass the path.")
     if scheme := _SCHEME.match(text):
         raise InputError(
-            f"{name} {text[:_SHOWN]} is a URL; only local paths are supported. {_remedy(scheme[1].lower())}"
+            f"{name} {text[:_MAX_URL]} is a URL; only local paths are supported. {_remedy(scheme[1].lower())}"
         )
     return os.path.expanduser(text)
 
 
 def _remedy(scheme: str) -> str:
     if scheme == "file":
-        return "Give the path without file://."
+        return "Pass the path without file://."
     if scheme in ("hf", "http", "https"):
-        return "Download it first and give the local path; a checkpoint on the Hugging Face hub is given as org/name."
+        return "Download it and pass the local path. For a checkpoint on the Hugging Face hub, pass org/name."
     return (
-        f"Copy it to or from a local disk with the tool of {scheme}://, or mount the store and give the mounted path."
+        f"Copy it to or from a local disk with the tool of {scheme}://, or mount the store and pass the mounted path."
     )
 
 
 def path_text(text: str) -> str:
-    """`check_local` as the `type` of a command-line flag; argparse adds the flag's name to the error."""
+    """Applies `check_local` as the `type` of a command-line flag. argparse adds the flag's name to the error."""
     try:
         return check_local("the path", text)
     except InputError as error:
@@ -64,18 +65,18 @@ def path_text(text: str) -> str:
 
 
 def local_path(text: str) -> Path:
-    """As `path_text`, for flags whose value is a `Path`."""
+    """Applies `path_text` and returns a `Path`."""
     return Path(path_text(text))
 
 
 @functools.cache
 def warn(message: str) -> None:
-    """Prints a warning on stderr, once per process."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    """Issues a warning, once per process. `tarsier_jax.programs.run` prints warnings as one line each."""
+    warnings.warn(message, stacklevel=2)
 
 
 def hidden(path: Path, ending: str) -> Path:
-    """The hidden file `.NAME.ending` beside the file that `path` is, or links to."""
+    """Returns the hidden path `.NAME.ending` beside the file that `path` is, or links to."""
     try:
         path = path.resolve()
         return path.with_name(f".{path.name}.{ending}")
@@ -90,7 +91,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     If the block raises, the partial file is removed and `path` stays as it is. A link is followed, not replaced.
 
     Raises:
-        InputError: `path` cannot name a file.
+        InputError: `path` is not a valid name of a file.
         OSError: `path` cannot be written; a full disk is reported with the name of the file.
     """
     partial = hidden(path, "partial")
@@ -113,7 +114,8 @@ def new_directory(out: Path, nbytes: int) -> Iterator[Path]:
     If the block raises, the directory is removed.
 
     Args:
-        nbytes: size of the content in bytes; the disk must have as much free space.
+        out: The directory to create.
+        nbytes: Size of the content in bytes, which is the necessary free space.
 
     Raises:
         CheckpointError: `out` exists, or the disk has too little space, before or while writing.
@@ -124,7 +126,7 @@ def new_directory(out: Path, nbytes: int) -> Iterator[Path]:
         partial = _make_partial(out, nbytes)
         try:
             yield partial
-            os.sync()  # the content must be on the disk before the name is
+            os.sync()  # the content must be on the disk before the name
             if out.exists():
                 out.rmdir()  # empty
             partial.rename(out)
@@ -152,23 +154,25 @@ def _make_partial(out: Path, nbytes: int) -> Path:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, also one of TensorStore or Orbax, which carry no errno, reports a full disk."""
+    """Returns whether an error reports a full disk. The errors of TensorStore and Orbax lack an errno."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "ENOSPC" in str(error)
 
 
 def is_special(path: Path) -> bool:
-    """Whether `path` is a device or a pipe, such as /dev/null."""
+    """Returns whether `path` is a device or a pipe, such as /dev/null."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextlib.contextmanager
 def locked(path: Path, inside: bool = False) -> Iterator[None]:
-    """Refuses a second run that writes `path`, a file or a directory, until the block ends.
+    """Locks `path`, a file or a directory, against a second run until the block ends.
 
-    The operating system releases the lock when the process ends, however it ends. The lock is on a hidden file beside
-    `path`, which is removed at the end. Where the file system has no locks, a warning says so.
+    The operating system releases the lock when the process ends in any way. The lock is on a hidden file beside `path`,
+    which is removed at the end. A file system without locks causes a warning.
 
-    inside: the hidden file is in the directory `path`, which is made if it does not exist.
+    Args:
+        path: The output.
+        inside: Whether the hidden file is in the directory `path`, which is created if necessary.
 
     Raises:
         InputError: another run writes `path`.
@@ -212,7 +216,7 @@ def _lock(file: Path, path: Path) -> int | None:
             warn(f"{path} cannot be locked ({error.strerror}). Start no second run that writes it.")
         if _is_at(descriptor, file):
             return descriptor
-        os.close(descriptor)  # a run that has just ended removed the file between the two calls
+        os.close(descriptor)  # a run that ended removed the file between the two calls
 
 
 def _is_at(descriptor: int, file: Path) -> bool:
@@ -223,18 +227,18 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def cache_directory(name: str) -> Path | None:
-    """The directory for a cache, in $XDG_CACHE_HOME or ~/.cache; None, with a warning, where none can be written."""
+    """Returns a directory for a cache, in $XDG_CACHE_HOME or ~/.cache, or None with a warning if it is not writable."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(root):
         root = os.path.expanduser("~/.cache")
     directory = Path(root, "tarsier_jax", name)
     try:
         if not directory.is_absolute():
-            raise FileNotFoundError(errno.ENOENT, "there is no home directory")
+            raise FileNotFoundError(errno.ENOENT, "the user lacks a home directory")
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, f"{directory} is not writable")
         return directory
     except OSError as error:
-        warn(f"no cache is kept ({error.strerror}), so every run compiles. Set XDG_CACHE_HOME to a writable directory.")
+        warn(f"every run compiles, without a cache ({error.strerror}). Set XDG_CACHE_HOME to a writable directory.")
         return None

@@ -19,7 +19,7 @@ from tarsier_jax.files import cache_directory, path_text
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.weights import EMBEDDED
 
-_PIPE_CLOSED = 141  # the exit status of a program that SIGPIPE ends
+_PIPE_CLOSED = 141  # exit status after SIGPIPE
 
 _REMEDIES = {
     errno.ENOSPC: "Make room on the disk, or choose another place to write to.",
@@ -28,24 +28,28 @@ _REMEDIES = {
     errno.EPERM: "Check its permissions, or choose another path.",
     errno.EROFS: "Choose a path on a disk that can be written.",
     errno.ENOENT: "Check the path.",
-    errno.EISDIR: "Give the path of a file.",
+    errno.EISDIR: "Pass the path of a file.",
     errno.ENOTDIR: "A part of the path is a file: choose another path.",
     errno.EEXIST: "Remove it, or choose another path.",
     errno.ENAMETOOLONG: "Choose a shorter path.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer workers.",
     errno.ENFILE: "The machine has too many open files: end other programs, or use fewer workers.",
-    errno.ENOMEM: "Free memory, or use a machine with more.",
+    errno.ENOMEM: "Free memory, or use a machine with more memory.",
     errno.EIO: "The disk or the network file system fails: check it, then run again.",
     errno.ESTALE: "The network file system was mounted again: start the program again.",
 }
 
 
 def run(main: Callable[[], int | None], traceback: bool = False) -> int:
-    """Calls `main` and returns the exit status: its own, or 0; 1 after a `TarsierError` or `OSError`, whose message is
-    printed; 130 after Ctrl-C; 141, without a message, when the reader of stdout or stderr is gone (`| head -1`).
+    """Calls `main` and returns the exit status of the program.
 
-    With `traceback` errors are raised as they are. Characters that stdout cannot encode are printed as escapes, and
-    warnings about inputs are one line each.
+    The status is that of `main`, or 0; 1 after a `TarsierError` or `OSError`, whose message is printed; 130 after
+    Ctrl-C; 141, without a message, when the reader of stdout or stderr has exited (`| head -1`). Characters that stdout
+    cannot encode are printed as escapes, and warnings are printed as one line each.
+
+    Args:
+        main: The program.
+        traceback: Raise errors instead of printing their message.
     """
     warnings.formatwarning = _format_warning
     try:
@@ -66,10 +70,10 @@ def run(main: Callable[[], int | None], traceback: bool = False) -> int:
 
 
 def _prepare_streams() -> None:
-    """Has stdout print what its encoding lacks, such as parts of a file's name, as escapes.
+    """Makes stdout print characters outside its encoding, such as parts of a file's name, as escapes.
 
     Raises:
-        InputError: stdout is closed (`>&-`). Python would drop all that is printed, and give its number to a file.
+        InputError: stdout is closed (`>&-`). Python would discard the output and reuse its descriptor for a file.
     """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
@@ -80,11 +84,11 @@ def _prepare_streams() -> None:
 
 
 def _drop_closed_pipes() -> bool:
-    """Points stdout and stderr to /dev/null if their reader is gone; returns whether there was one."""
+    """Redirects stdout and stderr to /dev/null if their reader has exited. Returns whether one was redirected."""
     closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed_pipe(stream)]
     for stream in closed:
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())  # or the interpreter fails once more when it flushes at its end
+        os.dup2(null, stream.fileno())  # otherwise the interpreter fails again when it flushes at exit
         os.close(null)
     return bool(closed)
 
@@ -106,7 +110,7 @@ def _format_warning(
 
 
 def _of_a_file(error: OSError) -> str:
-    if error.errno is None:  # raised by a library, with a text of its own
+    if error.errno is None:  # raised by a library, with its own message
         return str(error)
     if error.errno == errno.ENOENT and error.filename is None:
         return f"{error.strerror}. The current directory may have been removed: change to one that exists."
@@ -120,7 +124,7 @@ def prepare_process() -> None:
 
     Only the first run on a machine compiles. Programs that take less than a second to compile are not stored, unless
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS sets another limit. The advice of transformers to install PyTorch is
-    turned off, since describing does not use it.
+    turned off, since the programs do not use it.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (directory := cache_directory("xla")):
@@ -128,20 +132,20 @@ def prepare_process() -> None:
 
 
 def add_model_flag(parser: argparse.ArgumentParser) -> None:
-    """--model, the same in every program."""
+    """Adds --model, which is the same in every program."""
     parser.add_argument(
         "--model",
         type=path_text,
         default=EMBEDDED,
         help="checkpoint directory (Hugging Face or converted) or hub id (default %(default)s, the small model in the "
-        "package, which knows moving shapes only)",
+        "package, which describes only moving shapes)",
     )
 
 
 def add_precision_flags(parser: argparse.ArgumentParser) -> None:
-    """--dtype and --int8."""
+    """Adds --dtype and --int8."""
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--int8", action="store_true", help="hold the weights of the decoder's layers in int8")
+    parser.add_argument("--int8", action="store_true", help="store the weights of the decoder's layers in int8")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, seed_help: str = "seed of the random draws") -> None:
@@ -168,9 +172,13 @@ def read_sampling_flags(args: argparse.Namespace) -> SamplingOptions:
 
 
 def resolve_dtype(dtype: str, platform: str | None = None) -> str:
-    """ "auto" is bfloat16 on accelerators and float32 on CPUs, which compute bfloat16 slowly.
+    """Returns the dtype for the value of --dtype.
 
-    platform: "cpu", "gpu" or "tpu"; JAX's default backend when None.
+    "auto" is bfloat16 on accelerators and float32 on CPUs, which compute bfloat16 slowly.
+
+    Args:
+        dtype: "auto", "float32" or "bfloat16".
+        platform: "cpu", "gpu" or "tpu"; JAX's default backend when None.
     """
     if dtype != "auto":
         return dtype
@@ -178,19 +186,23 @@ def resolve_dtype(dtype: str, platform: str | None = None) -> str:
 
 
 class Compilations:
-    """Counts the programs that XLA compiles meanwhile."""
+    """Counts the programs that XLA compiles in the block.
+
+    Attributes:
+        count: Number of compiled programs.
+    """
 
     _EVENT = "/jax/core/compile/backend_compile_duration"
 
     def __init__(self) -> None:
         self.count = 0
 
-    def _heard(self, event: str, *_: Any, **__: Any) -> None:
+    def _count_event(self, event: str, *_: Any, **__: Any) -> None:
         self.count += event == self._EVENT
 
     def __enter__(self) -> Self:
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_duration_secs_listener(self._count_event)
         return self
 
     def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._heard)
+        jax.monitoring.unregister_event_duration_listener(self._count_event)

@@ -1,9 +1,11 @@
-"""The device mesh and the one table that says how everything lies on it.
+"""The device mesh, and the table of the shardings of all parameters.
 
-Axes: "data" copies the parameters and splits the batch; "fsdp" splits both; "tensor" splits heads and mlp width.
-The mesh has automatic axes: models carry no sharding, only a few `constrain` calls that do nothing without a mesh.
+Axes: "data" replicates the parameters and splits the batch; "fsdp" splits both; "tensor" splits heads and mlp width.
+The mesh has automatic axes: models contain no shardings except a few `constrain` calls, which return their argument
+without a mesh.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +15,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tarsier_jax.files import warn
+
 BATCH = ("data", "fsdp")
 HEADS = "tensor"
 
-# Regex over "decoder/layers/attn/q/weight" -> spec. Exactly one row matches a parameter. Weights are [out, in], and
-# those under `layers` or `blocks` carry a leading layer dimension.
+# Regex over "decoder/layers/attn/q/weight" -> spec. Exactly one row matches every parameter. Weights are [out, in], and
+# those under `layers` or `blocks` have a leading layer dimension.
 RULES: tuple[tuple[str, P], ...] = (
     (r"decoder/(embed|lm_head)/weight", P("tensor", "fsdp")),
     (r"decoder/layers/(attn/[qkv]|mlp/(gate|up))/weight", P(None, "tensor", "fsdp")),
@@ -42,7 +46,7 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of them).
+    """Creates a mesh over `devices` (default: all devices).
 
     Raises:
         ValueError: data * fsdp * tensor is not the number of devices.
@@ -55,12 +59,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
 
 
 def parameter_path(path: Sequence[Any]) -> str:
-    """("decoder", "norm", "weight") -> "decoder/norm/weight"; also takes the key paths of `jax.tree_util`."""
+    """Returns "decoder/norm/weight" for ("decoder", "norm", "weight") or such a key path of `jax.tree_util`."""
     return "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
 
 
 def parameter_spec(path: str) -> P:
-    """The spec of one parameter.
+    """Returns the spec of one parameter.
 
     Raises:
         ValueError: no rule or several rules match the path.
@@ -72,7 +76,7 @@ def parameter_spec(path: str) -> P:
 
 
 def parameter_shardings(abstract: nnx.State, mesh: Mesh) -> dict[tuple[Any, ...], NamedSharding]:
-    """Flat path -> sharding for every parameter of an abstract model state.
+    """Returns the sharding of every parameter of an abstract model state, by flat path.
 
     Raises:
         ValueError: a mesh axis does not divide the dimension that it splits.
@@ -91,25 +95,34 @@ def parameter_shardings(abstract: nnx.State, mesh: Mesh) -> dict[tuple[Any, ...]
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh of the surrounding `jax.set_mesh`, or None."""
+    """Returns the mesh of the surrounding `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
 
 def fit_spec(shape: Sequence[int], axes: Sequence[Any], mesh: AbstractMesh | Mesh) -> P:
-    """`axes` as a spec, with axes that do not divide their dimension left out (that dimension is replicated)."""
+    """Returns `axes` as a spec for an array of `shape`.
 
-    def fits(dim: int, axis: Any) -> bool:
-        names = axis if isinstance(axis, tuple) else (axis,)
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
-        return dim % parts == 0
+    An axis that does not divide its dimension is omitted: the dimension is replicated, with a warning per axis and
+    shape.
+    """
+    return P(*(_fit_axis(i, shape, axis, mesh) for i, axis in zip(range(len(shape)), axes, strict=True)))
 
-    return P(*(axis if axis is not None and fits(dim, axis) else None for dim, axis in zip(shape, axes, strict=True)))
+
+def _fit_axis(i: int, shape: Sequence[int], axis: Any, mesh: AbstractMesh | Mesh) -> Any:
+    names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+    size = math.prod(mesh.shape[name] for name in names)
+    if shape[i] % size == 0:
+        return axis
+    label = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
+    warn(
+        f"Mesh axis {label} does not divide dimension {i} of an array {tuple(shape)}, which is replicated. Choose "
+        "sizes that the axis divides, or a smaller axis."
+    )
+    return None
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
-    """Lays `x` out over the mesh in context, one axis (or None) a dimension; without a mesh it returns x."""
+    """Shards `x` over the mesh in context, with one axis or None per dimension. Without a mesh it returns `x`."""
     mesh = current_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, fit_spec(x.shape, axes, mesh))

@@ -19,6 +19,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import jax
 import pytest
 
+from tarsier_jax.files import warn
+
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
@@ -26,3 +28,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches of programs go into a temporary home."""
     monkeypatch.setenv("HOME", str(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture(autouse=True)
+def warnings_of_this_test() -> None:
+    """`warn` issues a warning once per process; a test must not depend on the tests before it."""
+    warn.cache_clear()

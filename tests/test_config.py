@@ -103,7 +103,7 @@ def test_token_ids_of_the_wrapper() -> None:
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama', which is not supported. Supported are Qwen2-VL"),
-        ({"vision_config": None}, "has no vision_config"),
+        ({"vision_config": None}, "lacks vision_config"),
         ({"use_sliding_window": True}, "sliding-window attention is not supported"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type is 'yarn'"),
         ({"num_key_value_heads": 5}, "12 attention heads do not divide among 5"),
@@ -140,7 +140,7 @@ def test_a_family_reads_the_config_json_that_it_writes(family: Family) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config.json does not exist. Give the directory"):
+    with pytest.raises(CheckpointError, match=r"config.json does not exist. Pass the directory"):
         load_config(tmp_path)
     for text in ("{", "[1, 2]"):
         (tmp_path / "config.json").write_text(text)

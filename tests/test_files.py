@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import atomic_write, cache_directory, check_local, locked, path_text, warn
+from tarsier_jax.files import atomic_write, cache_directory, check_local, locked, path_text
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,8 @@ from tarsier_jax.files import atomic_write, cache_directory, check_local, locked
         (" gs://bucket/out.jsonl", "tool of gs://"),
         ("gs:/bucket/out.jsonl", "tool of gs://"),
         ("file:///data/out.jsonl", "without file://"),
-        ("hf://org/name", "given as org/name"),
-        ("https://huggingface.co/org/name", "given as org/name"),
+        ("hf://org/name", "pass org/name"),
+        ("https://huggingface.co/org/name", "pass org/name"),
     ],
 )
 def test_a_url_is_no_path(text: str, remedy: str) -> None:
@@ -77,17 +77,16 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    for _ in range(2):
-        with locked(tmp_path / "out"):
-            pass
-    assert capsys.readouterr().err.count("out cannot be locked (Function not implemented)") == 1
+    with pytest.warns(UserWarning, match=r"out cannot be locked \(Function not implemented\)") as warned:
+        for _ in range(2):
+            with locked(tmp_path / "out"):
+                pass
+    assert len(warned) == 1
 
 
 def test_devices_have_no_lock() -> None:
@@ -101,19 +100,17 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
         pass
 
 
-def test_the_cache_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    warn.cache_clear()
+def test_the_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert cache_directory("xla") == tmp_path / "cache" / "tarsier_jax" / "xla"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # not to be used, as the specification says
     assert cache_directory("xla") == tmp_path / "home" / ".cache" / "tarsier_jax" / "xla"
-    assert capsys.readouterr().err == ""
+    assert not recwarn
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # neither HOME nor an entry in /etc/passwd
     assert cache_directory("xla") is cache_directory("xla") is None
-    assert capsys.readouterr().err.count("there is no home directory") == 1
+    (warning,) = recwarn
+    assert "the user lacks a home directory" in str(warning.message)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cache_directory("xla") is None

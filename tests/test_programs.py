@@ -19,10 +19,10 @@ def raising(error: BaseException) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (InputError("clip.mp4 is empty. Give another one."), "clip.mp4 is empty. Give another one."),
+        (InputError("clip.mp4 is empty. Use another one."), "clip.mp4 is empty. Use another one."),
         (OSError(errno.EACCES, "Permission denied", "/o.json"), "/o.json: Permission denied. Check its permissions"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Make room on the disk"),
-        (OSError(errno.EISDIR, "Is a directory", b"/out"), "/out: Is a directory. Give the path of a file."),
+        (OSError(errno.EISDIR, "Is a directory", b"/out"), "/out: Is a directory. Pass the path of a file."),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files. Raise the limit of open files"),
         (OSError(errno.ENOENT, "No such file or directory"), "No such file or directory. The current directory may"),
         (OSError(errno.EDOM, "Out of domain", "/o.json"), "/o.json: Out of domain. Choose another path."),
@@ -49,7 +49,7 @@ def test_mistakes_of_ours_are_not_hidden() -> None:
         run(lambda: raising(KeyError("x")))
 
 
-def test_warnings_about_inputs_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which `run` replaces
     run(lambda: None)
     assert warnings.formatwarning(UserWarning("a.webp is an animation."), UserWarning, "x.py", 3) == (

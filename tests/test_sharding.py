@@ -41,9 +41,24 @@ def test_axis_that_does_not_divide_is_named() -> None:
         parameter_shardings(abstract_7b(), mesh)
 
 
-def test_fit_spec_leaves_out_what_does_not_divide() -> None:
+def test_fit_spec_replicates_a_dimension_that_an_axis_does_not_divide() -> None:
+    """With one warning per axis and shape."""
     mesh = jax.sharding.AbstractMesh((2, 2, 4), ("data", "fsdp", "tensor"))
-    assert fit_spec((8, 6), (("data", "fsdp"), "tensor"), mesh) == P(("data", "fsdp"), None)
+    with pytest.warns(UserWarning) as warned:
+        for shape in ((8, 6), (8, 6), (8, 4), (6, 8), (8, 7)):
+            expected = P(("data", "fsdp") if shape[0] == 8 else None, "tensor" if shape[1] % 4 == 0 else None)
+            assert fit_spec(shape, (("data", "fsdp"), "tensor"), mesh) == expected
+    assert [str(warning.message).partition(" of an")[0] for warning in warned] == [
+        "Mesh axis tensor=4 does not divide dimension 1",
+        "Mesh axis data=2 x fsdp=2 does not divide dimension 0",
+        "Mesh axis tensor=4 does not divide dimension 1",
+    ]
+
+
+def test_fit_spec_warns_of_replication_only(recwarn: pytest.WarningsRecorder) -> None:
+    mesh = jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
+    assert fit_spec((2, 3, 5), (("data", "fsdp"), "tensor", None), mesh) == P(("data", "fsdp"), "tensor", None)
+    assert not recwarn
 
 
 def test_constrain_without_a_mesh_does_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Model families. A family is one record in `FAMILIES`; no other code depends on the name of a model."""
+"""Model families. A family is one record in `FAMILIES`. Other code does not depend on the name of a model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ def load_config(directory: str | Path) -> ModelConfig:
     path = Path(directory) / "config.json"
     raw = read_json(path)
     if raw is None:
-        raise CheckpointError(f"{path} does not exist. Give the directory of a Hugging Face checkpoint.")
+        raise CheckpointError(f"{path} does not exist. Pass the directory of a Hugging Face checkpoint.")
     return parse_config(raw, source=str(path))
 
 

@@ -33,10 +33,10 @@ class Family:
     """A family of checkpoints with one architecture.
 
     Attributes:
-        name: Name in errors: "Give a {name} checkpoint."
+        name: Name in errors: "Use a {name} checkpoint."
         supported: The checkpoints of this family with their model_type in config.json, for errors.
-        vision_config: Class of `ModelConfig.vision`, by which `family_of` finds the family of a configuration.
-        matches: Whether the content of a config.json describes this family.
+        vision_config: Class of `ModelConfig.vision`, from which `family_of` finds the family of a configuration.
+        matches: Content of a config.json -> whether it describes this family.
         parse_config: Content of a config.json, and its name in errors -> configuration. Raises CheckpointError.
         config_json: Configuration and layout -> content of a config.json, which `parse_config` reads back.
         preprocessor_json: Content of a preprocessor_config.json and layout -> content that loaders of the layout read.

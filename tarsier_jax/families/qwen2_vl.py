@@ -1,6 +1,6 @@
 """Qwen2-VL, and Tarsier2, which is a fine-tuned Qwen2-VL.
 
-Three layouts of config.json are supported; none of them runs code that comes with a checkpoint:
+Three layouts of config.json are supported, without running code of a checkpoint:
 
 * Tarsier2: `model_type: llava` around a `text_config` and a `vision_config` of type qwen2_vl. Either may lack fields
   (the defaults are Qwen2-VL-7B's) or contain the half of interest one level deeper.
@@ -60,8 +60,8 @@ _DECODER_NAMES: NameTable = (
 _IGNORED_NAMES = (r".*\.rotary_emb\.inv_freq",)
 
 
-def matches(raw: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of Qwen2-VL, or of a Tarsier2 of which at least one half is Qwen2-VL's."""
+def is_qwen2_vl(raw: Mapping[str, Any]) -> bool:
+    """Returns whether a config.json describes Qwen2-VL, or a Tarsier2 with at least one half of Qwen2-VL."""
     halves = (raw.get("text_config"), raw.get("vision_config"))
     types = [half.get("model_type") for half in halves if isinstance(half, Mapping)]
     return raw.get("model_type") == "qwen2_vl" or (
@@ -95,7 +95,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
 def _mapping(raw: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
     value = raw.get(key)
     if not isinstance(value, Mapping):
-        raise CheckpointError(f"{source} has no {key}. A Tarsier2 or Qwen2-VL config.json contains one; copy it again.")
+        raise CheckpointError(f"{source} lacks {key}, which Tarsier2 and Qwen2-VL need. Download the file again.")
     return value
 
 
@@ -137,7 +137,7 @@ def _vision_config(raw: Mapping[str, Any], decoder_width: int) -> VisionConfig:
         embed_dim=raw.get("embed_dim", default.embed_dim),
         num_heads=raw.get("num_heads", default.num_heads),
         mlp_ratio=raw.get("mlp_ratio", default.mlp_ratio),
-        out_dim=decoder_width,  # a full Qwen2-VL config repeats the decoder's hidden_size here, or leaves it out
+        out_dim=decoder_width,  # a full Qwen2-VL config repeats the decoder's hidden_size here, or omits it
         in_channels=raw.get("in_channels", raw.get("in_chans", default.in_channels)),
         patch_size=raw.get("patch_size", default.patch_size),
         temporal_patch_size=raw.get("temporal_patch_size", default.temporal_patch_size),
@@ -245,7 +245,7 @@ QWEN2_VL = Family(
     name="Tarsier2 or Qwen2-VL",
     supported=_SUPPORTED,
     vision_config=VisionConfig,
-    matches=matches,
+    matches=is_qwen2_vl,
     parse_config=parse_config,
     config_json=config_json,
     preprocessor_json=preprocessor_json,

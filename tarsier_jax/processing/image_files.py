@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import warn
 from tarsier_jax.processing.clip import Clip, Frame, check_file, kind_of, undecodable
 
 MAX_PIXELS = 500_000_000  # a picture of this size takes 2 GB of memory
@@ -72,11 +73,9 @@ def load_image(source: str | Path | Image.Image | np.ndarray) -> Frame:
         )
     with _opened(Path(source)) as (image, _):
         if _is_animated(image):
-            message = f"{source} is an animation; only its first frame is used. Use a video item for all frames."
-            warnings.warn(message, stacklevel=2)
+            warn(f"{source} is an animation; only its first frame is used. Use a video item for all frames.")
         elif image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-            message = f"{source} has several pages; only the first one is used. Save the others as files."
-            warnings.warn(message, stacklevel=2)
+            warn(f"{source} has several pages; only the first one is used. Save the others as files.")
         return as_shown(image)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jinja2
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import warn
 from tarsier_jax.processing.chat import (
     BARE_CHATML,
     CHATML,
@@ -98,10 +98,7 @@ def save_chat_template(directory: Path, template: str) -> None:
     adapted = _ADAPTER.replace("TEMPLATE", bare)
     standard = _find_equal(template, (*own, bare, _GENERATION_TAGS.sub("", CHATML), adapted))
     if standard is None:
-        warnings.warn(
-            "No form of the checkpoint's chat template renders in transformers and vLLM. Write a chat_template.jinja.",
-            stacklevel=2,
-        )
+        warn("No form of the checkpoint's chat template renders in transformers and vLLM. Write a chat_template.jinja.")
     else:
         _replace_templates(directory, standard)
     if template != standard:
