@@ -1,11 +1,11 @@
-"""Parity and speed on the devices at hand, against ceilings and goals, in less than ten minutes.
+"""Parity and speed on the available devices, against ceilings and goals, in less than ten minutes.
 
     python -m benchmarks.accelerator                                       # the largest size that fits
     python -m benchmarks.accelerator --parts parity engine --json FILE     # some of the parts
 
-ceilings  a copy and a matrix product: the bandwidth and the FLOP/s that the devices reach
-parity    attention in bfloat16 against float32, for each kind of call; a difference makes the exit status 1
-engine    the embedded model: answers of the engine are those of one prompt at a time in float32, or the status is 1
+ceilings  a copy and a matrix product: the bandwidth and the FLOP/s of the devices
+parity    attention in bfloat16 against float32, for each kind of call; a difference sets the exit status to 1
+engine    the embedded model: the engine's answers in float32 must equal those for one prompt at a time
 sft       one step of full fine-tuning
 vision    the vision tower on the frames of a clip
 prefill   a clip's prompt into a free slot
@@ -13,9 +13,9 @@ decode    a step of all slots, each with a clip's prompt
 clips     the engine on clips of this size, with answers of 100 to 300 tokens
 
 7b: Qwen2-VL-7B's sizes with random weights, clips of 16 frames of 36 x 64 patches, 32 slots of 10,752 tokens per
-data-parallel part; sft runs Qwen2-VL-2B, whose AdamW states fit on one device. 2b: Qwen2-VL-2B for all parts. small:
-for a CPU. A goal applies to the share of the data sheet's peak, where it is known, and that of decode to the share of
-the measured copy. The exit status is also 1 if a part raises an exception.
+data-parallel part; sft runs Qwen2-VL-2B, since its AdamW states fit on one device. 2b: Qwen2-VL-2B for all parts.
+small: for a CPU. A goal is a share of the peak in the data sheet, if known; the goal of decode is a share of the
+measured copy. The exit status is also 1 if a part raises an exception.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; JAX takes 0.75 if nothing is set
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; JAX's default is 0.75
 
 import jax
 import jax.numpy as jnp
@@ -62,25 +62,27 @@ from tarsier_jax.weights import EMBEDDED
 from tarsier_jax.weights.names import abstract_state
 from train.throughput import Work, peak_flops, step_flops
 
-GIB = 2**30
+_GIB = 2**30
 GOALS = {"decode": 0.85, "prefill": 0.55, "vision": 0.55, "sft": 0.50}
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
+class Workload:
     """A model and its load.
 
     Attributes:
-        text, vision: of the model.
-        video: frames of a clip, and their height and width in patches.
-        patches: of a bin.
-        slots: per data-parallel part.
-        prompt_tokens, new_tokens: of a slot.
-        answer: mean tokens of an answer in the part "clips".
-        memory: bytes of all devices together, without which it is not chosen.
-        product: rows and columns of the matrices that are multiplied.
-        copied: bytes that are copied.
-        parity: tokens of a row, patches of a frame and tokens of a cache in the part "parity".
+        text: Sizes of the decoder.
+        vision: Sizes of the vision tower.
+        video: Frames of a clip, and their height and width in patches.
+        patches: Patches per bin.
+        slots: Slots per data-parallel part.
+        prompt_tokens: Prompt tokens per slot.
+        new_tokens: New tokens per slot.
+        answer: Mean tokens per answer in the part "clips".
+        memory: Minimum bytes of all devices together for this size to be the default.
+        product: Rows and columns of the matrices in the matrix product.
+        copied: Bytes per copy.
+        parity: Tokens per row, patches per frame and tokens per cache in the part "parity".
     """
 
     text: TextConfig
@@ -98,12 +100,12 @@ class Size:
 
 
 _CLIP = {"video": (16, 36, 64), "patches": 2496, "slots": 32, "prompt_tokens": 10_240, "new_tokens": 512, "answer": 200}
-_LARGE = {**_CLIP, "product": 8192, "copied": 2 * GIB, "parity": (4096, 2496, 10_752)}
+_LARGE = {**_CLIP, "product": 8192, "copied": 2 * _GIB, "parity": (4096, 2496, 10_752)}
 _SMALL_TEXT = TextConfig(152_064, 64, 128, 2, 4, 2, 16, mrope_section=(2, 3, 3))
-SIZES = {
-    "7b": Size(TextConfig(), VisionConfig(), memory=60 * GIB, **_LARGE),
-    "2b": Size(TEXT_2B, VisionConfig(out_dim=1536), memory=30 * GIB, **_LARGE),
-    "small": Size(
+WORKLOADS = {
+    "7b": Workload(TextConfig(), VisionConfig(), memory=60 * _GIB, **_LARGE),
+    "2b": Workload(TEXT_2B, VisionConfig(out_dim=1536), memory=30 * _GIB, **_LARGE),
+    "small": Workload(
         _SMALL_TEXT,
         VisionConfig(depth=2, embed_dim=64, num_heads=4, out_dim=64),
         video=(4, 8, 12),
@@ -114,7 +116,7 @@ SIZES = {
         answer=16,
         memory=0,
         product=1024,
-        copied=GIB // 8,
+        copied=_GIB // 8,
         parity=(256, 96, 512),
     ),
 }
@@ -125,12 +127,15 @@ class Result:
     """One row of the table.
 
     Attributes:
-        part, name: of the measurement.
-        value, unit: its figure.
-        of_measured, of_peak: the share of the ceiling that was measured, and of the data sheet's.
-        goal: the smallest share that is wanted.
+        part: Part of the benchmark.
+        name: Name of the measurement.
+        value: The measured value.
+        unit: Unit of the value.
+        of_measured: Share of the measured ceiling.
+        of_peak: Share of the peak in the data sheet.
+        goal: Minimum share.
         status: "ok", "below goal", "FAILED" or "skipped".
-        note: the reason of a failure, or what the figure stands for.
+        note: Reason of a failure, or details of the measurement.
     """
 
     part: str
@@ -145,7 +150,7 @@ class Result:
 
 
 class SingleConfig(EngineConfig):
-    """Rows of one length and one span of the cache: three programs, where the engine compiles up to thirteen."""
+    """Shapes with one row length and one read length of the cache: three programs instead of up to thirteen."""
 
     @property
     def read_lengths(self) -> tuple[int, ...]:
@@ -157,18 +162,18 @@ class SingleConfig(EngineConfig):
 
 
 class Bench:
-    """The devices, a model of one size on them, and the ceilings; each is made when it is first needed."""
+    """The devices, a model of one size on them, and the ceilings. Each is created at its first use."""
 
     def __init__(self, name: str):
-        self.name, self.size = name, SIZES[name]
+        self.name, self.workload = name, WORKLOADS[name]
         self.devices, self.platform = jax.devices(), jax.default_backend()
         self.dtype = resolve_dtype("auto")
         self.attention = default_implementation(self.platform, self.dtype)
-        self.tensor = math.gcd(len(self.devices), self.size.text.num_kv_heads)
+        self.tensor = math.gcd(len(self.devices), self.workload.text.num_kv_heads)
         self.groups = len(self.devices) // self.tensor
         self.mesh = make_mesh(data=self.groups, tensor=self.tensor) if len(self.devices) > 1 else None
         self.config = ModelConfig(
-            self.size.text, self.size.vision, dtype=self.dtype, param_dtype=self.dtype, attention=self.attention
+            self.workload.text, self.workload.vision, dtype=self.dtype, param_dtype=self.dtype, attention=self.attention
         )
 
     @functools.cached_property
@@ -179,14 +184,14 @@ class Bench:
     @functools.cached_property
     def bandwidth(self) -> float:
         """Bytes per second that one device reads and writes in a copy."""
-        x = jax.random.normal(jax.random.key(0), (self.size.copied // 4,))
+        x = jax.random.normal(jax.random.key(0), (self.workload.copied // 4,))
         copy = jax.jit(lambda x: x + 1)
         return 2 * x.nbytes / time_calls(lambda: copy(x), 5)
 
     @functools.cached_property
     def product(self) -> float:
         """FLOP/s of one device in a matrix product."""
-        n = self.size.product
+        n = self.workload.product
         x = jax.random.normal(jax.random.key(0), (n, n), self.dtype)
         multiply = jax.jit(jnp.dot)
         return 2 * n**3 / time_calls(lambda: multiply(x, x), 20)
@@ -197,26 +202,26 @@ class Bench:
 
     @property
     def engine_config(self) -> SingleConfig:
-        """The engine's shapes for clips of this size; a row takes one clip."""
-        size = self.size
+        """The engine's shapes for clips of this size, with one clip per row."""
+        size = self.workload
         bins = size.video[0] + size.video[0] % 2
         row = RowShape(size.prompt_tokens, bins, size.patches, 8, max(1, size.slots // 2))
         return SingleConfig(size.slots * self.groups, size.prompt_tokens, size.new_tokens, (row,), self.groups)
 
     @functools.cached_property
     def clip(self) -> Example:
-        return make_example(self.config, *self.size.video, 0, 0)
+        return make_example(self.config, *self.workload.video, 0, 0)
 
     @functools.cached_property
     def rows(self) -> Batch:
-        """One clip in each data-parallel part's row, on the devices."""
+        """One row per data-parallel part with one clip each, on the devices."""
         row = Row(self.engine_config.buckets[0], self.config)
         row.add([self.clip])
         batch = stack_rows([row.build(0, self.dtype)] * self.groups)
         return self.on_devices(dataclasses.replace(batch, labels=None))
 
     def on_devices(self, tree: Any) -> Any:
-        """Arrays with an entry per data-parallel part are split over the parts; the others are copied."""
+        """Splits arrays with one entry per data-parallel part over the parts, and replicates the others."""
         mesh = self.mesh
         if mesh is None:
             return jax.tree.map(jnp.asarray, tree)
@@ -232,21 +237,21 @@ class Bench:
             return empty_slots(self.config, shapes.slots, shapes.size, shapes.new_tokens, self.mesh)
 
     def mfu(self, part: str, name: str, flops: float, duration: float, note: str) -> Result:
-        """The row for `flops` of all devices in `duration` seconds."""
+        """Returns the row for `flops` of all devices in `duration` seconds."""
         rate = flops / duration / len(self.devices)
         shares = rate / self.product, rate / self.peak if self.peak else None
         return graded(Result(part, name, duration * 1e3, "ms", *shares, GOALS[part], note=note))
 
 
 def graded(result: Result) -> Result:
-    """The result, "below goal" if its share of the peak, or else of the measured ceiling, is."""
+    """Compares the share of the peak, or else of the measured ceiling, with the goal, and sets the status."""
     share = result.of_measured if result.of_peak is None else result.of_peak
-    met = result.goal is None or share is None or share >= result.goal
-    return dataclasses.replace(result, status="ok" if met else "below goal")
+    is_ok = result.goal is None or share is None or share >= result.goal
+    return dataclasses.replace(result, status="ok" if is_ok else "below goal")
 
 
 def random_model(config: ModelConfig, mesh: Mesh | None) -> Tarsier:
-    """Random weights, each made on the devices; norms multiply by one."""
+    """Returns a model with random weights, created on the devices. The weights of norms have the mean one."""
     graph, abstract = abstract_state(config)
     shardings = parameter_shardings(abstract, mesh) if mesh else {}
     parameters = []
@@ -265,16 +270,17 @@ def _random(key: jax.Array, mean: float, shape: tuple[int, ...], dtype: Any) -> 
 # The parts.
 
 
-def ceilings(bench: Bench) -> Iterator[Result]:
-    yield Result("ceilings", "copy", bench.bandwidth / 1e9, "GB/s", note=f"{bench.size.copied / GIB:g} GiB per device")
+def measure_ceilings(bench: Bench) -> Iterator[Result]:
+    note = f"{bench.workload.copied / _GIB:g} GiB per device"
+    yield Result("ceilings", "copy", bench.bandwidth / 1e9, "GB/s", note=note)
     share = bench.product / bench.peak if bench.peak else None
-    note = f"{bench.size.product} x {bench.size.product}, {bench.dtype}"
+    note = f"{bench.workload.product} x {bench.workload.product}, {bench.dtype}"
     yield Result("ceilings", "matrix product", bench.product / 1e12, "TFLOP/s", of_peak=share, note=note)
 
 
-def parity(bench: Bench) -> Iterator[Result]:
+def measure_parity(bench: Bench) -> Iterator[Result]:
     implementation = default_implementation(bench.platform, "bfloat16")
-    for case in cases(*bench.size.parity):
+    for case in cases(*bench.workload.parity):
         name = f"{case.name}, {implementation}"
         try:
             for array, error in errors(case, implementation):
@@ -284,8 +290,8 @@ def parity(bench: Bench) -> Iterator[Result]:
             yield failure("parity", name, error)
 
 
-def engine(bench: Bench) -> Iterator[Result]:
-    """On the first device: the engine's answers about synthetic clips against those of one prompt at a time."""
+def measure_engine(bench: Bench) -> Iterator[Result]:
+    """Compares the engine's answers about synthetic clips with those for one prompt at a time, on the first device."""
     del bench
     with jax.default_matmul_precision("highest"):
         in_batches, alone = embedded_answers("float32")
@@ -299,7 +305,7 @@ def engine(bench: Bench) -> Iterator[Result]:
 
 
 def embedded_answers(dtype: str) -> tuple[list[list[int]], list[list[int]]]:
-    """The embedded model's answers about 16 clips: those of the engine, and one by one."""
+    """Returns the embedded model's answers about 16 clips, from the engine and one by one."""
     model, processor = tarsier_jax.load(EMBEDDED, dtype)
     examples = [processor({"messages": [user_turn(clip.video)]}) for clip in draw_clips(HELD_OUT, 16)]
     config = fit_config(processor, 8, 96)
@@ -311,7 +317,7 @@ def embedded_answers(dtype: str) -> tuple[list[list[int]], list[list[int]]]:
         assert isinstance(answer, Completion), answer
         answers[answer.key] = answer.tokens
     sizes = [frame_sizes(example) for example in examples]
-    buckets = Buckets(  # one of each kind, so that one shape is compiled
+    buckets = Buckets(  # one size each: a single shape is compiled
         tokens=(max(len(example.input_ids) for example in examples),),
         patches=(max(int(size.prod(axis=1).max()) for size in sizes),),
         frames=(max(map(len, sizes)),),
@@ -329,30 +335,30 @@ def _equal(answers: list[list[int]], others: list[list[int]]) -> float:
     return sum(a == b for a, b in zip(answers, others, strict=True)) / len(others)
 
 
-def sft(bench: Bench) -> Iterator[Result]:
+def measure_sft(bench: Bench) -> Iterator[Result]:
     memory = _device_memory(bench.devices)
-    if bench.name != "small" and memory < 60 * GIB:
-        note = f"AdamW's states of the 2B take 60 GiB; there are {memory / GIB:.0f}"
+    if bench.name != "small" and memory < 60 * _GIB:
+        note = f"AdamW's states of the 2B need 60 GiB; the devices have {memory / _GIB:.0f}"
         yield Result("sft", "step", status="skipped", note=note)
         return
     step = _sft_step(bench)
     note = f"{step.work.tokens:,} tokens on {len(bench.devices)} devices"
     yield bench.mfu("sft", "step", step.flops, step.seconds, note)
     yield Result("sft", "throughput", step.work.tokens / step.seconds, "tokens/s", note=note)
-    yield Result("sft", "peak memory", step.memory / GIB, "GiB", note="per device since the process started")
+    yield Result("sft", "peak memory", step.memory / _GIB, "GiB", note="per device since the process started")
 
 
 def _sft_step(bench: Bench) -> StepTiming:
     if bench.name != "small":
         return measure_step(config_2b(), row_2b(16_384), VIDEO_2B, 5)
     config = dataclasses.replace(bench.config, param_dtype="float32", remat="full")
-    return measure_step(config, RowShape(512, 4, 104, 2, 4), bench.size.video, 2)
+    return measure_step(config, RowShape(512, 4, 104, 2, 4), bench.workload.video, 2)
 
 
-def vision(bench: Bench) -> Iterator[Result]:
+def measure_vision(bench: Bench) -> Iterator[Result]:
     model, rows, shapes = bench.model, bench.rows, bench.engine_config
     step = shapes.step(0)
-    steps = jnp.int32(bench.size.video[0] // step)
+    steps = jnp.int32(bench.workload.video[0] // step)
     with use_mesh_of(model):
         duration = time_calls(
             lambda: encode_frames(model, rows.patches, rows.frame_hw, steps, step=step, room=shapes.features), 3
@@ -363,7 +369,7 @@ def vision(bench: Bench) -> Iterator[Result]:
     yield bench.mfu("vision", "a clip", flops, duration, f"{len(sizes)} frames, {step} bins at a time")
 
 
-def prefill(bench: Bench) -> Iterator[Result]:
+def measure_prefill(bench: Bench) -> Iterator[Result]:
     model, rows, shapes, config = bench.model, bench.rows, bench.engine_config, bench.config
     tokens, state = len(bench.clip.input_ids), bench.empty_slots()
     prompts = SlotAssignment.none(bench.groups, shapes.buckets[0].samples)
@@ -388,7 +394,7 @@ def prefill(bench: Bench) -> Iterator[Result]:
     yield bench.mfu("prefill", "a clip", flops, duration, note)
 
 
-def decode(bench: Bench) -> Iterator[Result]:
+def measure_decode(bench: Bench) -> Iterator[Result]:
     shapes, tokens = bench.engine_config, len(bench.clip.input_ids)
     state = jax.jit(_fill_cache, donate_argnums=0)(bench.empty_slots())
     few, many = (4, 16) if bench.name == "small" else (16, 64)
@@ -400,13 +406,13 @@ def decode(bench: Bench) -> Iterator[Result]:
     floor = (weights / bench.tensor + cache / len(bench.devices)) / bench.bandwidth
     note = f"{shapes.slots} slots with {tokens:,} tokens; floor {floor * 1e3:.2f} ms"
     yield graded(Result("decode", "a step", step * 1e3, "ms", floor / step, goal=GOALS["decode"], note=note))
-    note = "as the engine calls it while prompts may come"
+    note = "as the engine calls it while prompts may arrive"
     yield Result("decode", f"a step in calls of {few}", short / few * 1e3, "ms", floor / (short / few), note=note)
     yield Result("decode", "throughput", shapes.slots / step, "tokens/s")
 
 
 def _fill_cache(state: DecodeState) -> DecodeState:
-    """Random keys and values: products of zeros take less power, which makes a GPU faster."""
+    """Fills the cache with random values. Products of zeros need less power, and a GPU computes them faster."""
 
     def fill(x: jax.Array) -> jax.Array:
         return x + jax.random.normal(jax.random.key(x.ndim), x.shape[-3:], x.dtype) if x.ndim > 2 else x
@@ -415,7 +421,7 @@ def _fill_cache(state: DecodeState) -> DecodeState:
 
 
 def _time_decode(bench: Bench, state: DecodeState, steps: int) -> tuple[DecodeState, float]:
-    """The state, and the seconds of a call of `steps` steps of all slots, each behind a clip's prompt."""
+    """Returns the state, and the seconds of a call of `steps` steps of all slots, each after a clip's prompt."""
     slots, prompt = bench.engine_config.slots, len(bench.clip.input_ids)
     none, cancelled = jnp.zeros(0, jnp.int32), jnp.zeros(slots, bool)
 
@@ -438,7 +444,7 @@ def _time_decode(bench: Bench, state: DecodeState, steps: int) -> tuple[DecodeSt
 
 
 def _bytes_per_step(bench: Bench, state: DecodeState, tokens: int) -> tuple[int, int]:
-    """Bytes of the weights that a step reads, and of the keys and values of all slots at `tokens` tokens each."""
+    """Returns the bytes of the weights that a step reads, and of the keys and values of `tokens` tokens per slot."""
     decoder, text = bench.model.decoder, bench.config.text
     weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(decoder)))
     if not text.tie_embeddings:
@@ -447,9 +453,9 @@ def _bytes_per_step(bench: Bench, state: DecodeState, tokens: int) -> tuple[int,
     return weights, cache * tokens // bench.engine_config.size
 
 
-def clips(bench: Bench) -> Iterator[Result]:
+def measure_clips(bench: Bench) -> Iterator[Result]:
     processor: Any = NoTexts(bench.config)
-    n, answer = 2 * bench.engine_config.slots, bench.size.answer
+    n, answer = 2 * bench.engine_config.slots, bench.workload.answer
     runner = Engine(bench.model, processor, bench.engine_config)
     limits = [answer // 2 + answer * (7 * i % n) // (n - 1) for i in range(n)]  # 0.5 to 1.5 times the mean
     start = time.perf_counter()
@@ -461,14 +467,14 @@ def clips(bench: Bench) -> Iterator[Result]:
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Result]]] = {
-    "ceilings": ceilings,
-    "parity": parity,
-    "engine": engine,
-    "sft": sft,  # before the model of the parts below, so that the peak of memory is its own
-    "vision": vision,
-    "prefill": prefill,
-    "decode": decode,
-    "clips": clips,
+    "ceilings": measure_ceilings,
+    "parity": measure_parity,
+    "engine": measure_engine,
+    "sft": measure_sft,  # before the model of the next parts, since it reports the peak of memory
+    "vision": measure_vision,
+    "prefill": measure_prefill,
+    "decode": measure_decode,
+    "clips": measure_clips,
 }
 
 
@@ -479,7 +485,7 @@ def failure(part: str, name: str, error: Exception) -> Result:
 
 
 def results(bench: Bench, parts: list[str]) -> Iterator[Result]:
-    """The rows of each part; of a part that raises an exception, a row that says so."""
+    """Yields the rows of each part, and a row with the failure of a part that raises an exception."""
     for part in parts:
         start = time.perf_counter()
         try:
@@ -501,7 +507,7 @@ def row_text(result: Result) -> str:
 
 def write_json(path: Path, bench: Bench, rows: list[Result]) -> None:
     device = bench.devices[0]
-    facts = {
+    environment = {
         "device": device.device_kind,
         "devices": len(bench.devices),
         "mesh": f"data {bench.groups}, tensor {bench.tensor}",
@@ -511,17 +517,17 @@ def write_json(path: Path, bench: Bench, rows: list[Result]) -> None:
         "dtype": bench.dtype,
         "attention": bench.attention,
     }
-    path.write_text(json.dumps({**facts, "results": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
+    path.write_text(json.dumps({**environment, "results": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def _device_memory(devices: list[Any]) -> int:
-    """Bytes of all devices; 0 where they do not tell."""
+    """Returns the bytes of all devices, or 0 if they do not report them."""
     return sum((device.memory_stats() or {}).get("bytes_limit", 0) for device in devices)
 
 
 def largest_size() -> str:
     memory = 0 if jax.default_backend() == "cpu" else _device_memory(jax.devices())
-    return next(name for name, size in SIZES.items() if size.memory <= memory)
+    return next(name for name, size in WORKLOADS.items() if size.memory <= memory)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -530,7 +536,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--size", choices=SIZES, help="default: the largest that fits; small on a CPU")
+    parser.add_argument("--size", choices=WORKLOADS, help="default: the largest that fits; small on a CPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--json", type=Path, help="a file for the results")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Attention in bfloat16, with gradients, against a softmax written out in float32, for each call of the model."""
+"""Attention in bfloat16, with gradients, against an explicit softmax in float32, for each call in the model."""
 
 import dataclasses
 import functools
@@ -20,13 +20,17 @@ class Case:
     """One call of `attend`.
 
     Attributes:
-        name: the place of the call in the model.
-        rows, queries, keys: numbers of batch rows, and of queries and keys per row.
-        heads, kv_heads, width: of the attention.
-        causal: as in `attend`.
-        segments: lengths of each row's segments, or None; the rest of a row is padding, with the id 0.
-        lengths: valid keys of each row, or None for all.
-        trained: gradients are compared too.
+        name: Place of the call in the model.
+        rows: Number of batch rows.
+        queries: Queries per row.
+        keys: Keys per row.
+        heads: Number of query heads.
+        kv_heads: Number of key-value heads.
+        width: Width of a head.
+        causal: Whether a query sees only keys up to its own position.
+        segments: Lengths of each row's segments, or None. The rest of a row is padding, with the id 0.
+        lengths: Valid keys of each row, or None for all.
+        trained: Whether gradients are also compared.
     """
 
     name: str
@@ -54,7 +58,7 @@ class Case:
         return ids
 
     def visible(self) -> Bool[np.ndarray, "B T S"]:
-        """The keys that each query sees."""
+        """Returns the keys that each query sees."""
         queries, keys = np.arange(self.queries)[:, None], np.arange(self.keys)
         visible = np.ones((self.rows, self.queries, self.keys), bool)
         if self.causal:
@@ -68,7 +72,7 @@ class Case:
 
 
 def cases(tokens: int, patches: int, cache: int) -> list[Case]:
-    """The model's calls at the widths of Qwen2-VL-7B: prompts and packed rows, frames alone and in bins, decoding."""
+    """Returns the model's calls at the widths of Qwen2-VL-7B: prompts, packed rows, frames, bins, and decoding."""
     text = functools.partial(Case, heads=28, kv_heads=4, width=128)
     vision = functools.partial(
         Case, rows=3, queries=patches, keys=patches, heads=16, kv_heads=16, width=80, trained=True
@@ -86,9 +90,9 @@ def cases(tokens: int, patches: int, cache: int) -> list[Case]:
 
 
 def errors(case: Case, implementation: str) -> Iterator[tuple[str, float]]:
-    """The name and the relative error of the output and, for a trained case, of each gradient.
+    """Yields the name and the relative error of the output and, for a trained case, of each gradient.
 
-    The error is infinite where a value is not finite, in padding too: a NaN there would spread to gradients.
+    The error is infinite if a value is not finite, also in padding, since a NaN there would spread to gradients.
     """
     keys = case.rows, case.keys, case.kv_heads, case.width
     *inputs, cotangent = (_random(i, s) for i, s in enumerate([case.queries_shape, keys, keys, case.queries_shape]))
@@ -113,7 +117,7 @@ def errors(case: Case, implementation: str) -> Iterator[tuple[str, float]]:
 
 
 def _run(attention: Any, dtype: str, inputs: list[Array], cotangent: Array, trained: bool) -> list[Array]:
-    """The output and the gradients of q, k and v, float32."""
+    """Returns the output and the gradients of q, k and v, float32."""
 
     def pull_back(inputs: list[Array], cotangent: Array) -> tuple[Array, ...]:
         return jax.vjp(attention, *inputs)[1](cotangent)
@@ -133,7 +137,7 @@ def _written_out(
 
 
 def _random(seed: int, shape: tuple[int, ...]) -> Array:
-    """Normal values that bfloat16 represents exactly."""
+    """Returns normal values that bfloat16 represents exactly."""
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 

@@ -1,13 +1,13 @@
-"""Puts `infer.caption` to the test on many clips, some of them broken, killed now and then, and watches its memory.
+"""Tests `infer.caption` on many clips, some of them broken, with kills at random times, and measures its memory.
 
     python -m benchmarks.bulk --broken 30                    # 300 clips of 360p to 1080p at the released pixel limits
     python -m benchmarks.bulk --clips 300 --small --kills 10
     python -m benchmarks.bulk --clips 2000 --small           # is memory flat?
 
-Moving shapes are written as mp4 files of all sizes, landscape and portrait (with --small, of the sizes and lengths that
-the embedded model is scored on), and captioned by the embedded model in float32, with three prompts in turn. Prints the
-program's own summary of its last run (throughput, padding, compilations), whether every clip has its one line and its
-caption the words that `infer.describe` finds, and the memory of all its processes at each tenth of the clips.
+Moving shapes are written as mp4 files of many sizes, landscape and portrait. With --small they have the sizes and
+lengths of the embedded model's evaluation. The embedded model captions them in float32, with three prompts in turn.
+Prints the program's summary of its last run (throughput, padding, compilations), whether every clip has exactly one
+line and captions equal those of `infer.describe`, and the memory of all its processes at each tenth of the clips.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ASPECTS = (16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16)
 PROMPTS = (VIDEO_PROMPT, GROUNDED_PROMPT, "What happens first?")
 
 
-def write_clips(directory: Path, count: int, small: bool) -> list[Path]:
+def write_videos(directory: Path, count: int, small: bool) -> list[Path]:
     rng = np.random.default_rng(0)
     paths = [directory / f"{i}.mp4" for i in range(count)]
     for i, path in enumerate(paths):
@@ -61,7 +61,7 @@ def write_scaled(path: Path, frames: np.ndarray, width: int, height: int) -> Non
     writer.close()
 
 
-# Ten ways to be no clip; each makes one of a whole clip.
+# Ten kinds of damage. Each function receives an intact clip and the path of the broken one, and returns its path.
 
 
 def missing(whole: Path, path: Path) -> Path:
@@ -113,29 +113,29 @@ def no_media(whole: Path, path: Path) -> Path:
     return letter(whole, path.with_suffix(".txt"))
 
 
-WAYS: tuple[Callable[[Path, Path], Path], ...] = (
+DAMAGES: tuple[Callable[[Path, Path], Path], ...] = (
     *(missing, empty, first_bytes, without_head, half),
     *(letter, no_picture, sound, no_frames, no_media),
 )
 
 
 def break_clips(paths: list[Path], count: int) -> list[Path]:
-    """Breaks `count` of the clips, every so many, each in its turn in one of the ways."""
+    """Damages `count` of the clips, evenly spaced, with the kinds of damage in turn."""
     paths = list(paths)
     for n in range(count):
         i = n * len(paths) // count
         whole = paths[i].with_suffix(".whole")
         paths[i].rename(whole)
-        paths[i] = WAYS[n % len(WAYS)](whole, paths[i])
+        paths[i] = DAMAGES[n % len(DAMAGES)](whole, paths[i])
     return paths
 
 
 def memory(pid: int) -> int:
-    """Bytes of a process and its descendants; what they share is counted once (Linux)."""
+    """Returns the bytes of a process and its descendants. Shared memory is counted once (Linux)."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
-    except OSError:  # it has just ended
+    except OSError:  # the process has ended
         return 0
     own = next((int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")), 0)
     return own * 1024 + sum(memory(int(child)) for child in children)
@@ -146,7 +146,7 @@ def lines_in(path: Path) -> int:
 
 
 def run_killed(command: list[str], output: Path, kills: int, clips: int) -> None:
-    """Starts the command and kills it at random moments, `kills` times."""
+    """Starts the command and kills it at a random moment, `kills` times."""
     wait = random.Random(0)
     for _ in range(kills):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -160,13 +160,13 @@ def run_killed(command: list[str], output: Path, kills: int, clips: int) -> None
 
 
 def run_watched(command: list[str], output: Path, clips: int) -> tuple[int, list[tuple[int, int]]]:
-    """Runs the command to its end; gives its exit status, and (lines, bytes of memory) as time passed."""
-    seen = []
+    """Runs the command and returns its exit status, and (lines, bytes of memory) at each second."""
+    samples = []
     process = subprocess.Popen(command)
     while process.poll() is None:
-        seen.append((lines_in(output), memory(process.pid)))
+        samples.append((lines_in(output), memory(process.pid)))
         time.sleep(1)
-    return process.returncode, seen
+    return process.returncode, samples
 
 
 def main() -> int:
@@ -176,7 +176,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=300)
     parser.add_argument("--broken", type=int, default=0)
     parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--compare", type=int, default=0, help="clips that infer.describe is asked about too")
+    parser.add_argument("--compare", type=int, default=0, help="number of clips that infer.describe also captions")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--n_frames", type=int, default=16)
     parser.add_argument("--slots", type=int, default=16)
@@ -193,48 +193,48 @@ def examine(args: argparse.Namespace, directory: Path) -> int:
     if not args.small:
         (model / "preprocessor_config.json").write_text("{}", encoding="utf-8")  # the released models' limits
     clips.mkdir()
-    paths = break_clips(write_clips(clips, args.clips, args.small), args.broken)
+    paths = break_clips(write_videos(clips, args.clips, args.small), args.broken)
     source = directory / "list.jsonl"
-    asked = [{"input": str(path), "prompt": PROMPTS[i % len(PROMPTS)]} for i, path in enumerate(paths)]
-    source.write_text("".join(json.dumps(line) + "\n" for line in asked), encoding="utf-8")
+    requests = [{"input": str(path), "prompt": PROMPTS[i % len(PROMPTS)]} for i, path in enumerate(paths)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in requests), encoding="utf-8")
     shared = ["--model", str(model), "--n_frames", str(args.n_frames), "--max_new_tokens", "96"]
     sizes = ["--slots", str(args.slots), "--workers", str(args.workers)]
     files = ["--input", str(source), "--output", str(output)]
     command = [sys.executable, "-m", "infer.caption", *shared, *sizes, *files]
     run_killed(command, output, args.kills, args.clips)
-    status, seen = run_watched(command, output, args.clips)
+    status, samples = run_watched(command, output, args.clips)
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     once = sorted(line["idx"] for line in lines) == list(range(args.clips))
     errors = [line["error"] for line in lines if "error" in line]
-    told = "every clip once" if once else "NOT every clip once"
-    print(f"{len(lines)} lines, {told}; {len(errors)} errors, status {status}")
-    for error in errors[: len(WAYS)]:
+    summary = "every clip once" if once else "NOT every clip once"
+    print(f"{len(lines)} lines, {summary}; {len(errors)} errors, status {status}")
+    for error in errors[: len(DAMAGES)]:
         print(f"  {error.replace(str(directory), '')}")
-    right = compare(lines, args.compare, shared)
-    report_memory(seen, args.clips)
+    right = compare_with_describe(lines, args.compare, shared)
+    report_memory(samples, args.clips)
     return 0 if once and right and len(errors) == args.broken and status == bool(errors) else 1
 
 
-def compare(lines: list[dict], count: int, flags: list[str]) -> bool:
-    """Whether `infer.describe`, which answers one clip at a time, says the same about the first `count` clips."""
-    asked = sorted((line for line in lines if "caption" in line), key=lambda line: line["idx"])[:count]
-    if not asked:
+def compare_with_describe(lines: list[dict], count: int, flags: list[str]) -> bool:
+    """Returns whether the first `count` captions equal those of `infer.describe`, which answers one clip at a time."""
+    captions = sorted((line for line in lines if "caption" in line), key=lambda line: line["idx"])[:count]
+    if not captions:
         return True
     alone = {}
     for prompt in PROMPTS:
-        inputs = [line["input"] for line in asked if line["prompt"] == prompt]
+        inputs = [line["input"] for line in captions if line["prompt"] == prompt]
         if not inputs:
             continue
         command = [sys.executable, "-m", "infer.describe", *flags, "--json", "--prompt", prompt, "--input", *inputs]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        alone |= {line["input"]: line["caption"] for line in map(json.loads, told)}
-    same = sum(alone[line["input"]] == line["caption"] for line in asked)
-    print(f"{same} of {len(asked)} captions equal those of infer.describe")
-    return same == len(asked)
+        stdout = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        alone |= {line["input"]: line["caption"] for line in map(json.loads, stdout.splitlines())}
+    same = sum(alone[line["input"]] == line["caption"] for line in captions)
+    print(f"{same} of {len(captions)} captions equal those of infer.describe")
+    return same == len(captions)
 
 
-def report_memory(seen: list[tuple[int, int]], clips: int) -> None:
-    tenths = [[size for lines, size in seen if clips * n <= 10 * lines < clips * (n + 1)] for n in range(10)]
+def report_memory(samples: list[tuple[int, int]], clips: int) -> None:
+    tenths = [[size for lines, size in samples if clips * n <= 10 * lines < clips * (n + 1)] for n in range(10)]
     medians = [float(np.median(sizes)) for sizes in tenths if sizes]
     print("GiB at each tenth: " + " ".join(f"{size / 2**30:.2f}" for size in medians))
 

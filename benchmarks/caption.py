@@ -3,10 +3,10 @@
     python -m benchmarks.caption                 # a random model at the sizes of benchmarks.describe
     python -m benchmarks.caption --embedded      # the small trained model in the package
 
-The same clips, the same weights in float32, greedy: the engine; `generate` on one clip at a time, as the original's
-programs do; `generate` on batches, padded on the left. With the random model captions end at lengths that differ by
-four times (4 to 16 tokens times --tokens); with the embedded one they end by themselves. Clips are patchified before
-the clock starts, for all three.
+All run the same clips with the same weights in float32, greedy: the engine; `generate` on one clip at a time, as in the
+original's programs; `generate` on batches, padded on the left. With the random model the lengths of captions differ by
+a factor of four (4 to 16 tokens times --tokens). With the embedded model captions end with the end-of-turn token. For
+all three, clips are patchified before the measurement.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-THREADS = 2
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # before XLA counts its threads
+_THREADS = 2
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_THREADS])  # before XLA counts its threads
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 import torch
 
 import tarsier_jax
-from benchmarks.describe import make_example, make_reference
+from benchmarks.describe import make_prompt, make_reference
 from benchmarks.samples import NoTexts
 from convert.backends import HuggingFace
 from eval.shapes.annotations import user_turn
@@ -41,7 +41,7 @@ from tarsier_jax.weights import EMBEDDED, load_weights, resolve
 
 
 class Reference:
-    """Hugging Face's model, and how it answers examples: all of equal shape or not, padded on the left."""
+    """Hugging Face's model, which answers examples of equal or different shapes, padded on the left."""
 
     def __init__(self, model: Any, eos_ids: Sequence[int]):
         self.model, self.eos_ids = model, list(eos_ids) or None
@@ -75,7 +75,7 @@ def _until_end(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
 def random_case(clips: int, tokens: int, slots: int, directory: Path) -> tuple[Engine, Reference, list, list[int]]:
     theirs = make_reference(directory)
     model = unstack(load_weights(directory, load_config(directory)))
-    examples = [make_example(model.config, seed) for seed in range(clips)]
+    examples = [make_prompt(model.config, seed) for seed in range(clips)]
     limits = [tokens * (4 + 12 * (7 * i % clips) // max(clips - 1, 1)) for i in range(clips)]  # mixed, 4 to 16 times
     rows = RowShape(tokens=len(examples[0].input_ids) * 2, bins=10, patches=264, frames=1, samples=2)
     config = EngineConfig(slots, len(examples[0].input_ids), max(limits), (rows,))
@@ -91,12 +91,12 @@ def embedded_case(clips: int, slots: int) -> tuple[Engine, Reference, list, list
     return engine, Reference(theirs.model, processor.eos_token_ids), examples, [96] * clips
 
 
-def timed(name: str, answers: Any, clips: int) -> tuple[float, list[list[int]]]:
+def time_answers(name: str, function: Any, clips: int) -> tuple[float, list[list[int]]]:
     start = time.perf_counter()
-    got = answers()
+    answers = function()
     seconds = time.perf_counter() - start
     print(f"{name:<32} {seconds:8.1f} s  {clips / seconds:7.2f} clips/s", flush=True)
-    return seconds, got
+    return seconds, answers
 
 
 def main() -> int:
@@ -106,10 +106,10 @@ def main() -> int:
     parser.add_argument("--embedded", action="store_true")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=8, help="of Hugging Face's batches")
+    parser.add_argument("--batch", type=int, default=8, help="size of Hugging Face's batches")
     parser.add_argument("--tokens", type=int, default=4, help="a sixteenth of the longest answer of the random model")
     args = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(_THREADS)
     with tempfile.TemporaryDirectory() as directory:
         if args.embedded:
             case = embedded_case(args.clips, args.slots)
@@ -120,29 +120,29 @@ def main() -> int:
     print(f"{n} clips of {min(len(e.input_ids) for e in examples)} to {max(len(e.input_ids) for e in examples)} tokens")
 
     def ours() -> list[list[int]]:
-        found: dict[int, list[int]] = {}
+        tokens: dict[int, list[int]] = {}
         for answer in engine.run(
             Request(i, e, SamplingOptions(limit)) for i, (e, limit) in enumerate(zip(examples, limits, strict=True))
         ):
             assert isinstance(answer, Completion), answer
-            found[answer.key] = answer.tokens
-        return [found[i] for i in range(n)]
+            tokens[answer.key] = answer.tokens
+        return [tokens[i] for i in range(n)]
 
-    theirs.answer(examples[:1], [2])  # what PyTorch does at a first call
-    engine_seconds, ours_told = timed("the engine", ours, n)
-    one, theirs_told = timed(
+    theirs.answer(examples[:1], [2])  # PyTorch's work at the first call
+    engine_seconds, our_answers = time_answers("the engine", ours, n)
+    one, their_answers = time_answers(
         "Hugging Face, one by one",
         lambda: [theirs.answer([e], [limit])[0] for e, limit in zip(examples, limits, strict=True)],
         n,
     )
-    several, _ = timed(
+    several, _ = time_answers(
         f"Hugging Face, batches of {batch}",
         lambda: [a for i in range(0, n, batch) for a in theirs.answer(examples[i : i + batch], limits[i : i + batch])],
         n,
     )
     report = engine.stats
-    lengths = sorted(map(len, ours_told))
-    same = sum(a == b for a, b in zip(ours_told, theirs_told, strict=True))
+    lengths = sorted(map(len, our_answers))
+    same = sum(a == b for a, b in zip(our_answers, their_answers, strict=True))
     print(f"answers of {lengths[0]} to {lengths[-1]} tokens; {same} of {n} equal Hugging Face's one by one")
     print(f"padding: {report.token_padding:.1%} of prompt tokens, {report.patch_padding:.1%} of patches")
     print(f"the engine is {one / engine_seconds:.2f} times one by one, {several / engine_seconds:.2f} times batches")

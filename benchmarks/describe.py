@@ -2,10 +2,10 @@
 
     python -m benchmarks.describe
 
-Float32, random weights, the same for both: decoder 12 x 896 (14/2 heads, mlp 2432, vocabulary 152064), ViT 8 x 320
-(4 heads, of the released models' width 80), prompts with 5 frames of 12 x 22 patches. Rounds alternate between the
-two, and medians are shown. The floors are what this machine could do at best: reading every weight once per token at
-the speed of a large matrix-vector product, and the floating-point operations of a prompt at that of a large product.
+Both have the same random weights in float32: decoder 12 x 896 (14/2 heads, mlp 2432, vocabulary 152064), ViT 8 x 320
+(4 heads, with the released models' width 80), prompts with 5 frames of 12 x 22 patches. Rounds alternate between the
+two, and medians are printed. The floors are the limits of this machine: the time to read every weight once per token at
+the speed of a large matrix-vector product, and to compute the operations of a prompt at that of a large matrix product.
 """
 
 import argparse
@@ -36,11 +36,11 @@ from tarsier_jax.processing.positions import mrope_positions
 from tarsier_jax.weights import load_weights
 
 FRAMES, HEIGHT, WIDTH = 5, 12, 22
-TEXT = 26  # tokens of the prompt around the video
+TEXT_TOKENS = 26  # tokens of the prompt around the video
 
 
 def make_reference(directory: Path, tied: bool = False) -> Any:
-    """A random model in transformers, saved into `directory`."""
+    """Creates a random model in transformers and saves it into `directory`."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     text = {
@@ -61,11 +61,11 @@ def make_reference(directory: Path, tied: bool = False) -> Any:
     return model
 
 
-def make_example(config: ModelConfig, seed: int) -> Example:
+def make_prompt(config: ModelConfig, seed: int) -> Example:
     rng = np.random.default_rng(seed)
     grid = np.array([[FRAMES, HEIGHT, WIDTH]], np.int32)
     visual = [START, *[IMAGE] * (FRAMES * HEIGHT * WIDTH // 4), END]
-    words = rng.integers(0, 150_000, TEXT).tolist()
+    words = rng.integers(0, 150_000, TEXT_TOKENS).tolist()
     ids = np.array([*words[:14], *visual, *words[14:]], np.int32)
     pixels = rng.standard_normal((FRAMES * HEIGHT * WIDTH, config.vision.patch_dim)).astype(np.float32)
     return Example(ids, ids, pixels, grid, mrope_positions(ids, grid, 2, (IMAGE,)))
@@ -82,7 +82,7 @@ def reference_inputs(examples: list[Example]) -> dict[str, torch.Tensor]:
 
 
 def measure_floors() -> tuple[float, float]:
-    """Bytes a second of a matrix-vector product, floating-point operations a second of a matrix product; the best."""
+    """Returns the best bytes per second of a matrix-vector product, and the best FLOP/s of a matrix product."""
     big, vector = jnp.ones((2**15, 2**12)), jnp.ones(2**12)
     square = jnp.ones((2048, 2048))
     product = jax.jit(jnp.dot)
@@ -94,7 +94,7 @@ def measure_floors() -> tuple[float, float]:
 
 
 def count_work(config: ModelConfig, rows: int, tokens: int) -> tuple[float, float]:
-    """Bytes that a decoding step reads (weights and cache), and operations of a prefill (attention left out)."""
+    """Returns the bytes that a decoding step reads (weights, cache), and the FLOPs of a prefill without attention."""
     text, vision = config.text, config.vision
     heads = (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
     layers = text.num_layers * text.hidden_size * (heads + text.hidden_size + 3 * text.mlp_dim)
@@ -109,11 +109,11 @@ def count_work(config: ModelConfig, rows: int, tokens: int) -> tuple[float, floa
 
 
 def measure(theirs: Any, ours: Any, rows: int, new_tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each prefill, and of each token decoded, by name."""
-    examples = [make_example(ours.config, seed) for seed in range(rows)]
+    """Returns the seconds of each prefill and of each decoded token, by name."""
+    examples = [make_prompt(ours.config, seed) for seed in range(rows)]
     batch = jax.tree.map(jnp.asarray, make_batch(examples, ours.config))
     print(f"\nbatch {rows}: {len(examples[0].input_ids)} tokens padded to {batch.input_ids.shape[1]}, ", end="")
-    print(f"{HEIGHT * WIDTH} patches a frame to {batch.patches.shape[2]}, frames to {batch.patches.shape[1]}")
+    print(f"{HEIGHT * WIDTH} patches per frame to {batch.patches.shape[2]}, frames to {batch.patches.shape[1]}")
     inputs, sampling = reference_inputs(examples), Sampling.repeat(SamplingOptions(), rows)
     keys, eos = jax.random.split(jax.random.key(0), rows), jnp.zeros(0, jnp.int32)
     state: Any = None
@@ -144,8 +144,10 @@ def measure(theirs: Any, ours: Any, rows: int, new_tokens: int, rounds: int) -> 
     return times
 
 
-def show(times: dict[str, list[float]], rows: int, floors: tuple[float, float], config: ModelConfig) -> None:
-    tokens = FRAMES * HEIGHT * WIDTH // 4 + TEXT + 2
+def print_comparison(
+    times: dict[str, list[float]], rows: int, floors: tuple[float, float], config: ModelConfig
+) -> None:
+    tokens = FRAMES * HEIGHT * WIDTH // 4 + TEXT_TOKENS + 2
     step_bytes, operations = count_work(config, rows, tokens)
     for name, floor, count in (
         ("prefill", operations / floors[1], rows * tokens),
@@ -176,7 +178,7 @@ def main() -> int:
         theirs = make_reference(Path(directory))
         ours = unstack(load_weights(Path(directory), load_config(directory)))
     for rows in args.batch:
-        show(measure(theirs, ours, rows, args.new_tokens, args.rounds), rows, floors, ours.config)
+        print_comparison(measure(theirs, ours, rows, args.new_tokens, args.rounds), rows, floors, ours.config)
     return 0
 
 

@@ -1,13 +1,13 @@
-"""Frames per second and memory of reading videos, side by side with other readers in one run.
+"""Frames per second and memory of video readers, side by side in one run.
 
     python -m benchmarks.loading --clips 40 --workers 2          # whole samples and readers, on clips of 360p to 1080p
     python -m benchmarks.loading --large                          # one hour of 1080p, a 4K and an 8K clip
 
-16 frames of each clip. Whole samples: our processor in threads against the original's calls in one thread (decord, a
-resize to the pixel budget, transformers' image processor). Readers, frames as PIL images in one thread: ours; decord as
-this project used it before, from the start up to frame 3,000 and by its own seeking beyond; PyAV in the usual way, a
-seek and decoding forward for each frame. Files are warm, rounds alternate, and medians are shown. With --large, each
-reader runs in a process of its own, whose peak memory is shown.
+Each reads 16 frames per clip. Whole samples: our processor in threads against the original's calls in one thread
+(decord, a resize to the pixel budget, transformers' image processor). Readers, frames as PIL images in one thread:
+ours; decord, which decodes from the start up to frame 3,000 and seeks beyond; PyAV with a seek and forward decoding per
+frame. Files are cached, rounds alternate, and medians are printed. With --large, each reader runs in its own process,
+and the peak memory of the process is printed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 import tarsier_jax
-from benchmarks.bulk import write_clips
+from benchmarks.bulk import write_videos
 from infer.bulk.inputs import Item
 from infer.bulk.loading import ItemLoader
 from tarsier_jax.processing.frame_sampling import sample_uniform
@@ -39,27 +39,27 @@ from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.weights import EMBEDDED
 
-FRAMES = 16
-PROMPT = "Describe the video in detail."
-SCANNED = 3000  # frames up to which the former reader decoded from the start
+NUM_FRAMES = 16
+_PROMPT = "Describe the video in detail."
+SCANNED = 3000  # length up to which decord decodes from the start
 
 
 def read_ours(path: Path) -> int:
     clip = open_clip(path)
-    return sum(1 for _ in clip.read(sample_uniform(clip.length, FRAMES)))
+    return sum(1 for _ in clip.read(sample_uniform(clip.length, NUM_FRAMES)))
 
 
 def read_decord(path: Path) -> int:
     from decord import VideoReader, cpu
 
     reader = VideoReader(str(path), ctx=cpu(0), num_threads=1)
-    indices = sample_uniform(len(reader), FRAMES)
+    indices = sample_uniform(len(reader), NUM_FRAMES)
     if len(reader) > SCANNED:
         return len([Image.fromarray(frame) for frame in reader.get_batch(indices).asnumpy()])
-    wanted, count = set(indices), 0
+    targets, count = set(indices), 0
     for i in range(indices[-1] + 1):
         frame = reader.next()
-        if i in wanted:
+        if i in targets:
             Image.fromarray(frame.asnumpy())
             count += 1
     return count
@@ -74,7 +74,7 @@ def read_pyav(path: Path) -> int:
         assert stream.duration is not None and stream.average_rate is not None and stream.time_base is not None
         length = round(stream.duration * stream.time_base * stream.average_rate)
         count = 0
-        for index in sample_uniform(length, FRAMES):
+        for index in sample_uniform(length, NUM_FRAMES):
             pts = round(index / stream.average_rate / stream.time_base)
             container.seek(pts, stream=stream)
             frames = (frame for frame in container.decode(stream) if frame.pts is not None and frame.pts >= pts)
@@ -89,7 +89,7 @@ READERS: dict[str, Callable[[Path], int]] = {"ours": read_ours, "decord": read_d
 
 
 def original(paths: Sequence[Path], max_pixels: int) -> int:
-    """Frames, all of them patchified."""
+    """Patchifies all clips and returns the number of frames."""
     from decord import VideoReader, cpu
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -97,7 +97,7 @@ def original(paths: Sequence[Path], max_pixels: int) -> int:
     count = 0
     for path in paths:
         reader = VideoReader(str(path), ctx=cpu(0), num_threads=1)
-        frames = reader.get_batch(sample_uniform(len(reader), FRAMES)).asnumpy()
+        frames = reader.get_batch(sample_uniform(len(reader), NUM_FRAMES)).asnumpy()
         images = [fit_budget(Image.fromarray(frame), 0, max_pixels) for frame in frames]
         processor(images=images, return_tensors="np")
         count += len(frames)
@@ -105,7 +105,7 @@ def original(paths: Sequence[Path], max_pixels: int) -> int:
 
 
 def ours(paths: Sequence[Path], processor: Processor, workers: int) -> int:
-    loader = ItemLoader(processor, PROMPT)
+    loader = ItemLoader(processor, _PROMPT)
     items = [Item(i, i, str(path), {}) for i, path in enumerate(paths)]
     with ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(loader, items):
@@ -113,34 +113,34 @@ def ours(paths: Sequence[Path], processor: Processor, workers: int) -> int:
     return loader.frames
 
 
-def compare(clips: int, workers: int, rounds: int) -> None:
-    """Prints the rates of whole samples, and of readers."""
+def compare_readers(clips: int, workers: int, rounds: int) -> None:
+    """Prints the rates of whole samples and of readers."""
     _, processor = tarsier_jax.load(EMBEDDED)
     processor = dataclasses.replace(processor, image=ImageOptions())
     with tempfile.TemporaryDirectory() as directory:
-        paths = write_clips(Path(directory), clips, small=False)
+        paths = write_videos(Path(directory), clips, small=False)
         samples = {
             f"ours, {workers} threads": lambda: ours(paths, processor, workers),
             "the original's calls": lambda: original(paths, processor.options.max_pixels),
         }
         readers = {name: lambda read=read: sum(map(read, paths)) for name, read in READERS.items()}
-        for title, ways in (("whole samples", samples), ("readers, one thread", readers)):
+        for title, functions in (("whole samples", samples), ("readers, one thread", readers)):
             print(f"{title}, {clips} clips, medians of {rounds} rounds")
-            show(alternate(ways, rounds))
+            print_rates(alternate(functions, rounds))
 
 
-def alternate(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Frames per second of each way in each round."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+def alternate(functions: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """Returns the frames per second of each function in each round."""
+    rates: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
-        for name, run in ways.items():
+        for name, run in functions.items():
             start = time.perf_counter()
             count = run()
             rates[name].append(count / (time.perf_counter() - start))
     return rates
 
 
-def show(rates: dict[str, list[float]]) -> None:
+def print_rates(rates: dict[str, list[float]]) -> None:
     first = next(iter(rates.values()))
     for name, values in rates.items():
         ratio = np.median(np.divide(first, values))
@@ -167,7 +167,7 @@ def compare_large(rounds: int) -> None:
 
 
 def write_large(directory: Path) -> Iterable[tuple[str, Path]]:
-    """An hour of 1080p (30 s over and over, a key frame every 250 frames), 4 s of 4K and 2 s of 8K in H.264."""
+    """Writes an hour of 1080p (30 s repeated, a key frame every 250 frames), 4 s of 4K and 2 s of 8K in H.264."""
     kinds = {"an hour of 1080p": ("1920x1080", 30), "4 s of 4K": ("3840x2160", 4), "2 s of 8K": ("7680x4320", 2)}
     for name, (size, seconds) in kinds.items():
         part, path = directory / f"part_{size}.mp4", directory / f"{size}.mp4"
@@ -184,7 +184,7 @@ def run_ffmpeg(*arguments: object) -> None:
 
 
 def read_once(reader: str, path: Path) -> None:
-    """Prints the seconds and the MiB of memory that one reader takes for one file."""
+    """Prints the seconds and the MiB of memory of one reader for one file."""
     if reader == "decord":
         import decord  # noqa: F401
     if reader == "PyAV":
@@ -193,7 +193,7 @@ def read_once(reader: str, path: Path) -> None:
     start = time.perf_counter()
     count = READERS[reader](path)
     seconds = time.perf_counter() - start
-    assert count == FRAMES, count
+    assert count == NUM_FRAMES, count
     print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
@@ -204,15 +204,15 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=40)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--large", action="store_true", help="large clips, and memory")
-    parser.add_argument("--reader", nargs=2, metavar=("READER", "FILE"), help="one reader on one file")
+    parser.add_argument("--large", action="store_true", help="measure large clips and memory")
+    parser.add_argument("--reader", nargs=2, metavar=("READER", "FILE"), help="measure one reader on one file")
     args = parser.parse_args()
     if args.reader:
         read_once(args.reader[0], Path(args.reader[1]))
     elif args.large:
         compare_large(args.rounds)
     else:
-        compare(args.clips, args.workers, args.rounds)
+        compare_readers(args.clips, args.workers, args.rounds)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Random samples, a processor without a tokenizer, and a clock, for the programs beside."""
+"""Random samples, a processor without a tokenizer, and timers for the benchmarks."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ IMAGE, START, END = 151_655, 151_652, 151_653
 
 
 class NoTexts:
-    """The part of a processor that the engine needs, for random models: no answer ends before its limit."""
+    """The part of a processor that the engine needs, for random models. Answers end only at their limit."""
 
     eos_token_ids, pad_token_id = (), 0
 
@@ -28,7 +28,16 @@ class NoTexts:
 
 
 def make_example(config: ModelConfig, frames: int, height: int, width: int, answer: int, seed: int) -> Example:
-    """A video, a question of 20 tokens and an answer."""
+    """Returns an example of a video, a question of 20 tokens and an answer.
+
+    Args:
+        config: Configuration of the model.
+        frames: Frames of the video.
+        height: Height of a frame in patches.
+        width: Width of a frame in patches.
+        answer: Tokens of the answer.
+        seed: Random seed.
+    """
     rng = np.random.default_rng(seed)
     grid = np.array([[frames, height, width]], np.int32)
     words = rng.integers(0, 150_000, 20 + answer).tolist()
@@ -39,14 +48,14 @@ def make_example(config: ModelConfig, frames: int, height: int, width: int, answ
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Runs `function` and returns the seconds that it took."""
+    """Runs `function` and returns its seconds."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def time_calls(call: Callable[[], Any], calls: int, rounds: int = 3) -> float:
-    """Median seconds of a call, over rounds of `calls` calls each; the first call, which compiles, does not count."""
+    """Returns the median seconds of a call over rounds of `calls` calls each, after a first call that compiles."""
     jax.block_until_ready(call())
     times = [seconds(lambda: jax.block_until_ready([call() for _ in range(calls)][-1])) for _ in range(rounds)]
     return statistics.median(times) / calls

@@ -1,13 +1,12 @@
-"""Compiles the engine's three programs for a TPU slice, without a TPU, and prints bytes a chip.
+"""Compiles the engine's three programs for a TPU slice, without a TPU, and prints the bytes per chip.
 
     python -m benchmarks.tpu_memory                                                        # 7B, v5e:2x4
     python -m benchmarks.tpu_memory --size 34b --topology v5e:4x4 --tensor 8 --tokens 10240 --slots 16
 
-`encode_frames` (the vision tower), `prefill_into_slots` (prefill of a row of prompts into free slots) and
-`decode_slots` (decoding) of
-`tarsier_jax.generation.slots`, in bfloat16, at the shapes that `infer.caption` gives them for clips of 16 frames. Needs
-the extra `tpu` (libtpu compiles on any machine). The compiler's flop and time estimates ignore loop counts, so they are
-not shown.
+The programs are `encode_frames` (the vision tower), `prefill_into_slots` (prefill of a row of prompts into free slots)
+and `decode_slots` (decoding) of `tarsier_jax.generation.slots`, in bfloat16, at the shapes of `infer.caption` for clips
+of 16 frames. The extra `tpu` is necessary (libtpu compiles on any machine). The compiler's flop and time estimates
+ignore loop counts and are not printed.
 """
 
 import argparse
@@ -40,15 +39,15 @@ from tarsier_jax.processing.processor import Processor
 from tarsier_jax.sharding import BATCH, make_mesh, parameter_shardings
 from train.aot import GIB, ROOM, bytes_of, topology_devices
 
-# Decoders: Qwen2-VL-7B's, and one of the size of Tarsier-34B's (Yi-34B).
-SIZES = {
+# Qwen2-VL-7B, and the size of Tarsier-34B (Yi-34B).
+DECODERS = {
     "7b": TextConfig(),
     "34b": TextConfig(64_000, 7168, 20_480, 60, num_heads=56, num_kv_heads=8, rope_theta=5e6),
 }
 
 
 def abstract_model(config: ModelConfig, mesh: Mesh) -> Tarsier:
-    """The model as shapes with shardings; no memory is taken."""
+    """Returns the model as shapes with shardings, without allocating memory."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Tarsier(config, nnx.Rngs(0))))
     shardings = parameter_shardings(state, mesh)
     flat = {
@@ -59,17 +58,21 @@ def abstract_model(config: ModelConfig, mesh: Mesh) -> Tarsier:
 
 
 def abstract_slots(config: ModelConfig, shape: EngineConfig, mesh: Mesh) -> DecodeState:
-    """The state of all slots, laid out as the engine does."""
+    """Returns the state of all slots as shapes with the engine's shardings."""
     state = jax.eval_shape(lambda: empty_slots(config, shape.slots, shape.size, shape.new_tokens))
-    return jax.tree.map(_placed, state, slot_shardings(state, mesh))
+    return jax.tree.map(_with_sharding, state, slot_shardings(state, mesh))
 
 
-def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _with_sharding(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def programs(model: Tarsier, state: DecodeState, shape: EngineConfig, mesh: Mesh) -> Iterator[tuple[str, Any, int]]:
-    """(name, lowered program, bytes a chip of what lies beside it), for the largest frames and the longest rows."""
+    """Yields the programs for the largest frames and the longest rows.
+
+    Yields:
+        Name, lowered program, and bytes per chip of the other arrays that are in memory during the program.
+    """
     G, row, config = shape.groups, shape.buckets[-1], model.config
     vision, decoder = (shard_bytes(nnx.state(part)) for part in (model.vision, model.decoder))
 
@@ -95,8 +98,8 @@ def programs(model: Tarsier, state: DecodeState, shape: EngineConfig, mesh: Mesh
         yield "decode_slots", decode_slots.lower(model, state, cancelled, eos, number, number), vision
 
 
-def report(name: str, lowered: Any, beside: int, room: int) -> int:
-    """Compiles, and prints one program's bytes a chip and those of what else lies there; gives them all."""
+def report_memory(name: str, lowered: Any, beside: int, room: int) -> int:
+    """Compiles one program, prints its bytes per chip and those of the other arrays, and returns the total."""
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
@@ -105,7 +108,7 @@ def report(name: str, lowered: Any, beside: int, room: int) -> int:
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     print(
         f"{name:<18} arguments {arguments / GIB:6.2f}  temporaries {temporaries / GIB:6.2f}  "
-        f"outputs {outputs / GIB:6.2f}  beside {beside / GIB:6.2f}  total {total / GIB:6.2f} GiB a chip, "
+        f"outputs {outputs / GIB:6.2f}  beside {beside / GIB:6.2f}  total {total / GIB:6.2f} GiB per chip, "
         f"{'FITS' if total <= room else 'TOO MUCH'}  ({kernels} splash kernels; compiled in {seconds:.0f} s)",
         flush=True,
     )
@@ -113,7 +116,7 @@ def report(name: str, lowered: Any, beside: int, room: int) -> int:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes a chip of abstract arrays; random keys, which are small, are left out."""
+    """Returns the bytes per chip of abstract arrays, without random keys, which are small."""
     leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -124,26 +127,26 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--size", choices=DECODERS, default="7b")
     parser.add_argument("--topology", default="v5e:2x4")
-    parser.add_argument("--tensor", type=int, default=4, help="the other devices are data-parallel")
-    parser.add_argument("--slots", type=int, default=32, help="of a data-parallel part")
-    parser.add_argument("--tokens", type=int, default=12_288, help="of a slot, new ones included")
+    parser.add_argument("--tensor", type=int, default=4, help="tensor-parallel devices; the others are data-parallel")
+    parser.add_argument("--slots", type=int, default=32, help="slots per data-parallel part")
+    parser.add_argument("--tokens", type=int, default=12_288, help="tokens per slot, including new ones")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     args = parser.parse_args()
     devices = topology_devices(args.topology)
     groups = len(devices) // args.tensor
     mesh = make_mesh(data=groups, tensor=args.tensor, devices=devices)
-    config = ModelConfig(text=SIZES[args.size], dtype="bfloat16", param_dtype="bfloat16", attention="splash")
+    config = ModelConfig(text=DECODERS[args.size], dtype="bfloat16", param_dtype="bfloat16", attention="splash")
     sizes = args.slots * groups, args.max_new_tokens, groups, args.tokens - args.max_new_tokens
     shape = fit_config(Processor(None, config), *sizes)  # pyright: ignore[reportArgumentType]  (sizes need no tokenizer)
     model, state = abstract_model(config, mesh), abstract_slots(config, shape, mesh)
     print(
         f"{args.size}, {args.topology}, data={groups} tensor={args.tensor}: {args.slots} slots of {args.tokens} tokens "
-        f"a data-parallel part, {shard_bytes(state) / GIB:.2f} GiB a chip; rows of {shape.buckets[0].tokens} tokens"
+        f"per data-parallel part, {shard_bytes(state) / GIB:.2f} GiB per chip; rows of {shape.buckets[0].tokens} tokens"
     )
     room = ROOM[args.topology.partition(":")[0]]
-    totals = [report(*program, room) for program in programs(model, state, shape, mesh)]
+    totals = [report_memory(*program, room) for program in programs(model, state, shape, mesh)]
     return 0 if max(totals) <= room else 1
 
 

@@ -4,9 +4,9 @@
     python -m benchmarks.train --size 2b           # an accelerator: MFU, memory; --profile DIR writes a trace
 
 small: the model of `benchmarks.describe` with tied embeddings, float32, eight samples of one to six frames of 12 x 22
-patches, packed into rows of 1,024 tokens; the reference takes the samples one by one and adds up their gradients, as
-training code without packing does. The vision tower is frozen in both: the backward pass of PyTorch's Conv3d takes
-minutes on a CPU. 2b: Qwen2-VL-2B's sizes, bfloat16, a row of 16,384 tokens a device.
+patches, packed into rows of 1,024 tokens. The reference processes the samples one by one and accumulates their
+gradients, as training code without packing does. The vision tower is frozen in both, because the backward pass of
+PyTorch's Conv3d takes minutes on a CPU. 2b: Qwen2-VL-2B's sizes, bfloat16, a row of 16,384 tokens per device.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from train.throughput import Work, peak_flops, step_flops, work_of
 OPTIMIZER = OptimizerConfig(warmup_steps=0)
 TEXT_2B = TextConfig(151_936, 1536, 8960, 28, 12, 2, 128, tie_embeddings=True)
 VIDEO_2B = (16, 26, 46)  # frames, height and width in patches
-FRAMES = (1, 6, 2, 5, 3, 4, 2, 6)  # of each small sample
+SMALL_VIDEOS = (1, 6, 2, 5, 3, 4, 2, 6)  # frames of each small sample
 
 
 def pack(examples: list[Example], shape: RowShape, config: ModelConfig) -> list[PackedRow]:
-    """First fit, in order."""
+    """Packs examples first fit, in order."""
     rows: list[Row] = []
     for example in examples:
         if not any(row.add([example]) for row in rows):
@@ -52,7 +52,7 @@ def pack(examples: list[Example], shape: RowShape, config: ModelConfig) -> list[
 
 
 def time_steps(spec: StateSpec, state: TrainState, batch: StepBatch, steps: int, profile: str | None) -> list[float]:
-    """Seconds of each step, after two that compile and warm up."""
+    """Returns the seconds of each step, after two steps that compile and warm up."""
     step_function, times = make_train_step(spec, sft_loss), []
     for i in range(steps + 2):
         if i == 2 and profile:
@@ -80,10 +80,10 @@ class StepTiming:
     """One training step on all devices.
 
     Attributes:
-        seconds: median of a step.
-        work: its tokens and patches.
-        flops: its model FLOPs.
-        memory: peak bytes of a device since the process started; 0 where the device does not report it.
+        seconds: Median of a step.
+        work: Tokens and patches of a step.
+        flops: Model FLOPs of a step.
+        memory: Peak bytes of a device since the process started; 0 if the device does not report them.
     """
 
     seconds: float
@@ -95,7 +95,15 @@ class StepTiming:
 def measure_step(
     config: ModelConfig, shape: RowShape, video: tuple[int, int, int], steps: int, profile: str | None = None
 ) -> StepTiming:
-    """Times full fine-tuning on one row per device, packed with videos; video: frames, height and width in patches."""
+    """Times full fine-tuning on one row per device, packed with videos.
+
+    Args:
+        config: Configuration of the model.
+        shape: Shape of a row.
+        video: Frames, height and width of a video in patches.
+        steps: Number of timed steps.
+        profile: Directory for a trace.
+    """
     count = jax.device_count()
     mesh = make_mesh(fsdp=count)
     spec = make_state_spec(config, OPTIMIZER, 100, mesh)
@@ -109,14 +117,14 @@ def measure_step(
 
 
 def config_2b() -> ModelConfig:
-    """Qwen2-VL-2B's sizes, with the attention of the devices at hand."""
+    """Returns Qwen2-VL-2B's sizes, with the attention of the available devices."""
     vision = VisionConfig(out_dim=TEXT_2B.hidden_size)
     attention = default_implementation(jax.default_backend(), "bfloat16")
     return ModelConfig(TEXT_2B, vision, dtype="bfloat16", attention=attention, remat="full")
 
 
 def row_2b(tokens: int) -> RowShape:
-    """A row for videos of 16 frames of 360p."""
+    """Returns the shape of a row for videos of 16 frames of 360p."""
     return RowShape(tokens, bins=tokens * 28 // 16_384, patches=2432, frames=4, samples=16)
 
 
@@ -125,13 +133,14 @@ def benchmark_2b(steps: int, tokens: int, profile: str | None) -> None:
     step = measure_step(config, row_2b(tokens), VIDEO_2B, steps, profile)
     work, rate, peak = step.work, step.flops / step.seconds / count, peak_flops(device)
     print(f"{count} x {device.device_kind}, {config.attention}: {work.tokens:,} tokens of {tokens * count:,}, ", end="")
-    print(f"{step.seconds * 1e3:.0f} ms a step, {work.tokens / step.seconds:,.0f} tokens/s, {rate / 1e12:.1f} TFLOP/s")
+    print(f"{step.seconds * 1e3:.0f} ms per step, {work.tokens / step.seconds:,.0f} tokens/s", end=", ")
+    print(f"{rate / 1e12:.1f} TFLOP/s")
     print(f"MFU {rate / peak:.1%}" if peak else "MFU unknown: no peak for this device", end=", ")
     print(f"peak memory {step.memory / 2**30:.2f} GiB")
 
 
 def benchmark_small(steps: int) -> None:
-    """Ours and the reference's steps in turn."""
+    """Times our steps and the reference's in turn."""
     jax.config.update("jax_platforms", "cpu")  # before the import below, which limits the threads
     import torch
 
@@ -144,7 +153,7 @@ def benchmark_small(steps: int) -> None:
         frozen = dataclasses.replace(OPTIMIZER, freeze=("vision/.*",))
         spec = make_state_spec(config, frozen, 100, make_mesh(devices=jax.devices()[:1]))
         state = init_state(spec, Path(directory))
-    examples = [make_example(config, frames, 12, 22, 24 + 8 * i, i) for i, frames in enumerate(FRAMES)]
+    examples = [make_example(config, frames, 12, 22, 24 + 8 * i, i) for i, frames in enumerate(SMALL_VIDEOS)]
     rows = pack(examples, RowShape(1024, 16, 272, 1, 8), config)
     work = sum((work_of(row.batch) for row in rows), Work())
     batch = global_batch(rows, 1, spec.mesh)
@@ -183,7 +192,7 @@ def benchmark_small(steps: int) -> None:
         times["ours"].append(seconds(ours))
         times["reference"].append(seconds(reference))
     a, b = (statistics.median(times[who]) for who in ("ours", "reference"))
-    print(f"ours {a:.2f} s a step ({work.tokens / a:.0f} tokens/s)   reference {b:.2f} s   ratio {b / a:.2f}")
+    print(f"ours {a:.2f} s per step ({work.tokens / a:.0f} tokens/s)   reference {b:.2f} s   ratio {b / a:.2f}")
 
 
 def main() -> int:
@@ -192,7 +201,7 @@ def main() -> int:
     )
     parser.add_argument("--size", choices=("small", "2b"), default="small")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=16_384, help="of a row of the 2b size")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens per row of the 2b size")
     parser.add_argument("--profile", help="directory for a trace of the 2b size")
     args = parser.parse_args()
     if args.size == "2b":

@@ -24,7 +24,7 @@ def perturb(indices: Sequence[int], kind: str | None, rng: np.random.Generator, 
 
     Args:
         indices: Frame indices.
-        kind: One of KINDS; None draws one from `rng`.
+        kind: One of PERTURBATIONS; None draws one from `rng`.
         rng: Random generator.
         name: Name of the video in errors.
 
@@ -32,14 +32,14 @@ def perturb(indices: Sequence[int], kind: str | None, rng: np.random.Generator, 
         InputError: `kind` is unknown, or there are fewer than two frames.
     """
     if kind is None:
-        kind = KINDS[rng.integers(len(KINDS))]
-    if kind not in _WAYS:
-        raise InputError(f"Frames cannot be perturbed by {kind!r}. The kinds are {', '.join(KINDS)}.")
+        kind = PERTURBATIONS[rng.integers(len(PERTURBATIONS))]
+    if kind not in _FUNCTIONS:
+        raise InputError(f"Frames cannot be perturbed by {kind!r}. The kinds are {', '.join(PERTURBATIONS)}.")
     if len(indices) < 2:
         raise InputError(
             f"{name} has {len(indices)} frames, too few to disturb. Use two or more frames, or remove disturb."
         )
-    return _WAYS[kind](list(indices), rng)
+    return _FUNCTIONS[kind](list(indices), rng)
 
 
 def _exchange(indices: list[int], rng: np.random.Generator) -> list[int]:
@@ -69,10 +69,10 @@ def _discard(indices: list[int], rng: np.random.Generator) -> list[int]:
     return [indices[i] for i in sorted(positions)]
 
 
-_WAYS: dict[str, Callable[[list[int], np.random.Generator], list[int]]] = {
+_FUNCTIONS: dict[str, Callable[[list[int], np.random.Generator], list[int]]] = {
     "exchange": _exchange,
     "crop": _crop,
     "reverse": _reverse,
     "discard": _discard,
 }
-KINDS = tuple(_WAYS)
+PERTURBATIONS = tuple(_FUNCTIONS)

@@ -17,7 +17,7 @@ from PIL import Image
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.frame_sampling import allocate_frames, select_frames
-from tarsier_jax.processing.perturb import KINDS, perturb
+from tarsier_jax.processing.perturb import PERTURBATIONS, perturb
 from tarsier_jax.processing.video import Clip, open_clip
 
 ROLES = ("system", "user", "assistant")
@@ -252,8 +252,8 @@ def _check_disturb(video: Mapping[str, Any], where: str) -> None:
     if not isinstance(value, Mapping) or value.keys() - {"kind", "seed"}:
         raise InputError(f'{where}: disturb must be like {{"kind": "reverse", "seed": 3}}, not {_short(value)}.')
     kind, seed = value.get("kind"), value.get("seed")
-    if kind is not None and kind not in KINDS:
-        raise InputError(f"{where}: the kind of disturb must be one of {', '.join(KINDS)}, not {_short(kind)}.")
+    if kind is not None and kind not in PERTURBATIONS:
+        raise InputError(f"{where}: the kind of disturb must be one of {', '.join(PERTURBATIONS)}, not {_short(kind)}.")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise InputError(f"{where}: the seed of disturb must be a whole number of at least 0, not {_short(seed)}.")
     if video.get("mask_boxes") is not None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.perturb import KINDS, perturb
+from tarsier_jax.processing.perturb import PERTURBATIONS, perturb
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.sample import open_visuals, read_messages
 from tests.processing.conftest import frame_numbers, user
@@ -59,7 +59,7 @@ def test_discard_keeps_half_in_order() -> None:
 @pytest.mark.parametrize("n", range(2, 12))
 def test_few_frames_are_perturbed_too(n: int) -> None:
     frames = list(range(0, 7 * n, 7))
-    for kind in KINDS:
+    for kind in PERTURBATIONS:
         for perturbed in seeds(kind, frames, 10):
             assert perturbed != frames
             assert len(perturbed) == (n // 2 if kind == "discard" else n)
@@ -85,7 +85,7 @@ def perturbed_video(path: Path, **way: object) -> dict:
     return user({"type": "video", "video": {"video_file": str(path), "disturb": way}})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PERTURBATIONS)
 def test_a_video_item_asks_for_it(mp4: Path, kind: str) -> None:
     (visual,) = open_visuals(read_messages(perturbed_video(mp4, kind=kind, seed=3)), 8, 8, "v1", 1, None)
     expected = perturb([0, 6, 11, 17, 22, 28, 33, 39], kind, np.random.default_rng(3))

@@ -29,7 +29,7 @@ from infer.engine import Engine, Frontend, RequestError, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import atomic_write, local_path, locked
 from tarsier_jax.generation.sampling import SamplingOptions
-from tarsier_jax.processing.perturb import KINDS
+from tarsier_jax.processing.perturb import PERTURBATIONS
 from tarsier_jax.programs import add_model_flag, prepare_process, resolve_dtype, run
 
 FIRST_SEED = 5 * 10**8  # between the seeds that SFT learns from and those that are held out
@@ -112,7 +112,7 @@ def described(engine: Engine, first: int, count: int, temperature: float) -> Ite
     def samples() -> Iterator[tuple[int, dict[str, Any]]]:
         for number, clip in enumerate(draw_clips(first, count), first):
             clips[number] = clip
-            perturbation = {"kind": str(np.random.default_rng(number).choice(KINDS)), "seed": number}
+            perturbation = {"kind": str(np.random.default_rng(number).choice(PERTURBATIONS)), "seed": number}
             yield 2 * number, _asked(clip)
             yield 2 * number + 1, _asked(clip, perturbation)
 

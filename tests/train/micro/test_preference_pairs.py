@@ -14,7 +14,7 @@ from eval.shapes.describe import describe
 from infer.engine import Completion, Engine, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked
-from tarsier_jax.processing.perturb import KINDS
+from tarsier_jax.processing.perturb import PERTURBATIONS
 from train.data.samples import prepare, split_preference
 from train.debug_data import TINY
 from train.micro import preference_pairs
@@ -51,7 +51,7 @@ class Oracle:
     def answer_all(self, numbered_samples: Iterable[tuple[int, Any]], _: object) -> Iterator[tuple[int, Completion]]:
         for number, sample in sorted(numbered_samples, key=lambda pair: pair[0] % 2):  # answers of a clip are far apart
             perturbation = sample["messages"][0]["content"][0]["video"].get("disturb")
-            assert (perturbation is not None and perturbation["kind"] in KINDS) == number % 2
+            assert (perturbation is not None and perturbation["kind"] in PERTURBATIONS) == number % 2
             (clip,) = draw_clips(number // 2, 1)
             request: Any = None
             yield number, Completion(request, "Nothing." if perturbation else describe(clip.scene), [], "eos", 0.0)
