@@ -361,7 +361,7 @@ def measure_vision(bench: Bench) -> Iterator[Result]:
     steps = jnp.int32(bench.workload.video[0] // step)
     with use_mesh_of(model):
         duration = time_calls(
-            lambda: encode_frames(model, rows.patches, rows.frame_hw, steps, step=step, room=shapes.features), 3
+            lambda: encode_frames(model, rows.patches, rows.frame_hw, steps, step=step, num_features=shapes.features), 3
         )
     sizes = frame_sizes(bench.clip).prod(axis=1).astype(int)
     work = Work(patches=int(sizes.sum()), patch_pairs=int((sizes**2).sum()))

@@ -83,14 +83,14 @@ def programs(model: Tarsier, state: DecodeState, shape: EngineConfig, mesh: Mesh
     with jax.set_mesh(mesh):
         patches = array(G, row.bins, row.patches, config.vision.patch_dim, dtype=jnp.bfloat16)
         frames = array(G, row.bins, row.frames, 2)
-        step, room = shape.step(len(shape.buckets) - 1), shape.features
-        program = encode_frames.lower(model, patches, frames, number, step=step, room=room)
+        step, features = shape.step(len(shape.buckets) - 1), shape.features
+        program = encode_frames.lower(model, patches, frames, number, step=step, num_features=features)
         yield "encode_frames", program, decoder + shard_bytes(state)
 
         ids = array(G, row.tokens)
-        positions = array(3, G, row.tokens, axes=(None, BATCH))
+        positions = array(G, row.tokens, 3)
         rows = Batch(ids, None, positions, array(G), None, None, vision_token_index=ids, segment_ids=ids)
-        features = array(G, room, config.text.hidden_size, dtype=jnp.bfloat16)
+        features = array(G, features, config.text.hidden_size, dtype=jnp.bfloat16)
         prompts = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), SlotAssignment.none(G, row.samples))
         yield "prefill_into_slots", prefill_into_slots.lower(model, state, rows, features, prompts), vision
 
@@ -98,7 +98,7 @@ def programs(model: Tarsier, state: DecodeState, shape: EngineConfig, mesh: Mesh
         yield "decode_slots", decode_slots.lower(model, state, cancelled, eos, number, number), vision
 
 
-def report_memory(name: str, lowered: Any, beside: int, room: int) -> int:
+def report_memory(name: str, lowered: Any, beside: int, limit: int) -> int:
     """Compiles one program, prints its bytes per chip and those of the other arrays, and returns the total."""
     start = time.perf_counter()
     compiled = lowered.compile()
@@ -109,7 +109,7 @@ def report_memory(name: str, lowered: Any, beside: int, room: int) -> int:
     print(
         f"{name:<18} arguments {arguments / GIB:6.2f}  temporaries {temporaries / GIB:6.2f}  "
         f"outputs {outputs / GIB:6.2f}  beside {beside / GIB:6.2f}  total {total / GIB:6.2f} GiB per chip, "
-        f"{'FITS' if total <= room else 'TOO MUCH'}  ({kernels} splash kernels; compiled in {seconds:.0f} s)",
+        f"{'FITS' if total <= limit else 'TOO MUCH'}  ({kernels} splash kernels; compiled in {seconds:.0f} s)",
         flush=True,
     )
     return total
@@ -145,9 +145,9 @@ def main() -> int:
         f"{args.size}, {args.topology}, data={groups} tensor={args.tensor}: {args.slots} slots of {args.tokens} tokens "
         f"per data-parallel part, {shard_bytes(state) / GIB:.2f} GiB per chip; rows of {shape.buckets[0].tokens} tokens"
     )
-    room = ROOM[args.topology.partition(":")[0]]
-    totals = [report_memory(*program, room) for program in programs(model, state, shape, mesh)]
-    return 0 if max(totals) <= room else 1
+    limit = ROOM[args.topology.partition(":")[0]]
+    totals = [report_memory(*program, limit) for program in programs(model, state, shape, mesh)]
+    return 0 if max(totals) <= limit else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The calls that most users need: load a checkpoint, and answer samples with it."""
+"""The main functions: load a checkpoint, and answer samples with it."""
 
 import contextlib
 import dataclasses
@@ -25,24 +25,24 @@ def load(
     """Loads a checkpoint for inference.
 
     Args:
-        path: a Hugging Face directory, a hub id ("omni-research/Tarsier2-Recap-7b"), or a directory written by
+        path: A Hugging Face directory, a hub id ("omni-research/Tarsier2-Recap-7b"), or a directory written by
             `convert.hf_to_orbax`.
         dtype: "float32" or "bfloat16", for parameters and matrix products.
-        mesh: from `tarsier_jax.sharding.make_mesh`; the parameters are laid out over it. None uses one device.
-        int8: holds the weights of the decoder's layers in int8, one scale an output channel (needs qwix). From a
-            Hugging Face directory, devices never hold more than the quantized model and one parameter in `dtype`.
+        mesh: From `tarsier_jax.sharding.make_mesh`; the parameters are sharded over it. None uses one device.
+        int8: Stores the weights of the decoder's layers in int8, with one scale per output channel (needs qwix). When
+            a Hugging Face directory is loaded, devices store at most the quantized model and one parameter in `dtype`.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of a kind that is not supported.
-        InputError: int8 without qwix.
+        CheckpointError: the checkpoint is missing, damaged or not supported.
+        InputError: `int8` is set and qwix is not installed.
     """
     directory = resolve(path)
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     attention = default_implementation(platform, dtype)
     config = dataclasses.replace(load_config(directory), dtype=dtype, param_dtype=dtype, attention=attention)
-    processor = family_of(config).load_processor(directory, config)  # first: it fails fast
+    processor = family_of(config).load_processor(directory, config)  # before the weights: it fails fast
     model = load_weights(directory, config, mesh, int8)
-    # See models.layers.apply_layers: only a TPU reads a layer out of a stack without copying it.
+    # See models.layers.apply_layers: only TPUs read the slice of a layer without copying it.
     return (model if platform == "tpu" else unstack(model)), processor
 
 
@@ -59,10 +59,11 @@ def generate(
 ) -> list[str]:
     """Answers samples (in the annotation format, see docs/design.md) as one batch.
 
-    Temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 do nothing.
+    The options are those of `SamplingOptions`. The defaults are greedy.
 
     Raises:
-        InputError: a sample cannot be used; the message names the file and the mend.
+        InputError: an option is outside its range, or a sample cannot be used. The message names the file and the
+            remedy.
     """
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     return [a.text for a in answer(model, processor, [processor(sample) for sample in samples], options)]
@@ -73,8 +74,8 @@ class Generation:
     """One answer.
 
     Attributes:
-        text: Without special tokens and surrounding white space, and up to the first stop string.
-        tokens: All that were generated, without the end-of-sequence token; those of a stop string and after it too.
+        text: The answer up to the first stop string, without special tokens and surrounding white space.
+        tokens: All generated tokens, including those of a stop string and after it, without the end of sequence.
         finish_reason: "stop" (at a stop string), "eos" or "length".
     """
 
@@ -86,10 +87,10 @@ class Generation:
 def answer(
     model: Tarsier, processor: Processor, examples: Sequence[Example], options: SamplingOptions
 ) -> list[Generation]:
-    """Answers examples, which the processor makes of samples, as one batch.
+    """Answers examples, the outputs of the processor, as one batch.
 
     Raises:
-        InputError: there is no example, or one is larger than the largest bucket.
+        InputError: `examples` is empty, or an example exceeds the largest bucket.
     """
     with use_mesh_of(model):
         answers = generate_batch(model, processor.batch(examples), options, processor.eos_token_ids)
@@ -102,12 +103,12 @@ def _to_generation(processor: Processor, answer: GeneratedTokens, options: Sampl
 
 
 def use_mesh_of(model: Tarsier) -> contextlib.AbstractContextManager:
-    """Sets the mesh that the model's parameters lie on, if there is one."""
-    mesh = mesh_of(model)
+    """Sets the mesh of the model's parameters, if they have one."""
+    mesh = model_mesh(model)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def mesh_of(model: Tarsier) -> Mesh | None:
-    """The mesh that the model's parameters lie on."""
+def model_mesh(model: Tarsier) -> Mesh | None:
+    """Returns the mesh of the model's parameters, or None."""
     sharding = model.decoder.norm.weight[...].sharding
     return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None

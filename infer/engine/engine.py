@@ -26,7 +26,7 @@ from infer.engine.prefetch import Prefetcher
 from infer.engine.requests import Completion, Request, RequestError
 from infer.engine.scheduler import PrefillBatch, Scheduler, truncate
 from infer.engine.stats import DeviceTimer, EngineStats
-from tarsier_jax.api import mesh_of, use_mesh_of
+from tarsier_jax.api import model_mesh, use_mesh_of
 from tarsier_jax.generation.decode import GeneratedTokens, trim_at_eos
 from tarsier_jax.generation.slots import SlotAssignment, decode_slots, empty_slots, encode_frames, prefill_into_slots
 from tarsier_jax.models.tarsier import Tarsier
@@ -66,7 +66,7 @@ class Engine:
 
     def __init__(self, model: Tarsier, processor: Processor, config: EngineConfig):
         self.model, self.processor, self.config = model, processor, config
-        self._mesh = mesh_of(model)
+        self._mesh = model_mesh(model)
         self._eos = jnp.asarray(sorted(processor.eos_token_ids), jnp.int32)
         with use_mesh_of(model):
             self._state = empty_slots(model.config, config.slots, config.size, config.new_tokens, self._mesh)
@@ -122,9 +122,8 @@ class Engine:
         """Returns the features of a prefill batch's frames."""
         with use_mesh_of(self.model):
             patches, frame_hw = self._on_device(batch.batch.patches), self._on_device(batch.batch.frame_hw)
-            return encode_frames(
-                self.model, patches, frame_hw, jnp.int32(batch.steps), step=batch.step, room=self.config.features
-            )
+            sizes = {"step": batch.step, "num_features": self.config.features}
+            return encode_frames(self.model, patches, frame_hw, jnp.int32(batch.steps), **sizes)
 
     def _prefill(self, batch: PrefillBatch, features: jax.Array) -> None:
         """Runs the prompts of a batch into free slots."""

@@ -1,4 +1,4 @@
-"""Prefill and decoding: two compiled programs, and the state that passes between them."""
+"""Prefill and decoding: two compiled programs, and the state between them."""
 
 import dataclasses
 import functools
@@ -14,25 +14,25 @@ from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 
-_BLOCK = 128  # answers get room in whole blocks, so that other values of max_new_tokens seldom compile anything
+_BLOCK = 128  # the capacity for answers is a multiple of this: few values of max_new_tokens compile again
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Everything that changes from token to token, of B answers; donated to each call of `decode`.
+    """The state of B answers during decoding, donated to each call of `decode`.
 
     Attributes:
-        tokens: The answers; -1 where no token is written yet.
+        tokens: The answers; -1 after their end.
         num_generated: Number of tokens of each answer.
-        max_new_tokens: Limit of each answer, in tokens.
-        last_token: Newest token of each row.
-        last_position: M-RoPE position of the newest token.
-        done: The answer has ended, or the row is empty; such a row does not change.
+        max_new_tokens: Limit of each answer.
+        last_token: The last token of each row.
+        last_position: The M-RoPE position of the last token, equal on all axes.
+        done: Whether the answer has ended, or the row is empty. Such a row does not change.
         seen_tokens: Tokens of prompt and answer, for the repetition penalty.
         keys: One random key per row.
-        sampling: Options of each row.
-        cache: Keys and values of prompt and answer.
+        sampling: Sampling options of each row.
+        cache: Keys and values.
     """
 
     tokens: Int[Array, "B max_new"]
@@ -49,7 +49,12 @@ class DecodeState:
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedTokens:
-    """The tokens of one answer, without the end-of-sequence token, and why it ended ("eos" or "length")."""
+    """The tokens of one answer.
+
+    Attributes:
+        tokens: The tokens, without the end-of-sequence token.
+        finish_reason: "eos" or "length".
+    """
 
     tokens: list[int]
     finish_reason: str
@@ -60,13 +65,22 @@ def prefill(
     model: Tarsier,
     batch: Batch,
     sampling: Sampling,
-    eos_ids: Int[Array, " E"],
+    eos_ids: Int[Array, " eos"],
     keys: Array,
     max_new_tokens: Int[Array, ""],
     max_new: int,
 ) -> DecodeState:
-    """Runs the prompts and takes the first token of each answer, of at most `max_new_tokens`; `max_new` is their
-    capacity."""
+    """Runs the prompts and samples the first token of each answer.
+
+    Args:
+        model: The model.
+        batch: The prompts.
+        sampling: Sampling options of each row.
+        eos_ids: Tokens that end an answer.
+        keys: One random key per row.
+        max_new_tokens: Limit of the answers.
+        max_new: Capacity for the answers, at least `max_new_tokens`.
+    """
     B, S = batch.input_ids.shape
     logits, cache = model.prefill(batch, cache_size=S + max_new)
     valid = jnp.arange(S) < batch.lengths[:, None]
@@ -76,7 +90,7 @@ def prefill(
         num_generated=jnp.zeros(B, jnp.int32),
         max_new_tokens=jnp.full(B, max_new_tokens, jnp.int32),
         last_token=jnp.zeros(B, jnp.int32),
-        # Text goes on one after the largest id on any axis; `_emit` steps onto it.
+        # Text resumes at the largest id on any axis plus one; `_emit` adds the one.
         last_position=jnp.max(jnp.where(valid[..., None], batch.position_ids, -1), axis=(1, 2)),
         done=jnp.zeros(B, bool),
         seen_tokens=seen_tokens,
@@ -91,14 +105,21 @@ def prefill(
 def decode(
     model: Tarsier,
     state: DecodeState,
-    eos_ids: Int[Array, " E"],
+    eos_ids: Int[Array, " eos"],
     steps: Int[Array, ""],
     stop_after: Int[Array, ""],
     read_length: int | None = None,
 ) -> DecodeState:
-    """Goes on for `steps` tokens a row, or until `stop_after` answers have ended since, or all.
+    """Decodes until `steps` tokens per row are generated, `stop_after` answers have ended in this call, or all have.
 
-    read_length: of the cache's slots that are read, if not all; it also ends where an answer would need more.
+    Args:
+        model: The model.
+        state: The state, which is donated.
+        eos_ids: Tokens that end an answer.
+        steps: Maximum number of tokens per row.
+        stop_after: Number of ended answers after which the call returns.
+        read_length: Number of cache positions that attention reads; None reads all. The call also returns before an
+            answer needs more positions.
     """
     active_at_start, capacity = jnp.sum(~state.done), read_length or state.cache.k.shape[2]
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, read_length=read_length))
@@ -120,11 +141,11 @@ def decode(
 
 
 def _emit(state: DecodeState, logits: Array, eos_ids: Array) -> DecodeState:
-    """Takes one token a row from `logits` and writes it down."""
+    """Samples one token per row from `logits` and appends it."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_generated)
     token = sample_tokens(logits, state.sampling, state.seen_tokens, keys).astype(jnp.int32)
     rows, num_generated = jnp.arange(token.shape[0]), state.num_generated + ~state.done
-    place = jnp.where(state.done, state.tokens.shape[1], state.num_generated)  # out of reach for rows that are done
+    place = jnp.where(state.done, state.tokens.shape[1], state.num_generated)  # out of bounds for rows that are done
     return dataclasses.replace(
         state,
         tokens=state.tokens.at[rows, place].set(token, mode="drop"),
@@ -146,8 +167,12 @@ def generate_batch(
     """Answers every row of a batch. Stop strings are the caller's: `tarsier_jax.api.answer` cuts the text.
 
     Args:
-        on_tokens: called after every step with each row's new token (-1 for rows that are done). Without it the
-            whole answer is one device call.
+        model: The model.
+        batch: The prompts.
+        options: The same for every row.
+        eos_ids: Tokens that end an answer.
+        on_tokens: Called after every step with each row's new token (-1 for rows that are done). Without it the
+            entire answer is one device call.
     """
     rows = batch.input_ids.shape[0]
     eos = jnp.asarray(sorted(eos_ids), jnp.int32)
@@ -178,7 +203,7 @@ def _decode_streaming(
 
 
 def trim_at_eos(row: Int[np.ndarray, " max_new"], eos_ids: Collection[int]) -> GeneratedTokens:
-    """The answer in a row of `DecodeState.tokens`."""
+    """Returns the answer in a row of `DecodeState.tokens`."""
     tokens = row[row >= 0].tolist()
     if tokens and tokens[-1] in eos_ids:
         return GeneratedTokens(tokens[:-1], "eos")

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or sampled with temperature, top-k and top-p, after a repetition penalty."""
+"""Samples the next token: greedy, or with temperature, top-k and top-p, after a repetition penalty."""
 
 import dataclasses
 import math
@@ -12,15 +12,15 @@ from tarsier_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How an answer is generated.
+    """Options of the generation of an answer.
 
     Attributes:
-        max_new_tokens: Limit of an answer, in tokens.
-        temperature: Divides the logits; 0 is greedy.
-        top_k: Number of most likely tokens that are sampled from; 0 keeps every token.
-        top_p: Probability of the most likely tokens that are sampled from; 1 keeps every token.
-        repetition_penalty: Divides the probability of tokens in the prompt and the answer; 1 is no penalty.
-        seed: Seed of the random draws.
+        max_new_tokens: Maximum number of tokens.
+        temperature: Temperature of the softmax; 0 is greedy.
+        top_k: Number of the most likely tokens to sample from; 0 keeps every token.
+        top_p: Total probability of the most likely tokens to sample from; 1 keeps every token.
+        repetition_penalty: Divisor of the logits of tokens in prompt and answer; 1 changes nothing.
+        seed: Random seed.
         stop: Strings that end an answer; the text ends before the first of them.
 
     Raises:
@@ -58,9 +58,13 @@ class SamplingOptions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The options of each row of a batch, as arrays: other values compile nothing.
+    """Sampling options of each row of a batch, as arrays: other values do not compile again.
 
-    Attributes: as in `SamplingOptions`.
+    Attributes:
+        temperature: Temperature of each row; 0 is greedy.
+        top_k: As in `SamplingOptions`; 0 keeps every token.
+        top_p: As in `SamplingOptions`; 1 keeps every token.
+        repetition_penalty: As in `SamplingOptions`; 1 changes nothing.
     """
 
     temperature: Float[Array, " B"]
@@ -79,37 +83,37 @@ class Sampling:
         )
 
 
-def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]) -> Array:
-    """Makes tokens already in the prompt or the answer less likely.
+def penalise(logits: Float[Array, "B V"], seen_tokens: Bool[Array, "B V"], penalty: Float[Array, " B"]) -> Array:
+    """Makes tokens of the prompt or the answer less likely.
 
     Source: HF logits_process.RepetitionPenaltyLogitsProcessor; CTRL (arXiv 1909.05858), section 4.1.
     """
     penalty = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    return jnp.where(seen_tokens, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def filter_sorted(logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]) -> Array:
-    """Sets tokens outside top-k, then outside top-p (the smallest set whose probability reaches top_p), to -inf.
+    """Sets the logits outside top-k, then outside top-p (the smallest set with a probability of top_p), to -inf.
 
     `logits` are sorted, highest first. Source: HF logits_process.TopKLogitsWarper and TopPLogitsWarper.
     """
     V = logits.shape[-1]
-    keep = jnp.arange(V) < jnp.where(top_k > 0, top_k, V)[:, None]
-    probabilities = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
+    mask = jnp.arange(V) < jnp.where(top_k > 0, top_k, V)[:, None]
+    probabilities = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    keep &= (before < top_p[:, None]) | (jnp.arange(V) == 0)
-    return jnp.where(keep, logits, -jnp.inf)
+    mask &= (before < top_p[:, None]) | (jnp.arange(V) == 0)
+    return jnp.where(mask, logits, -jnp.inf)
 
 
 def sample_tokens(
-    logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"], keys: Array
+    logits: Float[Array, "B V"], sampling: Sampling, seen_tokens: Bool[Array, "B V"], keys: Array
 ) -> Int[Array, " B"]:
-    """Returns one token per row. Each row has its own key, so its draw does not depend on its neighbours."""
-    logits = penalise(logits, seen, sampling.repetition_penalty)
+    """Samples one token per row. Each row has its own key: the result does not depend on other rows."""
+    logits = penalise(logits, seen_tokens, sampling.repetition_penalty)
     greedy = jnp.argmax(logits, axis=-1)
-    # Sorting a large vocabulary is slow: only when a row is sampled.
-    sampled = jax.lax.cond(jnp.any(sampling.temperature > 0), _draw, lambda *_: greedy, logits, sampling, keys)
-    return jnp.where(sampling.temperature == 0, greedy, sampled)
+    # Sorting a large vocabulary is slow and only necessary for sampled rows.
+    samples = jax.lax.cond(jnp.any(sampling.temperature > 0), _draw, lambda *_: greedy, logits, sampling, keys)
+    return jnp.where(sampling.temperature == 0, greedy, samples)
 
 
 def _draw(logits: Float[Array, "B V"], sampling: Sampling, keys: Array) -> Int[Array, " B"]:

@@ -1,9 +1,9 @@
-"""Slots: answers that begin and end at different times, side by side in one cache of fixed size.
+"""Slots: answers that start and end at different times share one cache of fixed size.
 
-Prompts come packed into rows, as in training, and their keys and values are copied into free slots. The last token of a
-prompt stays out of its row: it is what `decode` runs first in the slot, so that a prefill needs no logits.
+Prompts are packed into rows, as in training, and their keys and values are copied into free slots. A row does not
+contain the last token of a prompt: it is the first token that `decode` runs in the slot. Prefill computes no logits.
 
-Rows and slots form G groups, one for each part of the mesh that has rows of its own; a prompt stays in its group.
+Rows and slots form G groups, one per data-parallel part of the mesh. A prompt stays in its group.
 """
 
 import dataclasses
@@ -31,12 +31,21 @@ CACHE_AXES = (None, BATCH, None, HEADS, None)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlotAssignment:
-    """Where the prompts in packed rows stand, and which slots they are for; int32 (G, N) unless said otherwise.
+    """The places of prompts in packed rows, and their slots; int32 (G, prompts) unless another type is listed.
 
-    count: (G,), how many of the N there are.  row, start: of the group's rows.  slot: of the group's slots.
-    length: without the last token.  last_token, last_position: the last token and its M-RoPE position.
-    max_new_tokens: limit of the answer.  seed: uint32, of a sampled answer.  temperature, top_p: float32.  top_k: as
-    in Sampling.
+    Attributes:
+        count: Number of prompts per group, (G,). Later entries of the other arrays are not read.
+        row: Row in the group.
+        start: First position in the row.
+        slot: Slot in the group.
+        length: Number of tokens without the last one.
+        last_token: The last token.
+        last_position: Its M-RoPE position.
+        max_new_tokens: Limit of the answer.
+        seed: Random seed of the answer, uint32.
+        top_k: As in `Sampling`.
+        temperature: As in `Sampling`, float32.
+        top_p: As in `Sampling`, float32.
     """
 
     count: HostOrDeviceArray
@@ -54,17 +63,17 @@ class SlotAssignment:
     repetition_penalty: HostOrDeviceArray
 
     @classmethod
-    def none(cls, groups: int, room: int) -> "SlotAssignment":
-        """Arrays to be filled in."""
+    def none(cls, groups: int, prompts: int) -> "SlotAssignment":
+        """Returns arrays of zeros for up to `prompts` prompts per group."""
         floats = dict.fromkeys(("temperature", "top_p", "repetition_penalty"), np.float32)
         dtypes = {"seed": np.uint32, **floats}
         names = [field.name for field in dataclasses.fields(cls)[1:]]
-        arrays = {name: np.zeros((groups, room), dtypes.get(name, np.int32)) for name in names}
+        arrays = {name: np.zeros((groups, prompts), dtypes.get(name, np.int32)) for name in names}
         return cls(np.zeros(groups, np.int32), **arrays)
 
 
 def empty_slots(config: ModelConfig, slots: int, size: int, max_new: int, mesh: Mesh | None = None) -> DecodeState:
-    """No answer under way in any of the slots, each with room for `size` tokens, `max_new` of them new."""
+    """Returns empty slots with a capacity of `size` tokens each, up to `max_new` of them new."""
 
     def make() -> DecodeState:
         integers = {
@@ -85,7 +94,7 @@ def empty_slots(config: ModelConfig, slots: int, size: int, max_new: int, mesh: 
 
 
 def slot_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """The cache split by groups and heads; all else is small, and everywhere."""
+    """Returns the shardings of the state: the cache is split by groups and heads, the other arrays are replicated."""
 
     def sharding(x: jax.ShapeDtypeStruct) -> NamedSharding:
         return NamedSharding(mesh, fit_spec(x.shape, CACHE_AXES, mesh) if x.ndim == len(CACHE_AXES) else P())
@@ -93,39 +102,46 @@ def slot_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     return jax.tree.map(sharding, state)
 
 
-@functools.partial(jax.jit, static_argnames=("step", "room"))
+@functools.partial(jax.jit, static_argnames=("step", "num_features"))
 def encode_frames(
     model: Tarsier,
     patches: Float[Array, "G F P C"],
     frame_hw: Int[Array, "G F M 2"],
     steps: Int[Array, ""],
     step: int,
-    room: int,
-) -> Float[Array, "G room D"]:
-    """Features of each group's frames, at the front of `room` places, so that all kinds of bins fit one prefill.
+    num_features: int,
+) -> Float[Array, "G num_features D"]:
+    """Returns the features of each group's frames, padded to `num_features`: all buckets of frames share one prefill.
 
-    Runs `step` bins of each group at a time, and so many times as are in use; `step` divides F.
+    Args:
+        model: The model.
+        patches: The patches of all bins.
+        frame_hw: Height and width of the frames in patches.
+        steps: Number of calls of the vision tower, enough for the bins in use.
+        step: Bins per group and call; it divides F.
+        num_features: Number of features per group.
     """
     merged = model.config.vision.num_tokens(step * patches.shape[2])
-    features = jnp.zeros((patches.shape[0], room, model.config.text.hidden_size), model.config.dtype)
+    features = jnp.zeros((patches.shape[0], num_features, model.config.text.hidden_size), model.config.dtype)
 
     def one(i: Int[Array, ""], features: Array) -> Array:
-        seen = model.encode_frames(*(lax.dynamic_slice_in_dim(x, i * step, step, axis=1) for x in (patches, frame_hw)))
-        return lax.dynamic_update_slice_in_dim(features, seen.astype(features.dtype), i * merged, axis=1)
+        bins = (lax.dynamic_slice_in_dim(x, i * step, step, axis=1) for x in (patches, frame_hw))
+        new = model.encode_frames(*bins).astype(features.dtype)
+        return lax.dynamic_update_slice_in_dim(features, new, i * merged, axis=1)
 
     return lax.fori_loop(0, steps, one, constrain(features, BATCH, None, None))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def prefill_into_slots(
-    model: Tarsier, state: DecodeState, rows: Batch, features: Float[Array, "G M D"], prompts: SlotAssignment
+    model: Tarsier, state: DecodeState, rows: Batch, features: Float[Array, "G features D"], prompts: SlotAssignment
 ) -> DecodeState:
-    """Runs packed prompts, and begins their answers in the slots they are for."""
+    """Runs packed prompts and starts their answers in their slots."""
     R, T = rows.input_ids.shape
     B, S = state.cache.k.shape[1:3]
     G, N = prompts.slot.shape
     V = state.seen_tokens.shape[1]
-    window = min(S, T)  # copied from a prompt's start on; what follows the prompt is overwritten or never read
+    window = min(S, T)  # positions copied per prompt; those after the prompt are overwritten or never read
     fresh = KVCache.empty(model.config.text, R, T + window, model.config.dtype)
     x = model.merge_vision_embeddings(rows, features)
     _, fresh = model.decoder.with_cache(x, rows.position_ids, fresh, rows.segment_ids)
@@ -133,17 +149,17 @@ def prefill_into_slots(
     k, v = (_over_groups(copy, *pair, prompts) for pair in ((state.cache.k, fresh.k), (state.cache.v, fresh.v)))
 
     slots = prompts.slot + (B // G) * jnp.arange(G)[:, None]
-    slots = jnp.where(jnp.arange(N) < prompts.count[:, None], slots, B).reshape(-1)  # B: beyond them all
+    slots = jnp.where(jnp.arange(N) < prompts.count[:, None], slots, B).reshape(-1)  # B is out of bounds
 
     def put(old: Array, new: Array | int | bool) -> Array:
         values = new.reshape(slots.size, *old.shape[1:]) if isinstance(new, jax.Array) else new
         return old.at[slots].set(values, mode="drop")
 
-    # As `generate_batch` does with the first row of a batch of its own.
+    # The key of the first row in `generate_batch`: an answer equals that of a batch with one row.
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(prompts.seed.reshape(-1))
     sampling = dataclasses.replace(
         state.sampling,
-        **{name: put(getattr(state.sampling, name), getattr(prompts, name)) for name in _SAMPLING},
+        **{name: put(getattr(state.sampling, name), getattr(prompts, name)) for name in _OPTIONS},
     )
     return dataclasses.replace(
         state,
@@ -165,19 +181,19 @@ def decode_slots(
     model: Tarsier,
     state: DecodeState,
     cancelled: Bool[Array, " B"],
-    eos_ids: Int[Array, " E"],
+    eos_ids: Int[Array, " eos"],
     steps: Int[Array, ""],
     stop_after: Int[Array, ""],
     read_length: int | None = None,
 ) -> tuple[DecodeState, tuple[Array, Array]]:
-    """`decode`, after cancelled answers were ended; and what the host reads: `done` and `tokens`."""
+    """Ends cancelled answers and calls `decode`. Returns the state, and `done` and `tokens` for the host."""
     state = decode(
         model, dataclasses.replace(state, done=state.done | cancelled), eos_ids, steps, stop_after, read_length
     )
     return state, (state.done, state.tokens)
 
 
-_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+_OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def _prompt_tokens(rows: Batch, prompts: SlotAssignment, vocab_size: int) -> Bool[Array, "G N V"]:
@@ -193,7 +209,7 @@ def _prompt_tokens(rows: Batch, prompts: SlotAssignment, vocab_size: int) -> Boo
 
 
 def _over_groups(copy, cache: Array, fresh: Array, prompts: SlotAssignment) -> Array:
-    """Runs `copy` on each group's own slots and rows, where they lie."""
+    """Runs `copy` on the slots and rows of each group, on the devices of the group."""
     where = prompts.count, prompts.row, prompts.start, prompts.slot
     mesh = current_mesh()
     if mesh is None:
@@ -207,9 +223,9 @@ def _copy_prompts(
     cache: Float[Array, "L B S K H"],
     fresh: Float[Array, "L R T K H"],
     count: Int[Array, " 1"],
-    row: Int[Array, "1 N"],
-    start: Int[Array, "1 N"],
-    slot: Int[Array, "1 N"],
+    row: Int[Array, "1 prompts"],
+    start: Int[Array, "1 prompts"],
+    slot: Int[Array, "1 prompts"],
     window: int,
 ) -> Float[Array, "L B S K H"]:
     L, _, _, K, H = cache.shape

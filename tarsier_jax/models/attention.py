@@ -1,6 +1,6 @@
 """One attention function with three implementations.
 
-xla     matrix products and a softmax, in pieces that fit a cache; runs everywhere and is the reference.
+xla     matrix products and a softmax, in pieces that fit a cache; runs on all platforms and is the reference.
 cudnn   cuDNN's fused attention, for NVIDIA GPUs; float16 or bfloat16.
 splash  the Pallas splash kernel, for TPUs.
 
@@ -22,10 +22,10 @@ from tarsier_jax.sharding import BATCH, HEADS, current_mesh, fit_spec
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 
-_MAX_SCORES = 2**20  # scores that the xla implementation holds at once: 4 MiB, so that a CPU keeps them in its cache
+_MAX_SCORES = 2**20  # scores that the xla implementation computes at once: 4 MiB fit a CPU's cache
 _SPLASH_BLOCK = 512
-_LANES = 128  # splash wants sequence lengths in whole vector lanes
-_MASKED = -1e30  # finite, so that a row with nothing to see gives no NaN
+_LANES = 128  # splash needs sequence lengths that are multiples of the vector lanes
+_MASKED = -1e30  # finite: a query without visible keys does not produce NaN
 
 
 def attend(
@@ -39,22 +39,25 @@ def attend(
     query_starts: Int[Array, " B"] | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v with grouped queries: query head n reads key-value head n // (N // K).
+    """Computes softmax(q k^T / sqrt(H)) v with grouped queries: query head n reads key-value head n // (N // K).
 
     Args:
-        causal: query t sees keys 0..t only (T must equal S, except with query_starts).
-        kv_lengths: how many leading keys of each row are valid; all of them when None.
-        segment_ids: a query sees the keys with its own id only (T must equal S); all of them when None.
-        query_starts: index of each row's first query among the keys: with `causal`, query t sees keys
-            0..query_starts + t. Zero when None.
-        implementation: one of IMPLEMENTATIONS. A single query (T = 1) always runs as xla: it is bound by reading the
+        q: Queries.
+        k: Keys.
+        v: Values.
+        causal: Query t attends to keys 0..t (T must equal S, except with query_starts).
+        kv_lengths: Number of valid leading keys per row; None means S.
+        segment_ids: A query attends to the keys with its own id (T must equal S); None means one segment.
+        query_starts: Index of each row's first query among the keys: with `causal`, query t attends to keys
+            0..query_starts + t. None means 0.
+        implementation: One of IMPLEMENTATIONS. A single query (T = 1) always runs as xla: it is bound by reading the
             cache, and fused kernels do not help.
 
     Raises:
-        ValueError: the implementation is not known.
+        ValueError: the implementation is unknown.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention is {implementation!r}; it is one of {', '.join(IMPLEMENTATIONS)}.")
+        raise ValueError(f"attention is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}.")
     if kv_lengths is None:
         kv_lengths = jnp.full(q.shape[0], k.shape[1], jnp.int32)
     if q.shape[1] == 1:
@@ -62,7 +65,7 @@ def attend(
             kv_lengths = jnp.minimum(kv_lengths, query_starts + 1)
         return _single_query(q, k, v, kv_lengths)
     if implementation == "cudnn":
-        # cuDNN has neither segments nor offsets; its mask is T x S booleans per row, read by every head.
+        # cuDNN supports neither segments nor offsets. Its mask is T x S booleans per row, read by every head.
         mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         if query_starts is not None:
             queries = query_starts[:, None] + jnp.arange(q.shape[1])
@@ -70,17 +73,17 @@ def attend(
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=kv_lengths, implementation="cudnn"
         )
-    if implementation == "splash" and query_starts is None:  # its masks are static: no row can start at another key
+    if implementation == "splash" and query_starts is None:  # its masks are static and cannot depend on the row
         return _over_mesh(functools.partial(_splash, causal=causal), q, k, v, kv_lengths, segment_ids)
     return _over_mesh(functools.partial(_xla, causal=causal), q, k, v, kv_lengths, segment_ids, query_starts)
 
 
 def _over_mesh(local: Callable[..., Array], q: Array, k: Array, v: Array, *per_row: Array | None) -> Array:
-    """Runs `local` on each device's rows and heads."""
+    """Runs `local` on the rows and heads of each device."""
     mesh = current_mesh()
     if mesh is None:
         return local(q, k, v, *per_row)
-    # The keys' spec serves the queries too: an axis that divides the key-value heads divides the query heads.
+    # The keys' spec is valid for the queries: an axis that divides the key-value heads divides the query heads.
     spec = fit_spec(k.shape, (BATCH, None, HEADS, None), mesh)
     specs = (spec, spec, spec, *(P(spec[0]) for _ in per_row))
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
@@ -108,23 +111,23 @@ def _xla(
 ) -> Array:
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    G = N // K
-    # One matrix product serves a key-value head and all queries that read it: its rows are (query, head of the group).
-    q = (q * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B * K, T * G, H)
+    ratio = N // K
+    # One matrix product per key-value head, for all queries that read it: its rows are (query, query head).
+    q = (q * H**-0.5).reshape(B, T, K, ratio, H).transpose(0, 2, 1, 3, 4).reshape(B * K, T * ratio, H)
     k, v = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k, v))
     lengths = jnp.repeat(kv_lengths, K)  # [B * K]
     segments = None if segment_ids is None else jnp.repeat(segment_ids, K, axis=0)  # [B * K, S]
     offsets = jnp.zeros_like(lengths) if query_starts is None else jnp.repeat(query_starts, K)  # [B * K]
 
-    # q: [rows, H]; k, v: [S, H]; segments: [T]. The backward pass computes the scores anew, piece by piece, within the
-    # cache: that takes a CPU half as long as to write them all to memory and read them again.
+    # q: [rows, H]; k, v: [S, H]; segments: [T]. The backward pass recomputes the scores, piece by piece, in the cache.
+    # On a CPU that takes half the time of writing all scores to memory and reading them again.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend_rows(
         q: Array, k: Array, v: Array, length: Array, segments: Array | None, offset: Array, start: Any
     ) -> Array:
         scores = jnp.einsum("rh,sh->rs", q, k, preferred_element_type=jnp.float32)
         keys = jnp.arange(k.shape[0])
-        queries = (start + jnp.arange(q.shape[0])[:, None]) // G
+        queries = (start + jnp.arange(q.shape[0])[:, None]) // ratio
         visible = keys < length
         if causal:
             visible &= keys <= offset + queries
@@ -138,9 +141,9 @@ def _xla(
     if q.shape[0] * q.shape[1] * S <= _MAX_SCORES:
         out = jax.vmap(attend_rows, (0, 0, 0, 0, 0, 0, None))(q, k, v, lengths, segments, offsets, 0)
     else:
-        # A query in one span sees no key of the next.
+        # A query does not attend to the keys of later spans.
         spans = 4 if causal and query_starts is None and T % 4 == 0 else 1
-        rows = T * G // spans
+        rows = T * ratio // spans
         pieces = math.gcd(T // spans, 2 ** max(0, math.ceil(math.log2(rows * S / _MAX_SCORES))))
         starts = jnp.arange(0, rows, rows // pieces)
 
@@ -148,9 +151,9 @@ def _xla(
             q, k, v, length, segments, offset = x
             out = []
             for span in range(spans):
-                seen = (span + 1) * S // spans
+                end = (span + 1) * S // spans
                 visible = functools.partial(
-                    attend_rows, k=k[:seen], v=v[:seen], length=length, segments=segments, offset=offset
+                    attend_rows, k=k[:end], v=v[:end], length=length, segments=segments, offset=offset
                 )
                 blocks = q[span * rows : (span + 1) * rows].reshape(pieces, -1, H)
                 out.append(lax.map(lambda x, f=visible: f(x[0], start=x[1]), (blocks, starts + span * rows)))
@@ -158,7 +161,7 @@ def _xla(
 
         heads = q, k, v, lengths, segments, offsets
         _, out = lax.scan(attend_head, None, heads, unroll=4)  # four at a time keep two cores busy
-    return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+    return out.reshape(B, K, T, ratio, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
 def _splash(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array | None, causal: bool) -> Array:
@@ -183,7 +186,7 @@ def _splash(q: Array, k: Array, v: Array, kv_lengths: Array, segment_ids: Array 
     )
     heads = masks.MultiHeadMask([mask] * q.shape[1])
     kernel = splash.make_splash_mha(mask=heads, block_sizes=sizes, head_shards=1, q_seq_shards=1)
-    if segment_ids is None:  # padded keys are a segment of their own, which no query is in
+    if segment_ids is None:  # padded keys form a segment without queries
         kv_segment = (jnp.arange(shape[1]) >= kv_lengths[:, None]).astype(jnp.int32)
         segments = splash.SegmentIds(q=jnp.zeros((q.shape[0], shape[0]), jnp.int32), kv=kv_segment)
     else:
@@ -202,7 +205,7 @@ def _splash_block(length: int) -> int:
 
 
 def default_implementation(platform: str, dtype: str) -> str:
-    """The fastest implementation for a platform ("cpu", "gpu", "tpu") and compute dtype."""
+    """Returns the fastest implementation for a platform ("cpu", "gpu", "tpu") and compute dtype."""
     if platform == "tpu":
         return "splash"
     return "cudnn" if platform == "gpu" and dtype in ("bfloat16", "float16") else "xla"

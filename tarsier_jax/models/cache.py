@@ -13,11 +13,16 @@ from tarsier_jax.config import TextConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers, and how many entries of each row are valid. Every update returns a new cache.
+    """Keys and values of all layers. Every update returns a new cache.
 
-    Row b's token i lies in slot i; whatever stands at or beyond `lengths[b]` is never read.
-    read_length: how many slots of each row a query reads, of whom the caller knows that no more are in use; all when
-    None.
+    Token i of row b is stored at position i. Positions from `lengths[b]` on are never read.
+
+    Attributes:
+        k: Keys.
+        v: Values.
+        lengths: Number of valid positions of each row.
+        read_length: Number of positions that attention reads. The caller guarantees that no row is longer. None reads
+            all.
     """
 
     k: Float[Array, "L B S K H"]
@@ -27,11 +32,12 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: TextConfig, batch: int, size: int, dtype: str) -> Self:
+        """Returns an empty cache of `batch` rows with `size` positions each."""
         shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
     def fill(self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> Self:
-        """Writes one layer's first T slots."""
+        """Writes the first T positions of one layer."""
         start = (layer, 0, 0, 0, 0)
         return dataclasses.replace(
             self,
@@ -42,21 +48,21 @@ class KVCache:
     def read(
         self, layer: Int[Array, ""]
     ) -> tuple[Float[Array, "B read_length K H"], Float[Array, "B read_length K H"]]:
-        """One layer's keys and values."""
+        """Returns the keys and values of one layer."""
         _, B, S, K, H = self.k.shape
         sizes = (1, B, self.read_length or S, K, H)
         k, v = (jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), sizes)[0] for x in (self.k, self.v))
         return k, v
 
     def append(self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> Self:
-        """Writes T tokens of one layer after each row's valid ones. The caller advances `lengths`, once.
+        """Writes T tokens of one layer after the valid positions of each row. The caller updates `lengths` once.
 
-        Tokens beyond the cache's size are dropped.
+        Tokens beyond the size of the cache are dropped.
         """
         rows = jnp.arange(k.shape[0])[:, None]
-        slots = self.lengths[:, None] + jnp.arange(k.shape[1])
+        positions = self.lengths[:, None] + jnp.arange(k.shape[1])
         return dataclasses.replace(
             self,
-            k=self.k.at[layer, rows, slots].set(k.astype(self.k.dtype)),
-            v=self.v.at[layer, rows, slots].set(v.astype(self.v.dtype)),
+            k=self.k.at[layer, rows, positions].set(k.astype(self.k.dtype)),
+            v=self.v.at[layer, rows, positions].set(v.astype(self.v.dtype)),
         )

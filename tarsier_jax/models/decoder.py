@@ -37,6 +37,17 @@ class Attention(nnx.Module):
         layer: Int[Array, ""],
         extend: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Attends among the tokens, or with `extend` to the cache and the tokens.
+
+        Args:
+            x: Hidden states.
+            cos: Cosines of `mrope_tables`, (B, T, H/2).
+            sin: Sines of `mrope_tables`, (B, T, H/2).
+            segment_ids: int (B, T), or None.
+            cache: Cache that the keys and values are written to, or None.
+            layer: Index of the layer in the cache.
+            extend: Whether the tokens follow those in the cache.
+        """
         B, T, _ = x.shape
         q, k, v = (f(x).reshape(B, T, -1, self.head_dim) for f in (self.q, self.k, self.v))  # [B, T, N or K, H]
         q, k, v = (constrain(y, BATCH, None, HEADS, None) for y in (q, k, v))
@@ -52,21 +63,21 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Gated with silu. HF modeling_qwen2_vl.Qwen2MLP."""
+    """MLP with a silu gate. HF modeling_qwen2_vl.Qwen2MLP."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         text, dtypes = config.text, {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        D, F = text.hidden_size, text.mlp_dim
-        self.gate = Linear(D, F, bias=False, rngs=rngs, **dtypes)
-        self.up = Linear(D, F, bias=False, rngs=rngs, **dtypes)
-        self.down = Linear(F, D, bias=False, rngs=rngs, **dtypes)
+        D = text.hidden_size
+        self.gate = Linear(D, text.mlp_dim, bias=False, rngs=rngs, **dtypes)
+        self.up = Linear(D, text.mlp_dim, bias=False, rngs=rngs, **dtypes)
+        self.down = Linear(text.mlp_dim, D, bias=False, rngs=rngs, **dtypes)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 class DecoderLayer(nnx.Module):
-    """HF modeling_qwen2_vl.Qwen2VLDecoderLayer."""
+    """Attention and MLP with residual connections. HF modeling_qwen2_vl.Qwen2VLDecoderLayer."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         text = config.text
@@ -93,7 +104,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token embeddings in, hidden states or logits out. HF modeling_qwen2_vl.Qwen2VLTextModel and its lm_head."""
+    """Decoder from token embeddings to hidden states and logits. HF modeling_qwen2_vl.Qwen2VLTextModel and lm_head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         text = config.text
@@ -108,7 +119,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], position_ids: Int[Array, "B T 3"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Final hidden states, after the last norm, of tokens that attend among themselves, within their segment."""
+        """Returns the hidden states after the last norm. Tokens attend to earlier tokens of their segment."""
         return self._apply(x, position_ids, segment_ids, None)[0]
 
     def with_cache(
@@ -118,18 +129,19 @@ class Decoder(nnx.Module):
         cache: KVCache,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Final hidden states, and the cache with the tokens' keys and values written; the caller sets its lengths.
+        """Returns the hidden states after the last norm, and the cache with the tokens' keys and values.
 
-        The tokens are the rows' first ones and attend among themselves, within their segment.
+        The tokens are the first of their rows and attend to earlier tokens of their segment. The caller sets the
+        lengths of the cache.
         """
         return self._apply(x, position_ids, segment_ids, cache)
 
     def extend_cache(
         self, x: Float[Array, "B T D"], position_ids: Int[Array, "B T 3"], cache: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Final hidden states of T >= 1 tokens that follow the cache, and the cache; the caller sets its lengths.
+        """Returns the hidden states of T >= 1 tokens that follow those in the cache, and the cache with the tokens.
 
-        A token attends to the cache and to the new tokens up to itself.
+        A token attends to the cache and to the new tokens up to itself. The caller sets the lengths of the cache.
         """
         return self._apply(x, position_ids, None, cache, extend=True)
 
@@ -139,7 +151,7 @@ class Decoder(nnx.Module):
         text = self.config.text
         cos, sin = mrope_tables(position_ids, text.head_dim, text.rope_theta, text.mrope_section)
 
-        # The cache travels in the carry: as scanned input and output it would be copied whole at every layer.
+        # The cache is part of the carry: as a scanned input and output it would be copied at every layer.
         def block(carry: tuple, layer: DecoderLayer) -> tuple:
             x, cache, i = carry
             x, cache = layer(x, cos, sin, segment_ids, cache, i, extend)
@@ -150,10 +162,10 @@ class Decoder(nnx.Module):
         return self.norm(x), cache
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores of the next token, in float32."""
+        """Returns the logits of the next token, in float32."""
         return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
 
     def head(self) -> Float[Array, "V D"]:
-        """What turns hidden states into logits: a matrix of its own, or the embedding's."""
+        """Returns the output matrix, which is the embedding if they are tied."""
         weight = (self.lm_head or self.embed).weight
         return weight[...].astype(self.config.dtype)

@@ -1,7 +1,7 @@
-"""The few building blocks that both towers share.
+"""Layers that the vision tower and the decoder share.
 
-Weights keep PyTorch's layout, [out, in]: a checkpoint's tensors go in and come out without a transpose, and decoding
-one token reads rows that are contiguous in memory.
+Weights keep PyTorch's layout, [out, in]: tensors are loaded and exported without a transpose, and decoding one token
+reads rows that are contiguous in memory.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,13 @@ _normal = nnx.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b, computed in `dtype`. weight: [*out, in]; several output dimensions are allowed.
+    """y = x W^T + b, computed in `dtype`, with one or more output dimensions.
 
-    dot_general: what multiplies, as in flax's Linear; another one where weights are quantized (weights.quantize).
+    Attributes:
+        weight: [*out, in].
+        bias: [*out], or None.
+        dtype: Dtype of the product.
+        dot_general: Function of the product, as in flax's Linear. `weights.quantize` replaces it.
     """
 
     def __init__(self, d_in: int, *out: int, bias: bool, dtype: str, param_dtype: str, rngs: nnx.Rngs):
@@ -27,10 +31,10 @@ class Linear(nnx.Module):
         self.dtype = dtype
         self.dot_general: Callable[..., Array] = jax.lax.dot_general
 
-    def __call__(self, x: Float[Array, "*batch D"], out_dtype: Any = None) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "..."]:
         dimensions = (((x.ndim - 1,), (self.weight.ndim - 1,)), ((), ()))
         weight = self.weight[...].astype(self.dtype)
-        y = self.dot_general(x.astype(self.dtype), weight, dimensions, preferred_element_type=out_dtype)
+        y = self.dot_general(x.astype(self.dtype), weight, dimensions)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -73,12 +77,12 @@ class Embedding(nnx.Module):
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> Any:
-    """`n` layers as one module whose parameters carry a leading layer dimension: how models are built and stored."""
+    """Creates `n` layers as one module with a leading layer dimension, the form of new and stored models."""
     return nnx.vmap(make)(rngs.split(n))
 
 
 def unstack_layers(layers: nnx.Module) -> nnx.List:
-    """The same layers one by one, each with arrays of its own. Consumes `layers`, an array at a time."""
+    """Returns the layers one by one, each with its own arrays. Deletes the arrays of `layers` one after the other."""
     graph, state = nnx.split(layers)
     leaves, structure = jax.tree.flatten(state)
     parts = []
@@ -89,15 +93,16 @@ def unstack_layers(layers: nnx.Module) -> nnx.List:
     return nnx.List([nnx.merge(graph, jax.tree.unflatten(structure, layer)) for layer in zip(*parts, strict=True)])
 
 
-_WRITTEN_OUT = 4  # layers at most
+_MAX_UNROLLED = 4  # layers
 
 
 def apply_layers(body: Callable[[Any, Any], Any], carry: Any, layers: Any, remat: str) -> Any:
-    """carry = body(carry, layer) for each layer in turn.
+    """Computes carry = body(carry, layer) for each layer in turn, and returns the last carry.
 
-    Stacked layers are scanned: one layer is compiled, whatever the depth, and TPUs read its slice in place. XLA copies
-    that slice before each matrix product on CPUs and GPUs, which doubles the traffic that bounds decoding; there,
-    inference runs on unstacked layers (`tarsier_jax.load`). A few layers are written out, which copies less.
+    Stacked layers are scanned: one layer is compiled for any depth, and TPUs read its slice in place. On CPUs and GPUs,
+    XLA copies the slice before each matrix product, which doubles the memory traffic that bounds decoding. Inference on
+    these platforms therefore uses unstacked layers (`tarsier_jax.load`). Scans over few layers are unrolled, which
+    copies less.
     """
     body = rematerialise(body, remat)
     if isinstance(layers, nnx.List):
@@ -105,8 +110,8 @@ def apply_layers(body: Callable[[Any, Any], Any], carry: Any, layers: Any, remat
             carry = body(carry, layer)
         return carry
     depth = jax.tree.leaves(layers)[0].shape[0]
-    written_out = remat == "none" and depth <= _WRITTEN_OUT
-    return jax.lax.scan(lambda carry, layer: (body(carry, layer), None), carry, layers, unroll=written_out)[0]
+    unroll = remat == "none" and depth <= _MAX_UNROLLED
+    return jax.lax.scan(lambda carry, layer: (body(carry, layer), None), carry, layers, unroll=unroll)[0]
 
 
 _REMAT_POLICIES: dict[str, Any] = {
@@ -116,13 +121,13 @@ _REMAT_POLICIES: dict[str, Any] = {
 
 
 def rematerialise(body: Callable, policy: str) -> Callable:
-    """Wraps one layer so that its backward pass recomputes what `policy` (ModelConfig.remat) does not keep.
+    """Returns `body` with a backward pass that recomputes activations according to `policy` (`ModelConfig.remat`).
 
     Raises:
-        ValueError: the policy is none of "none", "full", "dots".
+        ValueError: the policy is unknown.
     """
     if policy == "none":
         return body
     if policy not in _REMAT_POLICIES:
-        raise ValueError(f"remat is {policy!r}; it is one of 'none', {', '.join(map(repr, _REMAT_POLICIES))}.")
+        raise ValueError(f"remat is {policy!r}; it must be one of 'none', {', '.join(map(repr, _REMAT_POLICIES))}.")
     return jax.checkpoint(body, policy=_REMAT_POLICIES[policy], prevent_cse=False)

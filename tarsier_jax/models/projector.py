@@ -1,4 +1,4 @@
-"""From vision features to tokens of the decoder's width."""
+"""Projection of vision features to the width of the decoder."""
 
 import jax
 from flax import nnx
@@ -21,6 +21,6 @@ class PatchMerger(nnx.Module):
 
     def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F P/4 D"]:
         F, P, E = x.shape
-        # Patches come in block order, so that the four of a block are neighbours.
+        # Patches are in block order: the four patches of a block are adjacent.
         x = self.norm(x).reshape(F, P // self.merge_factor, E * self.merge_factor)
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

@@ -1,8 +1,8 @@
 """Qwen2-VL's vision transformer, with frames as the batch.
 
-The reference runs all patches as one sequence and lets each attend only within its temporal patch (a frame, here).
-Frames as batch entries, padded to a common number of patches, compute the same in static shapes. Several small frames
-may share an entry (a bin), each attending within itself.
+The reference runs all patches as one sequence in which each patch attends only within its temporal patch (here: its
+frame). Frames as batch entries, padded to a common number of patches, are equivalent and have static shapes. Several
+small frames may share an entry (a bin); patches attend within their frame.
 """
 
 from typing import Any
@@ -19,17 +19,17 @@ from tarsier_jax.models.projector import PatchMerger
 from tarsier_jax.models.rope import rotate, vision_tables
 from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh
 
-_MAX_PATCHES = 8192  # that one device runs through the tower at once
+_MAX_PATCHES = 8192  # patches that one device processes at once
 
 
 def frame_of_patch(frame_hw: Int[Array, "F M 2"], patches: int) -> Int[Array, "F P"]:
-    """Which of a bin's M frames each patch belongs to; M for padding."""
+    """Returns the index of each patch's frame among the M frames of its bin; M for padding."""
     ends = jnp.cumsum(frame_hw.prod(axis=-1), axis=-1)  # (F, M)
     return jnp.sum(jnp.arange(patches)[:, None] >= ends[:, None], axis=-1)
 
 
 def patch_coordinates(frame_hw: Int[Array, "F M 2"], patches: int, merge: int) -> Int[Array, "F P 2"]:
-    """Row and column of each patch, for patches in block order: 2 x 2 blocks row by row, each block row by row.
+    """Returns row and column of each patch, in block order: 2 x 2 blocks row by row, each block row by row.
 
     Source: the position ids in HF modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel. Values at padding are
     arbitrary.
@@ -37,15 +37,15 @@ def patch_coordinates(frame_hw: Int[Array, "F M 2"], patches: int, merge: int) -
     sizes = frame_hw.prod(axis=-1)  # (F, M)
     frame = jnp.minimum(frame_of_patch(frame_hw, patches), frame_hw.shape[1] - 1)  # (F, P)
     starts = jnp.take_along_axis(jnp.cumsum(sizes, axis=-1) - sizes, frame, axis=1)
-    blocks_a_row = jnp.maximum(jnp.take_along_axis(frame_hw[..., 1], frame, axis=1) // merge, 1)  # (F, P)
+    blocks_per_row = jnp.maximum(jnp.take_along_axis(frame_hw[..., 1], frame, axis=1) // merge, 1)  # (F, P)
     block, within = jnp.divmod(jnp.arange(patches) - starts, merge * merge)
-    row = block // blocks_a_row * merge + within // merge
-    column = block % blocks_a_row * merge + within % merge
+    row = block // blocks_per_row * merge + within // merge
+    column = block % blocks_per_row * merge + within % merge
     return jnp.stack([row, column], axis=-1)
 
 
 class VisionAttention(nnx.Module):
-    """Full attention among the patches of a frame. HF modeling_qwen2_vl.VisionAttention."""
+    """Bidirectional attention among the patches of a frame. HF modeling_qwen2_vl.VisionAttention."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         vision, dtypes = config.vision, {"dtype": config.dtype, "param_dtype": config.param_dtype}
@@ -64,7 +64,7 @@ class VisionAttention(nnx.Module):
 
 
 class VisionMlp(nnx.Module):
-    """HF modeling_qwen2_vl.VisionMlp; the activation is quick_gelu, x * sigmoid(1.702 x)."""
+    """MLP with quick_gelu, x * sigmoid(1.702 x). HF modeling_qwen2_vl.VisionMlp."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         vision, dtypes = config.vision, {"dtype": config.dtype, "param_dtype": config.param_dtype}
@@ -77,7 +77,7 @@ class VisionMlp(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
-    """HF modeling_qwen2_vl.Qwen2VLVisionBlock."""
+    """Attention and MLP with residual connections. HF modeling_qwen2_vl.Qwen2VLVisionBlock."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         vision = config.vision
@@ -94,7 +94,7 @@ class VisionBlock(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    """Patches in, tokens of the decoder's width out. HF modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel."""
+    """Encodes patches as tokens of the decoder's width. HF modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         vision, dtypes = config.vision, {"dtype": config.dtype, "param_dtype": config.param_dtype}
@@ -104,11 +104,19 @@ class VisionTransformer(nnx.Module):
         self.merger = PatchMerger(config, rngs)
 
     def __call__(self, patches: Float[Array, "F P C"], frame_hw: Int[Array, "F M 2"]) -> Float[Array, "F P/4 D"]:
-        """frame_hw: height and width in patches of the frames in each bin; features at padding are arbitrary."""
+        """Returns the features of merged patches.
+
+        Args:
+            patches: Flattened patches in block order.
+            frame_hw: Height and width in patches of the frames in each bin; (0, 0) for none.
+
+        Returns:
+            One feature per merged patch; those at padding are arbitrary.
+        """
         F, P, C = patches.shape
         if current_mesh() is not None or F * P <= _MAX_PATCHES:
             return self._run(patches, frame_hw)
-        # Frames are independent: few at a time keep activations small, on a CPU within its cache.
+        # Frames are independent. A few at a time keep activations small; on a CPU they fit the cache.
         n = next(n for n in range(max(1, _MAX_PATCHES // P), 0, -1) if F % n == 0)
         groups = patches.reshape(F // n, n, P, C), frame_hw.reshape(F // n, n, -1, 2)
         features = jax.lax.map(lambda group: self._run(*group), groups)  # [F/n, n, P/4, D]

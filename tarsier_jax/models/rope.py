@@ -1,8 +1,8 @@
 """Rotary position embeddings: two axes (row, column) in the vision tower, three (time, row, column) in the decoder.
 
-A table holds one angle for each pair of a head's values, so H/2 of them; Hugging Face's tables repeat them once.
+A table contains one angle per pair of a head's values, H/2 in total. Hugging Face's tables repeat them once.
 
-Angles are float32 whatever the compute dtype: bfloat16 cannot hold position 257.
+Angles are always float32, because bfloat16 cannot represent position 257.
 """
 
 import jax
@@ -12,24 +12,26 @@ from jaxtyping import Array, Float, Int
 
 
 def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
+    """Returns theta ** (-i / dim) for even i < dim, float32 (dim / 2,). RoFormer (arXiv 2104.09864), section 3.2.2."""
     return 1.0 / (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))
 
 
 def _cos_and_sin(angles: Array) -> tuple[Array, Array]:
-    # Behind a barrier, or XLA may compute the cosines anew for every head of every layer that reads them.
+    # Without a barrier, XLA may recompute the cosines for every head of every layer that reads them.
     return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def mrope_tables(
     position_ids: Int[Array, "B S 3"], head_dim: int, theta: float, sections: tuple[int, ...]
 ) -> tuple[Float[Array, "B S H/2"], Float[Array, "B S H/2"]]:
-    """cos and sin of multimodal RoPE: the first sections[0] frequencies turn with time, the next with row, then column.
+    """Returns cos and sin of multimodal RoPE.
 
-    More sections go on with time, row and column again, so that each axis can have slow and fast ones.
+    The first sections[0] frequencies belong to time, the next sections to row, then column. Further sections repeat
+    time, row and column, which allows slow and fast frequencies per axis.
 
     Source: HF modeling_qwen2_vl.Qwen2VLRotaryEmbedding; Qwen2-VL report (arXiv 2409.12191), section 2.1.
     """
-    axis = np.repeat(np.arange(len(sections)) % 3, sections)  # (H/2,) which position turns each frequency
+    axis = np.repeat(np.arange(len(sections)) % 3, sections)  # (H/2,), the axis of each frequency
     positions = position_ids.astype(jnp.float32)[..., axis]  # (B, S, H/2)
     return _cos_and_sin(positions * inverse_frequencies(head_dim, theta))
 
@@ -37,7 +39,7 @@ def mrope_tables(
 def vision_tables(
     coordinates: Int[Array, "F P 2"], head_dim: int, theta: float
 ) -> tuple[Float[Array, "F P H/2"], Float[Array, "F P H/2"]]:
-    """cos and sin for patches at (row, column): half of the frequencies turn with each.
+    """Returns cos and sin for patches at (row, column); half of the frequencies belong to each axis.
 
     Source: HF modeling_qwen2_vl.Qwen2VLVisionRotaryEmbedding.
     """
@@ -47,7 +49,10 @@ def vision_tables(
 
 
 def rotate(x: Float[Array, "B S N H"], cos: Float[Array, "B S H/2"], sin: Float[Array, "B S H/2"]) -> Array:
-    """Turns each pair (x[i], x[i + H/2]) by its angle, in float32; the result has x's dtype."""
+    """Rotates each pair (x[i], x[i + H/2]) by its angle, in float32, and returns x's dtype.
+
+    Source: HF modeling_qwen2_vl.rotate_half.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]  # the same for every head
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

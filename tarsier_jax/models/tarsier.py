@@ -1,4 +1,4 @@
-"""The whole model: vision tower and projector, visual tokens in their places among the text, decoder."""
+"""The complete model: vision tower, projector, and decoder over text and visual tokens."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ class Tarsier(nnx.Module):
         self.decoder = Decoder(config, rngs)
 
     def embed(self, batch: Batch) -> Float[Array, "B S D"]:
-        """Token embeddings, with the vision tower's features where the visual tokens stand."""
+        """Returns the token embeddings, with the vision tower's features at the visual tokens."""
         if batch.patches.shape[1] == 0:  # text only: a shape, known when tracing
             return self.decoder.embed(batch.input_ids).astype(self.config.dtype)
         return self.merge_vision_embeddings(batch, self.encode_frames(batch.patches, batch.frame_hw))
@@ -32,30 +32,32 @@ class Tarsier(nnx.Module):
     def encode_frames(
         self, patches: Float[Array, "G F P C"], frame_hw: Int[Array, "G F M 2"]
     ) -> Float[Array, "G F*P/4 D"]:
-        """The vision tower's features of each group's frames."""
+        """Returns the vision tower's features of each group's frames. HF get_image_features."""
         G, F, P, C = patches.shape
         features = self.vision(patches.reshape(G * F, P, C), frame_hw.reshape(G * F, -1, 2))
         return constrain(features.reshape(G, -1, features.shape[-1]), BATCH, None, None)
 
-    def merge_vision_embeddings(self, batch: Batch, features: Float[Array, "G M D"]) -> Float[Array, "B S D"]:
-        """Token embeddings, with each group's features where `batch.vision_token_index` says; its frames are not
-        read."""
+    def merge_vision_embeddings(self, batch: Batch, features: Float[Array, "G features D"]) -> Float[Array, "B S D"]:
+        """Returns the token embeddings, with each group's features at the tokens in `batch.vision_token_index`.
+
+        The frames in `batch` are not read.
+        """
         x = self.decoder.embed(batch.input_ids).astype(self.config.dtype)
         G = features.shape[0]
         index = jnp.maximum(batch.vision_token_index, 0).reshape(G, -1, 1)  # [G, B/G * S, 1]
-        placed = jnp.take_along_axis(features, index, axis=1).reshape(x.shape)
-        return jnp.where((batch.vision_token_index >= 0)[..., None], placed, x)
+        visual = jnp.take_along_axis(features, index, axis=1).reshape(x.shape)
+        return jnp.where((batch.vision_token_index >= 0)[..., None], visual, x)
 
     def hidden(self, batch: Batch) -> Float[Array, "B S D"]:
-        """Final hidden states, from which `decoder.logits` makes logits; those at padding are arbitrary."""
+        """Returns the final hidden states, the input of `decoder.logits`. Those at padding are arbitrary."""
         return self.decoder(self.embed(batch), batch.position_ids, batch.segment_ids)
 
     def __call__(self, batch: Batch) -> Float[Array, "B S V"]:
-        """Logits of the next token at every position, float32; those at padding are arbitrary."""
+        """Returns the logits of the next token at every position, float32. Those at padding are arbitrary."""
         return self.decoder.logits(self.hidden(batch))
 
     def prefill(self, batch: Batch, cache_size: int) -> tuple[Float[Array, "B V"], KVCache]:
-        """Runs the prompts; gives the logits after each row's last token, and a cache of `cache_size` slots a row."""
+        """Returns the logits after each row's last token, and a cache of `cache_size` positions per row."""
         B, _ = batch.input_ids.shape
         cache = KVCache.empty(self.config.text, B, cache_size, self.config.dtype)
         x, cache = self.decoder.with_cache(self.embed(batch), batch.position_ids, cache)
@@ -72,11 +74,13 @@ class Tarsier(nnx.Module):
         """Continues a cache with the embeddings of further tokens.
 
         Args:
-            num_new: valid tokens of each row, at most T; those after them are padding. The cache must have free
-                positions for the valid ones.
+            x: Embeddings of the tokens.
+            position_ids: M-RoPE ids of the tokens.
+            cache: A cache with free positions for the valid tokens.
+            num_new: Number of valid tokens per row, at most T; the others are padding.
 
         Returns:
-            The logits after each row's last valid token (arbitrary for a row without any), and the longer cache.
+            The logits after each row's last valid token (arbitrary for a row without valid tokens), and the cache.
         """
         x, cache = self.decoder.extend_cache(x, position_ids, cache)
         last = jnp.take_along_axis(x, jnp.maximum(num_new - 1, 0)[:, None, None], axis=1)  # [B, 1, D]
@@ -85,7 +89,11 @@ class Tarsier(nnx.Module):
     def step(
         self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """One more token a row, at the given M-RoPE position (the same on all three axes)."""
+        """Runs one token per row at an M-RoPE position that is equal on all three axes.
+
+        Returns:
+            The logits of the next token, and the cache.
+        """
         x = self.decoder.embed(tokens[:, None]).astype(self.config.dtype)
         position_ids = jnp.broadcast_to(positions[:, None, None], (*positions.shape, 1, 3))
         x, cache = self.decoder.extend_cache(x, position_ids, cache)
@@ -93,7 +101,7 @@ class Tarsier(nnx.Module):
 
 
 def unstack(model: Tarsier) -> Tarsier:
-    """The model with its layers one by one, which CPUs and GPUs run faster. Consumes `model`."""
+    """Returns the model with unstacked layers, which CPUs and GPUs run faster. Changes `model`."""
     model.vision.blocks = unstack_layers(model.vision.blocks)
     model.decoder.layers = unstack_layers(model.decoder.layers)
     return model

@@ -1,4 +1,4 @@
-"""Examples, and the padded batches of bucketed shape that jitted code sees."""
+"""Examples, and padded batches of bucketed shapes for jitted code."""
 
 import bisect
 import dataclasses
@@ -16,11 +16,14 @@ from tarsier_jax.errors import InputError
 class Example:
     """One sample, unpadded.
 
-    input_ids: int32 (S,).  labels: int32 (S,), -100 where not trained on.
-    pixel_values: float32 (N, C*T*14*14), in the patch order of Hugging Face's Qwen2VLImageProcessor.
-    grid_thw: int32 (visuals, 3), in patches.  position_ids: int32 (3, S), the M-RoPE ids.
-    num_truncated: tokens of text that were left out at the end, being beyond max_seq_len.
-    frames: frames and images shown; a temporal patch may hold two of them.
+    Attributes:
+        input_ids: int32 (S,).
+        labels: int32 (S,), -100 for tokens without loss.
+        pixel_values: float32 (patches, C), in the patch order of Hugging Face's Qwen2VLImageProcessor.
+        grid_thw: int32 (visuals, 3), time, height and width in patches.
+        position_ids: int32 (3, S), the M-RoPE ids.
+        num_truncated: Number of text tokens beyond max_seq_len that were dropped.
+        frames: Number of frames and images. A temporal patch may contain two of them.
     """
 
     input_ids: np.ndarray
@@ -32,26 +35,29 @@ class Example:
     frames: int = 0
 
 
-HostOrDeviceArray = Any  # numpy as `make_batch` gives it, jax.Array on a device and under jit
+HostOrDeviceArray = Any  # numpy from `make_batch`, jax.Array on a device and under jit
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of tokens padded to one shape, on the right, and the frames that they show.
+    """Rows of tokens, padded on the right to one shape, and their frames.
 
-    B rows, S tokens a row. Rows form G groups of equal size, in order, each with its own F bins of P patches (of C
-    values): inference has one group, so that frames are padded least; training has a group a row, so that devices that
-    split the rows exchange no frames. A bin holds up to M frames, one after the other.
+    There are B rows of S tokens. Rows form G groups of equal size, in order, each with its own F bins of P patches (of
+    C values). Inference has one group, which minimises the padding of frames. Training has one group per row: devices
+    that split the rows exchange no frames. A bin contains up to M frames, one after the other.
 
-    input_ids, labels: int32 (B, S).  position_ids: int32 (B, S, 3).  lengths: int32 (B,), valid tokens of each row.
-    patches: float32 (G, F, P, C).  frame_hw: int32 (G, F, M, 2), each frame's height and width in patches; (0, 0) for
-    none. Without visuals F is 0.
-    vision_token_index: int32 (B, S), which merged patch stands at a token, counted through the padded array (F *
-    P/4,) of
-    the row's group; -1 for text.
-    segment_ids: int32 (B, S), the sample in a row of several that a token belongs to, from 1 on; 0 for padding. None
-    where every row is one sample.
+    Attributes:
+        input_ids: int32 (B, S).
+        labels: int32 (B, S), -100 for tokens without loss.
+        position_ids: int32 (B, S, 3), the M-RoPE ids: time, height and width.
+        lengths: int32 (B,), valid tokens of each row.
+        patches: float32 (G, F, P, C). Without visuals F is 0.
+        frame_hw: int32 (G, F, M, 2), height and width of each frame in patches; (0, 0) for none.
+        vision_token_index: int32 (B, S), the index of a token's merged patch in the flattened padded array
+            (F * P/4,) of the row's group; -1 for text.
+        segment_ids: int32 (B, S), the number of a token's sample in a packed row, from 1; 0 for padding. None if every
+            row is one sample.
     """
 
     input_ids: HostOrDeviceArray
@@ -65,18 +71,22 @@ class Batch:
 
 
 def _every(*ranges: tuple[int, int, int]) -> tuple[int, ...]:
-    """Sizes from ranges (first, last, step), each last included."""
+    """Returns the sizes in inclusive ranges (first, last, step)."""
     return tuple(size for first, last, step in ranges for size in range(first, last + 1, step))
 
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The sizes that batches are padded to, smallest first. Each combination that occurs is compiled once.
+    """The sizes that batches are padded to, in increasing order. Each combination that occurs is compiled once.
 
-    patches: of a frame.  frames: of all samples of a batch together.  tokens: of a row.
-    Neighbours differ by about an eighth, so that little is padding; sizes from 512 on are multiples of 64, those of
-    full-size video of 128. 2304 patches and 9472 tokens hold 16 frames of 16:9 video at the default budget, with room
-    for a prompt.
+    Adjacent sizes differ by about an eighth, which limits padding. Sizes from 512 on are multiples of 64, those of
+    full-size video of 128. 2304 patches and 9472 tokens fit 16 frames of 16:9 video at the default budget, with a
+    prompt.
+
+    Attributes:
+        patches: Numbers of patches per frame.
+        frames: Numbers of frames per batch.
+        tokens: Numbers of tokens per row.
     """
 
     patches: tuple[int, ...] = (
@@ -94,10 +104,10 @@ class Buckets:
     def __post_init__(self) -> None:
         for name, sizes in dataclasses.asdict(self).items():
             if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-                raise InputError(f"Bucket sizes have to be positive and rising, but {name} are {sizes}.")
+                raise InputError(f"Bucket sizes must be positive and increasing, but {name} are {sizes}.")
 
 
-_MENDS = {
+_REMEDIES = {
     "patches": "patches in a frame. Lower max_pixels",
     "frames": "frames in a batch. Lower n_frames, or put fewer samples into a batch",
     "tokens": "tokens in a sample. Lower n_frames, max_pixels or max_seq_len",
@@ -105,28 +115,27 @@ _MENDS = {
 
 
 def bucket(buckets: Buckets, name: str, size: int) -> int:
-    """The smallest bucket of `name` ("patches", "frames" or "tokens") that holds `size`.
+    """Returns the smallest bucket of `name` ("patches", "frames" or "tokens") that is at least `size`.
 
     Raises:
-        InputError: even the largest does not.
+        InputError: `size` exceeds the largest bucket.
     """
     sizes = getattr(buckets, name)
     i = bisect.bisect_left(sizes, size)
     if i == len(sizes):
-        raise InputError(f"{size} {_MENDS[name]}, or add a larger bucket than {sizes[-1]}.")
+        raise InputError(f"{size} {_REMEDIES[name]}, or add a larger bucket than {sizes[-1]}.")
     return sizes[i]
 
 
 def make_batch(
     examples: Sequence[Example], config: ModelConfig, buckets: Buckets | None = None, pad_id: int = 0
 ) -> Batch:
-    """Pads examples to the smallest buckets that hold them all.
+    """Pads examples to the smallest buckets that fit them all.
 
-    Position ids count on through the padding. A batch without visuals has no frames and patches of no height, so
-    that all such batches have one shape.
+    Position ids continue through the padding. All batches without visuals have the same shape, with F = P = 0.
 
     Raises:
-        InputError: there is no example, or one exceeds the largest bucket.
+        InputError: `examples` is empty, or an example exceeds the largest bucket.
     """
     if not examples:
         raise InputError("A batch needs at least one example.")
@@ -142,7 +151,7 @@ def make_batch(
         position_ids[row, n:] = example.position_ids.max(initial=-1) + 1 + np.arange(S - n)[:, None]
     patches, frame_hw = _pad_frames(examples, config.vision.patch_dim, buckets)
     vision_token_index = np.full((len(examples), S), -1, np.int32)
-    # Frames and placeholders come in the same order: by row, and in a row by place.
+    # Frames and placeholders have the same order: by row, and by position in a row.
     valid = np.arange(S) < lengths[:, None]
     placeholders = valid & np.isin(input_ids, (config.image_token_id, config.video_token_id))
     vision_token_index[placeholders] = _feature_index(frame_hw, patches.shape[1], config.vision)
@@ -150,7 +159,7 @@ def make_batch(
 
 
 def _pad_frames(examples: Sequence[Example], patch_dim: int, buckets: Buckets) -> tuple[np.ndarray, np.ndarray]:
-    """Patches float32 (F, P, C) and frame_hw int32 (F, 2) of all examples."""
+    """Returns patches float32 (F, P, C) and frame_hw int32 (F, 2) of all examples."""
     frame_hw = np.concatenate([frame_sizes(e) for e in examples])
     if not len(frame_hw):
         return np.zeros((0, 0, patch_dim), np.float32), np.zeros((0, 2), np.int32)
@@ -168,12 +177,12 @@ def _pad_frames(examples: Sequence[Example], patch_dim: int, buckets: Buckets) -
 
 
 def frame_sizes(example: Example) -> np.ndarray:
-    """Height and width in patches of each of its frames, int32 (frames, 2)."""
+    """Returns height and width in patches of each frame of an example, int32 (frames, 2)."""
     return np.repeat(example.grid_thw[:, 1:], example.grid_thw[:, 0], axis=0)
 
 
 def _feature_index(frame_hw: np.ndarray, patches: int, vision: VisionConfig) -> np.ndarray:
-    """Where the merged patches of all frames stand in the padded array, flattened: int32 (visual tokens,)."""
+    """Returns the indices of the merged patches of all frames in the flattened padded array, int32 (visual tokens,)."""
     features = np.arange(vision.num_tokens(patches))  # of a padded frame
-    used = features < vision.num_tokens(frame_hw.prod(axis=1, keepdims=True))  # (F, features)
-    return np.flatnonzero(used).astype(np.int32)
+    valid = features < vision.num_tokens(frame_hw.prod(axis=1, keepdims=True))  # (F, features)
+    return np.flatnonzero(valid).astype(np.int32)

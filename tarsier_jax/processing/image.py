@@ -153,8 +153,8 @@ def patch_frames(
         name: Start of error messages.
 
     Returns:
-        float32 (N, C*T*14*14) with T frames per temporal patch, and the grid int32 (3,): time, height, width in
-        patches.
+        Patches float32 (patches, C), C = channels x frames per temporal patch x 14 x 14, and the grid int32 (3,): time,
+        height, width in patches.
 
     Raises:
         InputError: `frames` is empty, or their size cannot be used (see `smart_resize`).
@@ -181,14 +181,17 @@ def patch_frames(
 
 
 def _normalisation(options: ImageOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Returns rescaling and normalisation as one scale and one shift, float32 (C, 1, 1) each."""
+    """Returns rescaling and normalisation as one scale and one shift, float32 (channels, 1, 1) each."""
     mean, std = np.array(options.mean), np.array(options.std)
     scale, shift = options.rescale / std, -mean / std
     return scale.astype(np.float32)[:, None, None], shift.astype(np.float32)[:, None, None]
 
 
 def _normalised_patches(image: Image.Image, patch: int, merge: int, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Returns float32 (H/28, W/28, 2, 2, C, 14, 14): blocks of patches that the merger joins, row by row."""
+    """Returns blocks of the patches that the merger joins, row by row.
+
+    Their shape is (height/28, width/28, 2, 2, channels, 14, 14), in float32.
+    """
     rows, columns = image.height // (patch * merge), image.width // (patch * merge)
     pixels = np.asarray(image).reshape(rows, merge, patch, columns, merge, patch, 3)
     # Transposing bytes before converting them is several times faster than the opposite order.

@@ -32,5 +32,5 @@ def test_gradients_do_not_depend_on_remat(tmp_path: Path, remat: str) -> None:
 
 
 def test_unknown_policy() -> None:
-    with pytest.raises(ValueError, match="remat is 'some'; it is one of 'none', 'full', 'dots'"):
+    with pytest.raises(ValueError, match="remat is 'some'; it must be one of 'none', 'full', 'dots'"):
         rematerialise(lambda x: x, "some")

@@ -161,7 +161,7 @@ def test_rows_without_bins_hold_text_only() -> None:
 
 @pytest.mark.parametrize("name", ["tokens", "patches", "frames", "samples"])
 def test_rows_that_can_hold_nothing(name: str) -> None:
-    with pytest.raises(InputError, match=f"{name} of 1 at least, not 0"):
+    with pytest.raises(InputError, match=f"{name} of at least 1, not 0"):
         dataclasses.replace(SHAPE, **{name: 0})
 
 
