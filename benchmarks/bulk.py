@@ -211,7 +211,7 @@ def examine(args: argparse.Namespace, directory: Path) -> int:
     for error in errors[: len(DAMAGES)]:
         print(f"  {error.replace(str(directory), '')}")
     right = compare_with_describe(lines, args.compare, shared)
-    report_memory(samples, args.clips)
+    print_memory(samples, args.clips)
     return 0 if once and right and len(errors) == args.broken and status == bool(errors) else 1
 
 
@@ -233,7 +233,7 @@ def compare_with_describe(lines: list[dict], count: int, flags: list[str]) -> bo
     return same == len(captions)
 
 
-def report_memory(samples: list[tuple[int, int]], clips: int) -> None:
+def print_memory(samples: list[tuple[int, int]], clips: int) -> None:
     tenths = [[size for lines, size in samples if clips * n <= 10 * lines < clips * (n + 1)] for n in range(10)]
     medians = [float(np.median(sizes)) for sizes in tenths if sizes]
     print("GiB at each tenth: " + " ".join(f"{size / 2**30:.2f}" for size in medians))

@@ -1,4 +1,4 @@
-"""The PyTorch reference: live Hugging Face models with random weights, examples for them, and what they answer."""
+"""The PyTorch reference: Hugging Face models with random weights, examples for them, and their answers."""
 
 import dataclasses
 import math
@@ -69,7 +69,7 @@ BUCKETS = Buckets(patches=(64, 128), frames=(1, 4, 8, 16), tokens=(64, 128, 256,
 def make_reference(
     directory: Path, size: Mapping[str, Mapping[str, Any]], tied: bool = False, **over: Any
 ) -> Qwen2VLForConditionalGeneration:
-    """A random model, also saved into `directory`. Weights keep activations near 1, so that every part counts."""
+    """A random model, also saved into `directory`. Activations are near 1, so every part affects the logits."""
     text = dict(size["text"])
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(text.pop("mrope_section"))}
     text |= {
@@ -98,7 +98,7 @@ def make_reference(
         for name, p in model.named_parameters():
             std = 1.5 / math.sqrt(p[0].numel()) if p.ndim > 1 else 0.2
             if "embed_tokens" in name and not tied:
-                std = 1.0  # the tokens, not only their places, should tell answers apart
+                std = 1.0  # answers depend on the tokens, not only on their positions
             p.normal_(
                 1.0 if p.ndim == 1 and "norm" in name and name.endswith("weight") else 0.0, std, generator=generator
             )
@@ -109,7 +109,7 @@ def make_reference(
 
 
 def keep_rope_exact(model: Qwen2VLForConditionalGeneration) -> None:
-    """Computes the rotary frequencies anew, in float32: they are no parameters, and a cast must not round them."""
+    """Recomputes the rotary frequencies in float32: they are not parameters, and a cast must not round them."""
     for module in (model.model.language_model.rotary_emb, model.model.visual.rotary_pos_emb):
         fresh = type(module)(module.config)
         module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
@@ -166,7 +166,7 @@ def reference_logits(model: Qwen2VLForConditionalGeneration, example: Example) -
 
 @torch.no_grad()
 def reference_answer(model: Qwen2VLForConditionalGeneration, example: Example, n: int) -> list[int]:
-    """The first `n` greedy tokens, whatever they are."""
+    """The first `n` greedy tokens; generation does not end earlier."""
     out = model.generate(
         **reference_inputs(example), max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0
     )

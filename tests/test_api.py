@@ -26,7 +26,7 @@ def test_stop_strings_and_finish_reasons(loaded: tuple[Tarsier, Processor]) -> N
     assert whole.finish_reason == "eos" and [whole.text] == tarsier_jax.generate(model, processor, [sample], 96)
     first, second, *_ = words = whole.text.split()
     assert len(words) > 2
-    for stop in ((second,), ("not in the answer", words[-1], second)):  # the first in the text, whatever their order
+    for stop in ((second,), ("not in the answer", words[-1], second)):  # the first in the text, in any order
         (cut,) = answer(model, processor, examples, dataclasses.replace(options, stop=stop))
         assert cut == Generation(first, whole.tokens, "stop")
     (unaffected,) = answer(model, processor, examples, dataclasses.replace(options, stop=("not in the answer",)))

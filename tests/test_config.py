@@ -1,4 +1,4 @@
-"""Every layout of config.json gives the same kind of configuration, and nothing it says is run."""
+"""Every layout of config.json results in the same kind of configuration, and none of its code runs."""
 
 import json
 from pathlib import Path
@@ -71,8 +71,8 @@ def test_72b_in_the_new_nested_layout() -> None:
 def test_what_transformers_writes_reads_like_the_old_layout() -> None:
     from transformers import Qwen2VLConfig
 
-    written = Qwen2VLConfig(**QWEN2_VL_2B).to_dict()
-    assert parse_config(written) == parse_config(QWEN2_VL_2B)
+    config = Qwen2VLConfig(**QWEN2_VL_2B).to_dict()
+    assert parse_config(config) == parse_config(QWEN2_VL_2B)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -1,4 +1,4 @@
-"""Paths that are no local ones, locks on outputs, and the cache directory."""
+"""Paths, locks of outputs, atomic writes, and the cache directory."""
 
 import argparse
 import os

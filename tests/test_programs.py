@@ -33,9 +33,9 @@ def raising(error: BaseException) -> None:
 )
 def test_errors_for_people(error: Exception, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(lambda: raising(error)) == 1
-    printed = capsys.readouterr().err
-    assert printed.startswith(f"error: {message}") and printed.count("\n") == 1
-    assert ("Make room" in printed) == (getattr(error, "errno", None) == errno.ENOSPC)
+    message_line = capsys.readouterr().err
+    assert message_line.startswith(f"error: {message}") and message_line.count("\n") == 1
+    assert ("Make room" in message_line) == (getattr(error, "errno", None) == errno.ENOSPC)
     with pytest.raises(type(error)):
         run(lambda: raising(error), traceback=True)
 

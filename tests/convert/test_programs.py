@@ -1,4 +1,4 @@
-"""The three conversion programs as processes: what they print, and how they fail."""
+"""The three conversion programs as processes: their output and their failures."""
 
 import os
 import re
@@ -66,9 +66,9 @@ def test_verify_int8(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     text = {"messages": [{"role": "user", "content": "Which comes first?"}]}
     monkeypatch.setattr(verify, "probes", lambda processor: [("text", processor(text))])
     assert verify.verify(str(checkpoint), None, "bfloat16", int8=True, max_new_tokens=2) == 0
-    told = capsys.readouterr().out
-    assert "weights in int8, bfloat16" in told
-    (row,) = (line.split() for line in told.splitlines() if line.split()[:1] == ["text"])
+    stdout = capsys.readouterr().out
+    assert "weights in int8, bfloat16" in stdout
+    (row,) = (line.split() for line in stdout.splitlines() if line.split()[:1] == ["text"])
     assert 0 < float(row[-2]) < 1e-2
 
 

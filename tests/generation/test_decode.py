@@ -1,4 +1,4 @@
-"""The decode loop: ends, seeds, rows that do not disturb each other, streaming, no recompilation."""
+"""The decode loop: ends, seeds, independent rows, streaming, no recompilation."""
 
 from pathlib import Path
 
@@ -77,10 +77,10 @@ def test_repetition_penalty_as_the_reference_applies_it(tmp_path: Path) -> None:
 
 def test_tokens_come_as_they_are_made(model: Tarsier) -> None:
     eos = (answers(model)[0].tokens[5],)
-    heard: list[np.ndarray] = []
-    got = answers(model, eos_ids=eos, on_tokens=heard.append)
-    assert got == answers(model, eos_ids=eos)
-    for row, answer in zip(np.stack(heard, axis=1), got, strict=True):
+    steps: list[np.ndarray] = []
+    streamed = answers(model, eos_ids=eos, on_tokens=steps.append)
+    assert streamed == answers(model, eos_ids=eos)
+    for row, answer in zip(np.stack(steps, axis=1), streamed, strict=True):
         assert [t for t in row if t >= 0 and t not in eos] == answer.tokens
 
 
@@ -106,18 +106,18 @@ def test_the_cache_is_donated(model: Tarsier) -> None:
 
 
 def test_a_span_of_the_cache(model: Tarsier) -> None:
-    """What is read of the cache changes nothing; decoding stops where an answer needs more, and goes on with more."""
+    """The read length changes no token. Decoding stops where an answer needs more positions, and resumes with more."""
     _, batch = reference.make_case(CASE, model.config)
     rows, longest = batch.input_ids.shape[0], int(batch.lengths.max())
     keys = jax.random.split(jax.random.key(0), rows)
     sampling, eos = Sampling.repeat(SamplingOptions(), rows), np.zeros(0, np.int32)
 
-    def begin() -> decode_module.DecodeState:
+    def start() -> decode_module.DecodeState:
         return decode_module.prefill(model, batch, sampling, eos, keys, np.int32(24), max_new=24)
 
-    whole = decode_module.decode(model, begin(), eos, np.int32(24), np.int32(rows))
-    stopped = decode_module.decode(model, begin(), eos, np.int32(24), np.int32(rows), read_length=longest + 8)
-    assert int(stopped.num_generated.max()) == 9  # the prefill's, and one for each place in the span
-    gone_on = decode_module.decode(model, stopped, eos, np.int32(24), np.int32(rows), read_length=longest + 23)
-    np.testing.assert_array_equal(gone_on.tokens, whole.tokens)
-    assert gone_on.done.all()
+    whole = decode_module.decode(model, start(), eos, np.int32(24), np.int32(rows))
+    state = decode_module.decode(model, start(), eos, np.int32(24), np.int32(rows), read_length=longest + 8)
+    assert int(state.num_generated.max()) == 9  # one from the prefill, and one per position that is read
+    longer = decode_module.decode(model, state, eos, np.int32(24), np.int32(rows), read_length=longest + 23)
+    np.testing.assert_array_equal(longer.tokens, whole.tokens)
+    assert longer.done.all()

@@ -25,8 +25,8 @@ LOGITS = np.random.default_rng(0).standard_normal((3, V)).astype(np.float32) * 3
 def filtered(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     values, order = jax.lax.top_k(logits, V)
     rows = len(logits)
-    kept = filter_sorted(values, jnp.full(rows, top_k), jnp.full(rows, top_p, jnp.float32))
-    return np.take_along_axis(np.asarray(kept), np.argsort(order, axis=1), axis=1)
+    filtered = filter_sorted(values, jnp.full(rows, top_k), jnp.full(rows, top_p, jnp.float32))
+    return np.take_along_axis(np.asarray(filtered), np.argsort(order, axis=1), axis=1)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.7), (12, 0.5), (1, 0.9), (0, 1e-6)])
@@ -43,9 +43,9 @@ def test_top_k_and_top_p(top_k: int, top_p: float) -> None:
 def test_repetition_penalty() -> None:
     prompt = np.array([[1, 4, 4], [0, 2, 9], [7, 7, 7]])
     expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.from_numpy(prompt), torch.from_numpy(LOGITS.copy()))
-    seen = np.zeros((3, V), bool)
-    np.put_along_axis(seen, prompt, True, axis=1)
-    np.testing.assert_allclose(penalise(LOGITS, seen, jnp.full(3, 1.3)), expected.numpy(), rtol=1e-6)
+    seen_tokens = np.zeros((3, V), bool)
+    np.put_along_axis(seen_tokens, prompt, True, axis=1)
+    np.testing.assert_allclose(penalise(LOGITS, seen_tokens, jnp.full(3, 1.3)), expected.numpy(), rtol=1e-6)
 
 
 def test_draws_follow_the_warped_distribution() -> None:

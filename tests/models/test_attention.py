@@ -45,8 +45,8 @@ def test_grouped_queries(implementation: str, causal: bool, max_scores: int, mon
     monkeypatch.setattr(tarsier_jax.models.attention, "_MAX_SCORES", max_scores)
     q, k, v = random(0, 2, 136, 6, 16), random(1, 2, 136, 2, 16), random(2, 2, 136, 2, 16)
     lengths = np.array([136, 77])
-    got = attend(q, k, v, causal=causal, kv_lengths=jnp.asarray(lengths), implementation=implementation)
-    np.testing.assert_allclose(got, written_out(q, k, v, causal, lengths), atol=1e-5, rtol=0)
+    out = attend(q, k, v, causal=causal, kv_lengths=jnp.asarray(lengths), implementation=implementation)
+    np.testing.assert_allclose(out, written_out(q, k, v, causal, lengths), atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("interpreted_splash")
@@ -54,33 +54,33 @@ def test_grouped_queries(implementation: str, causal: bool, max_scores: int, mon
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("max_scores", [2**20, 2**12])
 def test_segments(implementation: str, causal: bool, max_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples in one row see what they would see in rows of their own."""
+    """Samples in one row attend as in separate rows."""
     monkeypatch.setattr(tarsier_jax.models.attention, "_MAX_SCORES", max_scores)
     q, k, v = random(0, 1, 136, 6, 16), random(1, 1, 136, 2, 16), random(2, 1, 136, 2, 16)
     segment_ids = jnp.asarray(np.repeat([[1, 2, 3, 0]], [50, 1, 70, 15], axis=1))
-    got = attend(q, k, v, causal=causal, segment_ids=segment_ids, implementation=implementation)
+    out = attend(q, k, v, causal=causal, segment_ids=segment_ids, implementation=implementation)
     for part in (slice(0, 50), slice(50, 51), slice(51, 121)):
         length = np.array([part.stop - part.start])
         alone = written_out(q[:, part], k[:, part], v[:, part], causal, length)
-        np.testing.assert_allclose(got[:, part], alone, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(out[:, part], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_one_query_reads_the_valid_part_of_the_cache(implementation: str) -> None:
     q, k, v = random(0, 3, 1, 6, 16), random(1, 3, 40, 2, 16), random(2, 3, 40, 2, 16)
     lengths = np.array([1, 40, 13])
-    got = attend(q, k, v, kv_lengths=jnp.asarray(lengths), implementation=implementation)
-    np.testing.assert_allclose(got, written_out(q, k, v, False, lengths), atol=1e-5, rtol=0)
+    out = attend(q, k, v, kv_lengths=jnp.asarray(lengths), implementation=implementation)
+    np.testing.assert_allclose(out, written_out(q, k, v, False, lengths), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("queries", [1, 5])
 def test_queries_that_start_at_another_key_in_each_row(queries: int) -> None:
     q, k, v = random(0, 3, queries, 6, 16), random(1, 3, 40, 2, 16), random(2, 3, 40, 2, 16)
     starts = np.array([0, 35, 13])
-    got = attend(q, k, v, causal=True, query_starts=jnp.asarray(starts))
+    out = attend(q, k, v, causal=True, query_starts=jnp.asarray(starts))
     for t in range(queries):  # query t sees the keys up to its own
         one = written_out(q[:, t : t + 1], k, v, False, starts + t + 1)
-        np.testing.assert_allclose(got[:, t : t + 1], one, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(out[:, t : t + 1], one, atol=1e-5, rtol=0)
 
 
 def test_a_row_with_nothing_to_see_is_finite() -> None:

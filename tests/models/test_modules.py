@@ -16,7 +16,7 @@ from tests import reference
 
 ATOL = 1e-4
 T, H, W = 3, 6, 10  # frames, and their height and width in patches
-PATCHES = 64  # what frames of 60 patches are padded to
+PATCHES = 64  # the padded size of frames of 60 patches
 SIZES = {"tiny": reference.TINY, "true widths": reference.TRUE_WIDTHS}
 
 
@@ -41,8 +41,8 @@ def test_mrope_tables(models: tuple[Any, Tarsier]) -> None:
     theirs, ours = models
     text, ids = ours.config.text, position_ids()
     expected = theirs.model.language_model.rotary_emb(torch.zeros(1), torch.from_numpy(ids).permute(2, 0, 1).long())
-    got = mrope_tables(ids, text.head_dim, text.rope_theta, text.mrope_section)
-    for a, b in zip(got, expected, strict=True):
+    tables = mrope_tables(ids, text.head_dim, text.rope_theta, text.mrope_section)
+    for a, b in zip(tables, expected, strict=True):
         np.testing.assert_allclose(np.tile(a, 2), b.numpy(), atol=ATOL, rtol=0)
 
 
@@ -73,9 +73,9 @@ def test_vision_block(models: tuple[Any, Tarsier]) -> None:
             cu_seqlens=torch.arange(T + 1) * H * W,
             position_embeddings=(cos, sin),
         )
-    padded = np.pad(x, ((0, 0), (0, PATCHES - H * W), (0, 0)), constant_values=3.0)  # whatever is there is not seen
-    got = ours.vision.blocks[1](padded, our_cos, our_sin, {"kv_lengths": jnp.full(T, H * W)})[:, : H * W]
-    np.testing.assert_allclose(got.reshape(expected.shape), expected.numpy(), atol=ATOL, rtol=0)
+    padded = np.pad(x, ((0, 0), (0, PATCHES - H * W), (0, 0)), constant_values=3.0)  # padding has no effect
+    output = ours.vision.blocks[1](padded, our_cos, our_sin, {"kv_lengths": jnp.full(T, H * W)})[:, : H * W]
+    np.testing.assert_allclose(output.reshape(expected.shape), expected.numpy(), atol=ATOL, rtol=0)
 
 
 def test_patch_merger(models: tuple[Any, Tarsier]) -> None:
@@ -94,9 +94,9 @@ def test_vision_tower(models: tuple[Any, Tarsier], max_patches: int, monkeypatch
     with torch.no_grad():
         expected = theirs.model.visual(torch.from_numpy(x.reshape(-1, x.shape[-1])), torch.tensor([[T, H, W]]))
     padded = np.pad(x, ((0, 1), (0, PATCHES - H * W), (0, 0)))
-    got = ours.vision(padded, jnp.array([[[H, W]]] * T + [[[0, 0]]]))[:T, : H * W // 4]
+    output = ours.vision(padded, jnp.array([[[H, W]]] * T + [[[0, 0]]]))[:T, : H * W // 4]
     expected = expected.pooler_output.numpy()
-    np.testing.assert_allclose(got.reshape(expected.shape), expected, atol=ATOL, rtol=0)
+    np.testing.assert_allclose(output.reshape(expected.shape), expected, atol=ATOL, rtol=0)
 
 
 def test_frames_that_share_a_bin(models: tuple[Any, Tarsier]) -> None:
@@ -106,9 +106,9 @@ def test_frames_that_share_a_bin(models: tuple[Any, Tarsier]) -> None:
     bins = np.full((2, 40, ours.config.vision.patch_dim), 3.0, np.float32)
     bins[0, :24], bins[0, 24:32], bins[1, :24] = frames
     together = ours.vision(bins, jnp.array([[(4, 6), (2, 4)], [(6, 4), (0, 0)]]))
-    for got, frame, size in zip((together[0, :6], together[0, 6:8], together[1, :6]), frames, sizes, strict=True):
+    for output, frame, size in zip((together[0, :6], together[0, 6:8], together[1, :6]), frames, sizes, strict=True):
         alone = ours.vision(frame[None], jnp.array([[size]]))[0]
-        np.testing.assert_allclose(got, alone, atol=ATOL, rtol=0)
+        np.testing.assert_allclose(output, alone, atol=ATOL, rtol=0)
 
 
 def test_decoder_layer(models: tuple[Any, Tarsier]) -> None:
@@ -121,5 +121,5 @@ def test_decoder_layer(models: tuple[Any, Tarsier]) -> None:
         causal = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
         expected = language_model.layers[1](torch.from_numpy(x), attention_mask=causal, position_embeddings=tables)
     cos, sin = mrope_tables(ids, text.head_dim, text.rope_theta, text.mrope_section)
-    got, _ = ours.decoder.layers[1](x, cos, sin, None, None, 1)
-    np.testing.assert_allclose(got, expected.numpy(), atol=ATOL, rtol=0)
+    output, _ = ours.decoder.layers[1](x, cos, sin, None, None, 1)
+    np.testing.assert_allclose(output, expected.numpy(), atol=ATOL, rtol=0)

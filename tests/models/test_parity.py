@@ -151,8 +151,8 @@ def test_bfloat16_is_as_close_as_the_references_own(tmp_path: Path) -> None:
     reference.keep_rope_exact(theirs)
     for case in CASES:
         half += [reference.reference_logits(theirs, e) for e in reference.make_case(case, ours.config)[0]]
-    expected, got = (np.mean(_kl(np.concatenate(exact), np.concatenate(x))) for x in (half, mine))
-    assert 0 < got <= 1.5 * expected
+    expected, divergence = (np.mean(_kl(np.concatenate(exact), np.concatenate(x))) for x in (half, mine))
+    assert 0 < divergence <= 1.5 * expected
 
 
 def _kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:

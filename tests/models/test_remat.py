@@ -1,4 +1,4 @@
-"""What the backward pass recomputes changes nothing but memory."""
+"""Rematerialisation changes only memory."""
 
 import dataclasses
 from pathlib import Path

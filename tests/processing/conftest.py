@@ -1,4 +1,4 @@
-"""Small stand-ins for what users bring: a checkpoint's processor files, and videos whose frames tell their number."""
+"""Small inputs: a checkpoint's processor files, and videos whose frames encode their number."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ SPECIAL = (
 
 @pytest.fixture(scope="session")
 def tables() -> dict:
-    """What the original processor gives; see `frame_formula` and `prompt_format` in the file."""
+    """The outputs of the original processor; see `frame_formula` and `prompt_format` in the file."""
     return json.loads((DATA / "upstream_tables.json").read_text())
 
 
@@ -76,7 +76,7 @@ def processor(checkpoint: Path, config: ModelConfig) -> Processor:
 
 @pytest.fixture(scope="session")
 def render(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes a video of 40 frames of 64 x 48 pixels, 8 a second; frame i is grey of brightness 20 + 5 i."""
+    """Writes a video of 40 frames of 64 x 48 pixels, 8 per second. Frame i is grey with the brightness 20 + 5 i."""
     directory = tmp_path_factory.mktemp("videos")
 
     def write(name: str, *arguments: str) -> Path:
@@ -115,7 +115,7 @@ def formula_frame(width: int, height: int, t: int) -> Image.Image:
 
 
 def user(*items: dict | str) -> dict:
-    """A sample of one user message; texts stand for text items."""
+    """A sample of one user message. Strings become text items."""
     content = [{"type": "text", "text": item} if isinstance(item, str) else item for item in items]
     return {"messages": [{"role": "user", "content": content}]}
 

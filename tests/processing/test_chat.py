@@ -12,7 +12,7 @@ from tarsier_jax.weights import EMBEDDED, resolve
 from tests.processing.conftest import SPECIAL, write_json
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-# Like Qwen2-VL's own template: one placeholder a visual, whatever its size, and no word of where answers are.
+# Like Qwen2-VL's own template: one placeholder per visual of any size, and no marks of answers.
 QWEN = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
@@ -54,7 +54,7 @@ def tokenizer(checkpoint: Path):
 
 @pytest.fixture
 def encode(tokenizer, config: ModelConfig):
-    """Gives the prompt as text, and the part of it that is trained on."""
+    """Returns the prompt as text, and the part of it that is trained on."""
 
     def run(messages: list[dict], template: str = CHATML, training: bool = False) -> tuple[str, str]:
         placeholders = (config.image_token_id, config.video_token_id)
@@ -77,10 +77,10 @@ def test_a_prompt(encode) -> None:
 
 def test_several_threads_at_once(encode) -> None:
     """Each gets the labels of its own messages."""
-    asked = [[message("user", text("?")), message("assistant", text(f"{'A ' * n}cat."))] for n in range(8)] * 50
-    expected = [encode(messages, training=True) for messages in asked[:8]] * 50
+    conversations = [[message("user", text("?")), message("assistant", text(f"{'A ' * n}cat."))] for n in range(8)] * 50
+    expected = [encode(messages, training=True) for messages in conversations[:8]] * 50
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(lambda messages: encode(messages, training=True), asked)) == expected
+        assert list(threads.map(lambda messages: encode(messages, training=True), conversations)) == expected
 
 
 def test_the_number_of_tokens_is_the_originals(tokenizer, encode, tables: dict) -> None:
@@ -191,7 +191,7 @@ TEMPLATES = {"ours": CHATML, "Qwen's": QWEN, "marked": QWEN_TRAINING, "cut up": 
 def test_typed_control_tokens_are_text(
     tokenizer, config: ModelConfig, template: str, role: str, training: bool
 ) -> None:
-    """In a prompt the assistant's is a begun answer."""
+    """In a prompt, the assistant's message is the start of an answer."""
 
     def encoded(words: str) -> tuple[np.ndarray, np.ndarray]:
         texts = {"system": "Be brief.", "user": "Hello", "assistant": "Well"} | {role: words}
@@ -366,8 +366,8 @@ def test_where_templates_are_sought(checkpoint: Path) -> None:
         return load_chat_template(checkpoint)
 
     assert found() == CHATML
-    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "tokenizer_config"}]
-    write_json(checkpoint / "tokenizer_config.json", {"chat_template": named})
+    templates = [{"name": "tools", "template": "no"}, {"name": "default", "template": "tokenizer_config"}]
+    write_json(checkpoint / "tokenizer_config.json", {"chat_template": templates})
     assert found() == "tokenizer_config"
     write_json(checkpoint / "chat_template.json", {"chat_template": "chat_template.json"})
     assert found() == "chat_template.json"

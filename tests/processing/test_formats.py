@@ -55,7 +55,7 @@ def llava(question: str, **beside: Any) -> dict:
             [{"type": "video", "video": {"frames": ["1.png", "2.png"]}}, text("Describe.")],
         ),
         (chat("<video>Describe.", videos=[{"video": "a.mp4", "fps": 2}]), [video(fps=2), text("Describe.")]),
-        # TRL, and what Arrow makes of it
+        # TRL, also as loaded by Arrow
         (chat([{"type": "image"}, text("Which?")], images=["a.png"]), [image(), text("Which?")]),
         (
             chat([{"type": "image", "text": None}, text("Which?")], images=[{"bytes": None, "path": "a.png"}]),

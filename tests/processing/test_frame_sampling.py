@@ -81,8 +81,8 @@ def test_timestamps_that_jitter_mean_what_the_rate_says() -> None:
 
 def test_select_frames_by_the_second_sampler() -> None:
     assert select_frames({}, 100, None, 2, sampler="v2") == [24, 74]
-    drawn = select_frames({"start_frame": 90}, 100, None, 2, "v2", np.random.default_rng(0))
-    assert 90 <= drawn[0] < 95 <= drawn[1] < 100
+    indices = select_frames({"start_frame": 90}, 100, None, 2, "v2", np.random.default_rng(0))
+    assert 90 <= indices[0] < 95 <= indices[1] < 100
 
 
 @pytest.mark.parametrize(

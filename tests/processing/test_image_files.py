@@ -120,12 +120,12 @@ def test_transparency_is_white(name: str, tmp_path: Path) -> None:
     image, path = transparent_pictures()[name], tmp_path / "picture.png"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        shown = pixels(load_image(image))
-    assert (shown[:, :4] == 0).all()
-    assert (shown[:, 4:] == 255).all()
+        values = pixels(load_image(image))
+    assert (values[:, :4] == 0).all()
+    assert (values[:, 4:] == 255).all()
     if image.mode not in ("PA", "RGBa", "La"):  # which PNG does not have
         image.save(path, transparency=image.info.get("transparency"))
-        np.testing.assert_array_equal(pixels(load_image(path)), shown)
+        np.testing.assert_array_equal(pixels(load_image(path)), values)
 
 
 @pytest.mark.parametrize("ending", ["png", "webp", "tif"])
@@ -200,9 +200,9 @@ def test_values_are_scaled(tmp_path: Path, ending: str, dtype: str, high: float)
     image = Image.fromarray(ramp(dtype, high))
     image.save(path)
     for source in (path, image):
-        shown = pixels(load_image(source))
-        assert (shown.min(), shown.max()) == (0, 255)
-        np.testing.assert_allclose(shown[..., 0], LEVELS, atol=1)
+        values = pixels(load_image(source))
+        assert (values.min(), values.max()) == (0, 255)
+        np.testing.assert_allclose(values[..., 0], LEVELS, atol=1)
 
 
 def test_dark_pictures_stay_dark(tmp_path: Path) -> None:
@@ -250,9 +250,9 @@ def test_color_profiles_are_applied(photo: Image.Image, tmp_path: Path) -> None:
     swapped = bytearray(srgb.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")))
     swapped[red : red + 4], swapped[green : green + 4] = b"gXYZ", b"rXYZ"  # red and green change places
     as_stored = pixels(photo)
-    for profile, shown in ((srgb, as_stored), (bytes(swapped), as_stored[..., [1, 0, 2]]), (b"broken", as_stored)):
+    for profile, expected in ((srgb, as_stored), (bytes(swapped), as_stored[..., [1, 0, 2]]), (b"broken", as_stored)):
         photo.save(tmp_path / "photo.png", icc_profile=profile)
-        np.testing.assert_allclose(pixels(load_image(tmp_path / "photo.png")), shown, atol=2)
+        np.testing.assert_allclose(pixels(load_image(tmp_path / "photo.png")), expected, atol=2)
 
 
 # Animations
@@ -331,9 +331,9 @@ def test_panoramas_above_the_limit_of_pillow_are_read(tmp_path: Path, monkeypatc
     monkeypatch.setattr(image_files, "_FULL_PIXELS", 10_000)
     path = tmp_path / "panorama.jpg"
     Image.new("RGB", (400, 50), (200, 100, 50)).save(path)
-    shown = load_image(path)
-    assert shown.size == (200, 25)
-    np.testing.assert_allclose(pixels(shown)[0, 0], (200, 100, 50), atol=3)
+    frame = load_image(path)
+    assert frame.size == (200, 25)
+    np.testing.assert_allclose(pixels(frame)[0, 0], (200, 100, 50), atol=3)
 
 
 def test_too_large_pictures_are_named_with_the_limit(tmp_path: Path) -> None:

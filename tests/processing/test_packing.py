@@ -95,13 +95,13 @@ def test_an_earlier_bin_is_filled_up() -> None:
 
 
 def test_two_answers_about_the_same_visuals_store_them_once() -> None:
-    chosen = example(2, (2, 4, 4), seed=1)
-    rejected, other = answered(chosen, 4, seed=2), example(3, (1, 2, 4), seed=3)
-    batch = filled([chosen, rejected], [other]).build(0)
+    preferred = example(2, (2, 4, 4), seed=1)
+    rejected, other = answered(preferred, 4, seed=2), example(3, (1, 2, 4), seed=3)
+    batch = filled([preferred, rejected], [other]).build(0)
     np.testing.assert_array_equal(batch.segment_ids, [[*[1] * 11, *[2] * 13, *[3] * 6, 0, 0]])
     np.testing.assert_array_equal(batch.frame_hw[0, :, 0], [[4, 4], [4, 4], [0, 0]])
     np.testing.assert_array_equal(batch.frame_hw[0, :, 1], [[2, 4], [0, 0], [0, 0]])
-    for segment, sample in ((1, chosen), (2, rejected), (3, other)):
+    for segment, sample in ((1, preferred), (2, rejected), (3, other)):
         np.testing.assert_array_equal(merged_patches(batch, segment), sample.pixel_values.reshape(-1, 4 * 1176))
     np.testing.assert_array_equal(batch.labels[0, 11:24], rejected.labels)
 
@@ -121,7 +121,7 @@ def test_what_does_not_fit_leaves_the_row_as_it_was(unit: list[Example], limit: 
     first, last = example(4, (1, 4, 4)), example(2, (1, 2, 4))
     row = filled([first])
     assert not row.add(unit)
-    assert row.add([last])  # what fits, still does
+    assert row.add([last])  # a smaller unit still fits
     expected = filled([first], [last]).build(0)
     for name, value in vars(row.build(0)).items():
         np.testing.assert_array_equal(value, getattr(expected, name), err_msg=f"{limit}: {name}")

@@ -10,7 +10,7 @@ from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.sample import open_visuals, read_messages
 from tests.processing.conftest import frame_numbers, user
 
-FRAMES = list(range(0, 160, 10))  # 16, as a video of 151 frames shows
+FRAMES = list(range(0, 160, 10))  # the 16 sampled frames of a video of 151 frames
 
 
 def seeds(kind: str | None, frames: list[int], count: int = 50) -> Iterable[list[int]]:
@@ -19,13 +19,13 @@ def seeds(kind: str | None, frames: list[int], count: int = 50) -> Iterable[list
 
 def test_exchange_swaps_two_quarters() -> None:
     quarters = [tuple(FRAMES[i : i + 4]) for i in range(0, 16, 4)]
-    seen = set()
+    orders = set()
     for frames in seeds("exchange", FRAMES):
         parts = tuple(tuple(frames[i : i + 4]) for i in range(0, 16, 4))
         assert sorted(parts) == quarters
         assert sum(part != quarter for part, quarter in zip(parts, quarters, strict=True)) == 2
-        seen.add(parts)
-    assert len(seen) == 6  # every pair of quarters
+        orders.add(parts)
+    assert len(orders) == 6  # every pair of quarters
 
 
 def test_reverse_turns_a_span_of_more_than_half() -> None:
@@ -49,11 +49,11 @@ def test_crop_shows_three_quarters_with_as_many_frames() -> None:
 
 
 def test_discard_keeps_half_in_order() -> None:
-    kept = list(seeds("discard", FRAMES))
-    for frames in kept:
+    samples = list(seeds("discard", FRAMES))
+    for frames in samples:
         assert len(frames) == 8
         assert frames == sorted(set(frames) & set(FRAMES))
-    assert set().union(*kept) == set(FRAMES)
+    assert set().union(*samples) == set(FRAMES)
 
 
 @pytest.mark.parametrize("n", range(2, 12))
@@ -94,10 +94,10 @@ def test_a_video_item_asks_for_it(mp4: Path, kind: str) -> None:
 
 def test_training_and_inference_show_the_same_frames(processor: Processor, mp4: Path) -> None:
     sample = perturbed_video(mp4, seed=5)
-    seen = [processor(sample, training) for training in (False, True)]
-    np.testing.assert_array_equal(seen[0].pixel_values, seen[1].pixel_values)
+    examples = [processor(sample, training) for training in (False, True)]
+    np.testing.assert_array_equal(examples[0].pixel_values, examples[1].pixel_values)
     other = processor(perturbed_video(mp4, seed=6))
-    assert not np.array_equal(other.pixel_values, seen[0].pixel_values)
+    assert not np.array_equal(other.pixel_values, examples[0].pixel_values)
 
 
 def test_black_frames_follow_what_is_left(mp4: Path) -> None:

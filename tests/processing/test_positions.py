@@ -20,7 +20,7 @@ def test_text_counts_up_on_all_axes() -> None:
 
 
 def test_text_resumes_after_the_longest_axis() -> None:
-    """Three frames of 2 x 4 patches: 3 x 1 x 2 tokens, so that time is the longest axis."""
+    """Three frames of 2 x 4 patches: 3 x 1 x 2 tokens; time is the longest axis."""
     positions = mrope_positions(np.array([1, *[IMAGE] * 6, 2]), np.array([[3, 2, 4]]), 2, (IMAGE,))
     np.testing.assert_array_equal(positions[:, -1], [4, 4, 4])
     np.testing.assert_array_equal(positions[0, 1:-1], [1, 1, 2, 2, 3, 3])

@@ -45,7 +45,7 @@ def test_grids_are_the_originals(processor: Processor, tables: dict) -> None:
 
 
 def test_many_frames_share_the_budget_of_pixels(processor: Processor) -> None:
-    """854 x 480 pixels are within max_pixels; what 64 doubled frames may have is 147,456 pixels each."""
+    """854 x 480 pixels are within max_pixels; the limit of 64 doubled frames is 147,456 pixels each."""
     visuals = [formula_frame(854, 480, 0)] * 4
     small = processor.replace(max_pixels_per_sample=8 * 147_456)(user(video_item(*visuals)))
     np.testing.assert_array_equal(small.grid_thw, [[4, 20, 36]])  # as in the table, for 64 frames
@@ -54,14 +54,14 @@ def test_many_frames_share_the_budget_of_pixels(processor: Processor) -> None:
 
 
 def test_a_checkpoint_that_pairs_frames_is_shown_pairs(processor: Processor) -> None:
-    """Whatever the options say; an odd frame at the end is paired with itself."""
+    """For both values of the option. An odd frame at the end is paired with itself."""
     frames = [formula_frame(56, 56, i) for i in range(3)]
     own = dataclasses.replace(processor, image=dataclasses.replace(processor.image, double_frames=False))
-    asked = processor.replace(double_frames=False)(user(video_item(*frames)))
-    shown = own(user(video_item(*frames)))
-    np.testing.assert_array_equal(shown.grid_thw, [[2, 4, 4]])
-    assert shown.frames == 3
-    np.testing.assert_array_equal(shown.pixel_values, asked.pixel_values)
+    by_option = processor.replace(double_frames=False)(user(video_item(*frames)))
+    by_checkpoint = own(user(video_item(*frames)))
+    np.testing.assert_array_equal(by_checkpoint.grid_thw, [[2, 4, 4]])
+    assert by_checkpoint.frames == 3
+    np.testing.assert_array_equal(by_checkpoint.pixel_values, by_option.pixel_values)
 
 
 def test_a_sample_may_have_limits_of_its_own(processor: Processor) -> None:

@@ -1,4 +1,4 @@
-"""What transformers renders of a directory after `save_chat_template`, by every file that it may read."""
+"""transformers' rendering of a directory after `save_chat_template`, for every file that it may read."""
 
 import json
 import warnings
@@ -103,11 +103,11 @@ def rendered_by_transformers(directory: Path, conversation: list[dict]) -> str:
     options = {"tokenize": False, "add_generation_prompt": True}
     if conversation[-1]["role"] == "assistant":
         options = {"tokenize": False, "continue_final_message": True}
-    rendered = str(tokenizer.apply_chat_template(conversation, **options))
+    prompt = str(tokenizer.apply_chat_template(conversation, **options))
     # The processor's template is another: it may come from another file.
     template = ProcessorMixin.get_processor_dict(directory)[0]["chat_template"]
-    assert tokenizer.apply_chat_template(conversation, chat_template=template, **options) == rendered
-    return rendered
+    assert tokenizer.apply_chat_template(conversation, chat_template=template, **options) == prompt
+    return prompt
 
 
 def expected_of(directory: Path, template: str, conversation: list[dict]) -> str:
@@ -126,14 +126,14 @@ def directory(checkpoint: Path) -> Path:
 @pytest.mark.parametrize("files", SOURCES.values(), ids=SOURCES)
 def test_transformers_renders_exports_as_qwen2_vl(directory: Path, files: dict[str, str]) -> None:
     add_templates(directory, files)
-    used = training_template(load_chat_template(directory))
-    save_chat_template(directory, used)
-    assert load_chat_template(directory) == used
+    template = training_template(load_chat_template(directory))
+    save_chat_template(directory, template)
+    assert load_chat_template(directory) == template
     assert not marks_answers((directory / "chat_template.jinja").read_text())
     for conversation in CONVERSATIONS.values():
         assert rendered_by_transformers(directory, conversation) == expected_of(directory, QWEN2_VL, conversation)
     exported = {file.name: file.read_text() for file in directory.iterdir()}
-    save_chat_template(directory, used)  # training again, from the export
+    save_chat_template(directory, template)  # training again, from the export
     assert {file.name: file.read_text() for file in directory.iterdir()} == exported
 
 
@@ -182,7 +182,7 @@ def test_a_template_for_this_project_alone(directory: Path) -> None:
 
 @pytest.mark.parametrize("files", [{}, {"chat_template.jinja": COUNTING}, {"chat_template.jinja": OTHER}])
 def test_vllm_keeps_visuals_among_the_text(directory: Path, files: dict[str, str]) -> None:
-    """It gives a template lists of items if it finds a loop over `message.content` in a loop over `messages`."""
+    """It passes lists of items to a template with a loop over `message.content` in a loop over `messages`."""
     add_templates(directory, files)
     save_chat_template(directory, load_chat_template(directory))
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
@@ -203,9 +203,9 @@ def test_templates_to_train_with() -> None:
 
 def test_labels_are_the_same_after_an_export(directory: Path) -> None:
     add_templates(directory, {"chat_template.json": QWEN2_VL})
-    used = training_template(load_chat_template(directory))
+    template = training_template(load_chat_template(directory))
     with warnings.catch_warnings(action="error"):
-        save_chat_template(directory, used)
+        save_chat_template(directory, template)
     messages = [{"role": r, "content": [text(f"The {r}")]} for r in ("user", "assistant", "user", "assistant")]
     tokenizer, loaded = load_tokenizer(directory), load_chat_template(directory)
     _, labels = encode_messages(tokenizer, loaded, messages, (), training=True)

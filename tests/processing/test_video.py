@@ -26,8 +26,8 @@ ENCODINGS = {
 def test_exactly_the_frames_asked_for(render: Callable[..., Path], name: str) -> None:
     clip = open_clip(render(name, *ENCODINGS[name]))
     assert (clip.length, clip.rate) == (40, 8.0)
-    asked = [0, 3, 9, 10, 11, 17, 25, 32, 39]
-    assert frame_numbers(list(clip.read(asked))) == asked
+    indices = [0, 3, 9, 10, 11, 17, 25, 32, 39]
+    assert frame_numbers(list(clip.read(indices))) == indices
     again = [30, 8, 8, 31]
     assert frame_numbers(list(clip.read(again))) == again
 
@@ -40,7 +40,7 @@ def test_upper_case_names(mp4: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def gif(tmp_path: Path) -> Path:
-    """Six frames of a moving square on a transparent ground, 50 ms each; later frames store what changes."""
+    """Six frames of a moving square on a transparent ground, 50 ms each; later frames store only changes."""
     frames = []
     for i in range(6):
         pixels = np.zeros((24, 32, 4), np.uint8)
@@ -61,8 +61,8 @@ def test_gif_frames(gif: Path) -> None:
     assert (clip.length, clip.rate) == (6, 20.0)
     with Image.open(gif) as image:
         every = [over_white(frame) for frame in ImageSequence.Iterator(image)]
-    asked = [1, 4, 4, 0]  # repeated and unsorted, as from a video
-    for frame, index in zip(clip.read(asked), asked, strict=True):
+    indices = [1, 4, 4, 0]  # repeated and unsorted, as from a video
+    for frame, index in zip(clip.read(indices), indices, strict=True):
         np.testing.assert_array_equal(np.asarray(frame), every[index])
 
 
@@ -85,7 +85,7 @@ def test_lists_of_files_and_of_frames_in_memory(tmp_path: Path) -> None:
 
 @pytest.fixture
 def broken(mp4: Path, gif: Path, tmp_path: Path) -> Path:
-    """A directory of files that are not what their names say."""
+    """A directory of files whose content differs from their ending."""
     directory = tmp_path / "broken"
     directory.mkdir()
     content = mp4.read_bytes()

@@ -87,7 +87,7 @@ def ffmpeg_frames(path: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes a clip of a test picture that changes in every frame: 25 frames a second of 96 x 64 pixels."""
+    """Writes a clip of a test picture that changes in every frame: 25 frames per second of 96 x 64 pixels."""
     directory = tmp_path_factory.mktemp("sources")
 
     def write(name: str, arguments: tuple[str, ...], frames: int = 100) -> Path:

@@ -16,8 +16,8 @@ Write = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What transformers 5 writes; its names are those of the layout `qwen2_vl_new`, or the old ones."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint written by transformers 5, with the names of the layout `qwen2_vl_new`, or the old ones."""
     directory = tmp_path_factory.mktemp("saved")
     reference.make_reference(directory, reference.TINY)
     return directory
@@ -36,7 +36,7 @@ def renamed(name: str, layout: str) -> str:
 
 
 @pytest.fixture
-def write(saved: Path, tmp_path: Path) -> Write:
+def write(checkpoint: Path, tmp_path: Path) -> Write:
     """Writes a checkpoint: write(layout, dtype, shards, change) -> directory. `change` edits the dict of tensors."""
 
     def write(
@@ -47,7 +47,7 @@ def write(saved: Path, tmp_path: Path) -> Write:
     ) -> Path:
         directory = tmp_path / "checkpoint"
         directory.mkdir()
-        raw = json.loads((saved / "config.json").read_text())
+        raw = json.loads((checkpoint / "config.json").read_text())
         if layout == "tarsier2":
             halves = {"text_config": {**raw["text_config"], "model_type": "qwen2_vl"}}
             halves |= {"vision_config": {**raw["vision_config"], "model_type": "qwen2_vl"}}
@@ -55,7 +55,7 @@ def write(saved: Path, tmp_path: Path) -> Write:
         (directory / "config.json").write_text(json.dumps(raw))
         (directory / "generation_config.json").write_text('{"eos_token_id": [2]}')
         (directory / "modeling_evil.py").write_text("raise SystemExit")
-        tensors = {renamed(k, layout): v.to(dtype) for k, v in load_file(saved / "model.safetensors").items()}
+        tensors = {renamed(k, layout): v.to(dtype) for k, v in load_file(checkpoint / "model.safetensors").items()}
         change(tensors)
         names = sorted(tensors)
         if shards == 1:

@@ -1,4 +1,4 @@
-"""Run by test_quantize on eight simulated devices: int8 weights over a mesh lie and answer as they should."""
+"""Run by test_quantize on eight simulated devices: int8 weights are sharded over a mesh, with the same answers."""
 
 import sys
 from pathlib import Path

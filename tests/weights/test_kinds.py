@@ -1,4 +1,4 @@
-"""Directories that are no checkpoint to load are named, with the way to make one."""
+"""Directories that are not loadable checkpoints cause errors that name the conversion."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Weights in int8: the values, what the model makes of them, the room they take, and how they lie on a mesh."""
+"""Weights in int8: values, logits, bytes, and sharding over a mesh."""
 
 import dataclasses
 import os
@@ -31,9 +31,9 @@ def parameters(model: Tarsier) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_values(saved: Path, dtype: str) -> None:
+def test_values(checkpoint: Path, dtype: str) -> None:
     """Each output channel has a scale of its own, and is rounded to nearest; all else is as it was."""
-    plain, quantized = (parameters(load(saved, int8, dtype)) for int8 in (False, True))
+    plain, quantized = (parameters(load(checkpoint, int8, dtype)) for int8 in (False, True))
     matrices = {name for name, x in quantized.items() if isinstance(x, qwix.QArray)}
     assert len(matrices) == 7 and all(name.startswith("decoder/layers/") for name in matrices)
     for name, x in plain.items():
@@ -41,49 +41,49 @@ def test_values(saved: Path, dtype: str) -> None:
         if name not in matrices:
             np.testing.assert_array_equal(np.asarray(q, np.float32), x)
             continue
-        scale = np.abs(x).max(axis=-1, keepdims=True) / 127.5  # so that the largest values round to -128 and 127
+        scale = np.abs(x).max(axis=-1, keepdims=True) / 127.5  # the largest values round to -128 and 127
         assert q.qvalue.dtype == np.int8
         np.testing.assert_allclose(np.asarray(q.scale), scale, rtol=1e-6)
         assert np.abs(np.asarray(q.qvalue) - x / scale).max() < 0.5001
 
 
-def test_logits_are_those_of_the_rounded_weights(saved: Path) -> None:
-    quantized, rounded = load(saved, int8=True), load(saved, int8=False)
+def test_logits_are_those_of_the_rounded_weights(checkpoint: Path) -> None:
+    quantized, rounded = load(checkpoint, int8=True), load(checkpoint, int8=False)
     values = parameters(quantized)
     for path, leaf in nnx.to_flat_state(nnx.state(rounded)):
         if isinstance(q := values[parameter_path(path)], qwix.QArray):
             leaf[...] = jax.numpy.asarray(np.asarray(q.qvalue, np.float32) * np.asarray(q.scale))
     _, batch = reference.make_case("unlike samples", quantized.config)
     valid = np.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
-    told, expected = (np.asarray(model(batch))[valid] for model in (quantized, rounded))
-    np.testing.assert_allclose(told, expected, atol=1e-4)
-    plain = np.asarray(load(saved, int8=False)(batch))[valid]
-    assert np.abs(plain - expected).max() > 1e-3  # so the tolerance is no wide one
+    logits, expected = (np.asarray(model(batch))[valid] for model in (quantized, rounded))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    plain = np.asarray(load(checkpoint, int8=False)(batch))[valid]
+    assert np.abs(plain - expected).max() > 1e-3  # the tolerance is narrow
 
 
-def test_half_of_bfloat16(saved: Path) -> None:
+def test_half_of_bfloat16(checkpoint: Path) -> None:
     plain, quantized = (
-        sum(x.nbytes for x in jax.tree.leaves(nnx.state(load(saved, int8, "bfloat16").decoder.layers)))
+        sum(x.nbytes for x in jax.tree.leaves(nnx.state(load(checkpoint, int8, "bfloat16").decoder.layers)))
         for int8 in (False, True)
     )
     assert quantized < 0.56 * plain
 
 
-def test_converted_directories_give_the_same(saved: Path, tmp_path: Path) -> None:
-    convert_hf(saved, tmp_path / "orbax")
-    one, other = (nnx.state(load(directory, int8=True)) for directory in (saved, tmp_path / "orbax"))
+def test_converted_directories_give_the_same(checkpoint: Path, tmp_path: Path) -> None:
+    convert_hf(checkpoint, tmp_path / "orbax")
+    one, other = (nnx.state(load(directory, int8=True)) for directory in (checkpoint, tmp_path / "orbax"))
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.slow
-def test_over_eight_devices(saved: Path) -> None:
+def test_over_eight_devices(checkpoint: Path) -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.weights.quantized", str(saved)]
+    command = [sys.executable, "-m", "tests.weights.quantized", str(checkpoint)]
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_without_qwix(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_qwix(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(InputError, match=r"need qwix: pip install -e '\.\[int8\]'"):
-        load(saved, int8=True)
+        load(checkpoint, int8=True)

@@ -1,4 +1,4 @@
-"""Hugging Face -> Orbax -> Hugging Face gives every tensor back, bit for bit."""
+"""Hugging Face -> Orbax -> Hugging Face restores every tensor, bit for bit."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_paths(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pa
     monkeypatch.chdir(here)
     convert_hf(Path("../checkpoint/."), Path(path))
     reference.load_ours(Path(path))
-    convert_to_hf(Path(path), Path("link/../back"))  # as the system resolves it: ".." of what the link points to
+    convert_to_hf(Path(path), Path("link/../back"))  # as in the system: ".." of the link's target
     assert bits(here / "back") == bits(source)
     assert not [file for file in tmp_path.rglob(".*") if file.name.endswith((".lock", ".partial"))]
 
@@ -106,7 +106,7 @@ def test_both_kinds_of_directory_load_the_same_model(write: Write, tmp_path: Pat
 
 
 def test_a_model_saved_by_orbax_exports_like_a_converted_one(write: Write, tmp_path: Path) -> None:
-    """What a trainer does: save device arrays, then export."""
+    """As in training: save device arrays, then export."""
     source = write()
     convert_hf(source, tmp_path / "orbax")
     model = reference.load_ours(source)

@@ -204,9 +204,9 @@ def test_torch_shards(write: Write) -> None:
     expected = reference.load_ours(directory)
     torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
-    got = reference.load_ours(directory)
+    model = reference.load_ours(directory)
     for (path, a), (_, b) in zip(
-        nnx.to_flat_state(nnx.state(got)), nnx.to_flat_state(nnx.state(expected)), strict=True
+        nnx.to_flat_state(nnx.state(model)), nnx.to_flat_state(nnx.state(expected)), strict=True
     ):
         np.testing.assert_array_equal(a[...], b[...], err_msg=str(path))
 
