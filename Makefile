@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
+# Sessions of tests share compiled programs; `make clean` removes them.
+test test-fast: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/xla
+# Compiling takes most of the time of small programs. `make test` runs the programs that users run.
+test-fast: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 
 .PHONY: demo test test-fast wheel lint types lock clean
 

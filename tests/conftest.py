@@ -1,7 +1,7 @@
 """Tests run on the CPU, in float32 at the highest precision; accelerators are not used.
 
-Compiled programs are shared by all test processes and the programs that tests start, in a directory that is removed
-at the end of the session. JAX_COMPILATION_CACHE_DIR keeps them in a directory of yours instead, for later sessions.
+All test processes and the programs that tests start share compiled programs in JAX_COMPILATION_CACHE_DIR. The Makefile
+sets it to a directory that later sessions read again. Without it, the directory is temporary.
 """
 
 import atexit
@@ -11,6 +11,8 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Each test process computes. More threads of PyTorch than cores wait for each other in loops that use the CPU.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # set in pytest's first process, which starts the workers
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tarsier_jax-xla-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
