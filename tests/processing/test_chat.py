@@ -4,10 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2.exceptions import SecurityError
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError, InputError
-from tarsier_jax.processing.chat import CHATML, encode_messages, load_chat_template, load_tokenizer, marks_answers
+from tarsier_jax.processing.chat import (
+    CHATML,
+    encode_messages,
+    load_chat_template,
+    load_tokenizer,
+    marks_answers,
+    render,
+)
 from tarsier_jax.weights import EMBEDDED, resolve
 from tests.processing.conftest import SPECIAL, write_json
 
@@ -381,3 +389,8 @@ def test_templates_without_a_default(checkpoint: Path) -> None:
     write_json(checkpoint / "chat_template.json", {"chat_template": {"tools": "x"}})
     with pytest.raises(CheckpointError, match=r"chat_template.json lacks a default"):
         load_chat_template(checkpoint)
+
+
+def test_templates_run_in_a_sandbox() -> None:
+    with pytest.raises(SecurityError, match="'__class__' of 'str' object is unsafe"):
+        render("{{ messages[0].role.__class__.__mro__ }}", [{"role": "user", "content": "Why?"}])
