@@ -18,6 +18,7 @@ def one_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "cases", lambda *_: [case])
 
 
+@pytest.mark.slow
 def test_every_row_has_a_figure(tmp_path: Path) -> None:
     """The parts that share a model run one after the other, and the file contains the table."""
     parts = ["ceilings", "prefill", "decode"]

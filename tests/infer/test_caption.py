@@ -71,6 +71,7 @@ def test_a_run_goes_on(clips: Path, tmp_path: Path) -> None:
     assert len(run(clips, output, "--limit", 2, "--overwrite")[1]) == 2
 
 
+@pytest.mark.slow
 def test_int8(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, lines = run(clips, tmp_path / "out.jsonl", "--int8", "--limit", 2)
     assert status == 0 and len(lines) == 2 and "0 compilations after warm-up" in capsys.readouterr().err

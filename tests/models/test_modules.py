@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ PATCHES = 64  # the padded size of frames of 60 patches
 SIZES = {"tiny": reference.TINY, "true widths": reference.TRUE_WIDTHS}
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=["tiny", pytest.param("true widths", marks=pytest.mark.slow)])
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tarsier]:
     directory: Path = tmp_path_factory.mktemp("modules")
     theirs = reference.make_reference(directory, SIZES[request.param])
@@ -29,6 +30,11 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def random(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def call(module: Any, *args: Any) -> Any:
+    """The module's output, from one compiled program."""
+    return jax.jit(lambda module, args: module(*args))(module, args)
 
 
 def position_ids() -> np.ndarray:
@@ -74,7 +80,7 @@ def test_vision_block(models: tuple[Any, Tarsier]) -> None:
             position_embeddings=(cos, sin),
         )
     padded = np.pad(x, ((0, 0), (0, PATCHES - H * W), (0, 0)), constant_values=3.0)  # padding has no effect
-    output = ours.vision.blocks[1](padded, our_cos, our_sin, {"kv_lengths": jnp.full(T, H * W)})[:, : H * W]
+    output = call(ours.vision.blocks[1], padded, our_cos, our_sin, {"kv_lengths": jnp.full(T, H * W)})[:, : H * W]
     np.testing.assert_allclose(output.reshape(expected.shape), expected.numpy(), atol=ATOL, rtol=0)
 
 
@@ -94,7 +100,7 @@ def test_vision_tower(models: tuple[Any, Tarsier], max_patches: int, monkeypatch
     with torch.no_grad():
         expected = theirs.model.visual(torch.from_numpy(x.reshape(-1, x.shape[-1])), torch.tensor([[T, H, W]]))
     padded = np.pad(x, ((0, 1), (0, PATCHES - H * W), (0, 0)))
-    output = ours.vision(padded, jnp.array([[[H, W]]] * T + [[[0, 0]]]))[:T, : H * W // 4]
+    output = call(ours.vision, padded, jnp.array([[[H, W]]] * T + [[[0, 0]]]))[:T, : H * W // 4]
     expected = expected.pooler_output.numpy()
     np.testing.assert_allclose(output.reshape(expected.shape), expected, atol=ATOL, rtol=0)
 
@@ -105,9 +111,9 @@ def test_frames_that_share_a_bin(models: tuple[Any, Tarsier]) -> None:
     frames = [random(h * w, ours.config.vision.patch_dim) for h, w in sizes]
     bins = np.full((2, 40, ours.config.vision.patch_dim), 3.0, np.float32)
     bins[0, :24], bins[0, 24:32], bins[1, :24] = frames
-    together = ours.vision(bins, jnp.array([[(4, 6), (2, 4)], [(6, 4), (0, 0)]]))
+    together = call(ours.vision, bins, jnp.array([[(4, 6), (2, 4)], [(6, 4), (0, 0)]]))
     for output, frame, size in zip((together[0, :6], together[0, 6:8], together[1, :6]), frames, sizes, strict=True):
-        alone = ours.vision(frame[None], jnp.array([[size]]))[0]
+        alone = call(ours.vision, frame[None], jnp.array([[size]]))[0]
         np.testing.assert_allclose(output, alone, atol=ATOL, rtol=0)
 
 

@@ -137,6 +137,7 @@ def test_a_planted_bug_is_seen(tiny: tuple[Any, Tarsier, Path], bug: Any, monkey
         check_logits(theirs, ours, "two videos of different sizes")
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_close_as_the_references_own(tmp_path: Path) -> None:
     """Mean KL to the float32 reference, over all cases: ours at most 1.5 times that of the reference in bfloat16."""
     theirs = reference.make_reference(tmp_path, SMALL)

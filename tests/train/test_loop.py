@@ -39,6 +39,7 @@ def train_sft(config: TrainConfig, workdir: Path) -> Summary:
     return train(config, workdir, sft_objective(config))
 
 
+@pytest.mark.slow
 def test_three_frames_train(tmp_path: Path) -> None:
     config = debug_config(num_train_steps=2, eval_every=0, **{"processor.n_frames": 3})
     summary = train_sft(config, tmp_path)
@@ -91,6 +92,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert "user\nWhat?<|im_end|>\n" in tokenizer.apply_chat_template(plain, tokenize=False)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     config = debug_config(**{"optimizer.peak_lr": 1e20, "optimizer.warmup_steps": 0, "save_every": 1, "eval_every": 0})
     with pytest.raises(NonFiniteLoss, match=r"At step (\d).*lower optimizer.peak_lr") as raised:
@@ -138,6 +140,7 @@ def test_only_bad_samples(tmp_path: Path) -> None:
         train_sft(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_held_out_samples_that_cannot_be_used_lose_no_training(tmp_path: Path) -> None:
     clips, bad = write_clips(tmp_path / "clips"), tmp_path / "bad.jsonl"
     bad.write_text("3\n" * 200)

@@ -38,12 +38,16 @@ def loss_and_gradients(graph: nnx.GraphDef, params: dict[str, Any], step: StepBa
     return total / weight
 
 
+def three_rows(examples: Sequence[Example]) -> list[Sequence[Example]]:
+    return [examples[:3], examples[3:6], examples[6:]]
+
+
 def test_packed_equals_unpacked(run: tuple[StateSpec, TrainState]) -> None:
     spec, state = run
     examples = make_examples(spec.config)
     one_a_row: list[Sequence[Example]] = [[example] for example in examples]
     loss, gradients = loss_and_gradients(spec.graph, state.params, step_batch(one_a_row, spec.config, spec.mesh))
-    for rows in ([examples[:3], examples[3:6], examples[6:]], [examples[2::-1], examples[7:5:-1], examples[5:2:-1]]):
+    for rows in (three_rows(examples), [examples[2::-1], examples[7:5:-1], examples[5:2:-1]]):
         packed_loss, packed = loss_and_gradients(spec.graph, state.params, step_batch(rows, spec.config, spec.mesh))
         np.testing.assert_allclose(packed_loss, loss, atol=ATOL, rtol=0)
         for path, gradient in gradients.items():
@@ -53,7 +57,7 @@ def test_packed_equals_unpacked(run: tuple[StateSpec, TrainState]) -> None:
 def test_planted_bugs_are_seen(run: tuple[StateSpec, TrainState]) -> None:
     """Attention across samples, positions that count on through a row, frames that attend to their neighbours."""
     spec, state = run
-    good = step_batch([make_examples(spec.config)[:3]], spec.config, spec.mesh)
+    good = step_batch(three_rows(make_examples(spec.config)), spec.config, spec.mesh)
     batch = good.batch
     counting = jnp.arange(batch.input_ids.shape[-1], dtype=jnp.int32)
     bugs = {
@@ -67,6 +71,7 @@ def test_planted_bugs_are_seen(run: tuple[StateSpec, TrainState]) -> None:
         assert abs(loss_and_gradients(spec.graph, state.params, bad)[0] - loss) > 100 * ATOL, name
 
 
+@pytest.mark.slow
 def test_parts_equal_the_whole(run: tuple[StateSpec, TrainState]) -> None:
     """Answers differ in length, so that a mean of means would differ."""
     spec, state = run
@@ -84,7 +89,7 @@ def test_chunks_equal_the_whole(run: tuple[StateSpec, TrainState]) -> None:
     spec, state = run
     model = build_model(spec.graph, state.params, "float32")
     batch = jax.tree.map(lambda x: x[0], step_batch([make_examples(spec.config)[:3]], spec.config, spec.mesh).batch)
-    x, targets = model.hidden(batch), shifted_labels(batch)
+    x, targets = jax.jit(lambda model, batch: model.hidden(batch))(model, batch), shifted_labels(batch)
     log_probs = jax.nn.log_softmax(model.decoder.logits(x))
     picked = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     for chunk in (7, 32, 1000):

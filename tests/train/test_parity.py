@@ -68,7 +68,10 @@ def answer_log_prob(model: Any, example: Example) -> tuple[torch.Tensor, int]:
     return log_probs.gather(1, targets[known][:, None]).sum(), int(known.sum())
 
 
-@pytest.mark.parametrize("freeze", [(), ("vision/.*",)], ids=["all trained", "frozen vision"])
+@pytest.mark.parametrize(
+    "freeze",
+    [pytest.param((), id="all trained"), pytest.param(("vision/.*",), id="frozen vision", marks=pytest.mark.slow)],
+)
 def test_ten_steps_of_sft(tmp_path: Path, freeze: tuple[str, ...]) -> None:
     theirs = reference.make_reference(tmp_path, reference.TINY)
     spec, state = make_run(tmp_path, dataclasses.replace(OPTIMIZER, freeze=freeze), remat="full")
@@ -88,6 +91,7 @@ def test_ten_steps_of_sft(tmp_path: Path, freeze: tuple[str, ...]) -> None:
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_ten_steps_of_dpo(tmp_path: Path) -> None:
     theirs = reference.make_reference(tmp_path, reference.TINY)
     spec, state = make_run(tmp_path, OPTIMIZER, with_reference=True)

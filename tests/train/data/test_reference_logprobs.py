@@ -51,6 +51,7 @@ def compute(workdir: Path, **over: Any) -> None:
         run.objective.before(run)
 
 
+@pytest.mark.slow
 def test_the_disk_gives_what_the_weights_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A policy that is its reference has no rewards, in training and on held-out pairs."""
     clips, file = write_clips(tmp_path / "clips"), tmp_path / "reference"

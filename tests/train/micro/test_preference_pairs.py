@@ -76,6 +76,7 @@ def test_pairs_of_clean_and_disturbed_clips(tmp_path: Path, monkeypatch: pytest.
         assert (out / line["messages"][0]["content"][0]["video"]["video_file"]).is_file()
 
 
+@pytest.mark.slow
 def test_they_are_sampled(tmp_path: Path) -> None:
     """By the engine: another description of each clip, the same ones in every run."""
     model, processor = tarsier_jax.load(write_untrained(tmp_path / "model", MICRO))
