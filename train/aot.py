@@ -39,7 +39,7 @@ from tarsier_jax.programs import run
 from train.config import TrainConfig, define_flags, read_flags
 from train.data.packing import fit_packing
 from train.dpo import dpo_objective
-from train.mesh import check_rows, mesh_of
+from train.mesh import build_mesh, check_rows
 from train.run import Objective, run_config
 from train.sft import sft_objective
 from train.state import StateSpec, StepBatch, batch_shardings, make_state_spec, make_train_step
@@ -156,7 +156,7 @@ def _collectives(hlo: str) -> dict[str, int]:
     return dict(collections.Counter(found))
 
 
-def report(footprint: Footprint, room: int) -> str:
+def format_footprint(footprint: Footprint, room: int) -> str:
     f = footprint
     verdict = "FITS" if f.total <= room else f"EXCEEDS by {(f.total - room) / GIB:.2f} GiB"
     return (
@@ -184,7 +184,7 @@ def main() -> int:
         raise InputError(f"--topology {values.topology}: the kind of chip is one of {', '.join(ROOM)}.")
     directory = Path(config.model)
     model = load_config(directory) if (directory / "config.json").exists() else ModelConfig()
-    mesh = mesh_of(config.mesh, topology_devices(values.topology))
+    mesh = build_mesh(config.mesh, topology_devices(values.topology))
     objective = OBJECTIVES[values.program](config)
     packing = fit_packing(config.data, config.processor, model.vision, objective.answers)
     config = dataclasses.replace(config, data=packing)
@@ -204,7 +204,7 @@ def main() -> int:
             raise
         print(f"EXCEEDS: the compiler refuses ({str(e).splitlines()[0]})")
         return 1
-    print(f"compiled in {time.perf_counter() - start:.0f} s\n{report(footprint, ROOM[kind])}")
+    print(f"compiled in {time.perf_counter() - start:.0f} s\n{format_footprint(footprint, ROOM[kind])}")
     return 0 if footprint.total <= ROOM[kind] else 1
 
 

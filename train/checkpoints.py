@@ -35,7 +35,7 @@ class _Damage(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class DataProgress:
     """What a run has counted so far, over all processes."""
 
     samples: int = 0
@@ -44,8 +44,10 @@ class Progress:
     bad: int = 0
     seen: int = 0
 
-    def __add__(self, other: "Progress") -> "Progress":
-        return Progress(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+    def __add__(self, other: "DataProgress") -> "DataProgress":
+        return DataProgress(
+            *(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+        )
 
 
 class Checkpoints:
@@ -65,7 +67,7 @@ class Checkpoints:
         """The step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data: grain.DatasetIterator, progress: Progress) -> None:
+    def save(self, step: int, state: TrainState, data: grain.DatasetIterator, progress: DataProgress) -> None:
         """Copies the state to the host and writes it while the run goes on. Does nothing if the step is saved.
 
         Raises:
@@ -95,7 +97,7 @@ class Checkpoints:
         with _clear_errors(self.directory):
             self._manager.save(step, args=items)
 
-    def restore(self, shapes: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, Progress]:
+    def restore(self, shapes: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, DataProgress]:
         """The newest undamaged checkpoint, laid out as `shapes` says; `data` continues where it was.
 
         Damaged checkpoints that are newer are renamed to STEP.damaged, so that no later start reads them again.
@@ -119,7 +121,7 @@ class Checkpoints:
             "a copy, or choose another --workdir to start from the beginning."
         )
 
-    def _read(self, step: int, tree: dict[str, Any]) -> tuple[dict[str, Any], Progress, Any]:
+    def _read(self, step: int, tree: dict[str, Any]) -> tuple[dict[str, Any], DataProgress, Any]:
         """State, progress and the state of the data. All processes agree on whether one of them is damaged.
 
         Raises:
@@ -160,7 +162,7 @@ class Checkpoints:
         changed = [path for path, value in fingerprints.items() if value != before[path]]
         if changed or not_finite:
             raise _Damage(f"{(changed + not_finite)[0]} is not as it was saved")
-        return state, Progress(**{f.name: saved[f.name] for f in dataclasses.fields(Progress)}), rows.state
+        return state, DataProgress(**{f.name: saved[f.name] for f in dataclasses.fields(DataProgress)}), rows.state
 
     def _set_aside(self, damage: Mapping[int, str], step: int) -> None:
         """Renames damaged checkpoints, and prints what happened to them."""

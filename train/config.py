@@ -139,7 +139,7 @@ def default_config() -> ConfigDict:
     return ConfigDict(dataclasses.asdict(TrainConfig()))
 
 
-def parse_config(config: ConfigDict) -> TrainConfig:
+def read_config(config: ConfigDict) -> TrainConfig:
     """The dataclass of a `ConfigDict`.
 
     Raises:
@@ -229,7 +229,7 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
         raise InputError(f"{problem} Recipes are in configs/; every key is explained in train/config.py.") from None
     if rest:
         raise InputError(f"{rest[0]!r} is no flag. Flags are --config, --config.KEY=VALUE, {names}.")
-    return with_local_paths(parse_config(values.config))
+    return with_local_paths(read_config(values.config))
 
 
 def help_lines(config: Any = TrainConfig(), prefix: str = "--config") -> Iterator[str]:

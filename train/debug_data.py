@@ -45,14 +45,14 @@ def write_debug_data(config: TrainConfig, workdir: Path) -> TrainConfig:
         write = functools.partial(write_untrained, untrained=TINY)
         config = dataclasses.replace(config, model=str(write_once(workdir / "random_model", write)))
     if config.data.train == RANDOM:
-        directory = write_once(workdir / "random_clips", write_clips)
+        directory = write_once(workdir / "random_clips", write_debug_clips)
         files = str(directory / "annotations.jsonl")
         data = dataclasses.replace(config.data, train=files, eval=files, media_root=str(directory))
         config = dataclasses.replace(config, data=data)
     return config
 
 
-def write_clips(directory: Path) -> Path:
+def write_debug_clips(directory: Path) -> Path:
     """Writes GIFs of several sizes and lengths and their annotations, each with a chosen and a rejected answer.
 
     Returns:

@@ -14,9 +14,9 @@ from jax.experimental import multihost_utils
 
 from tarsier_jax.errors import TarsierError
 from tarsier_jax.programs import Compilations
-from train.checkpoints import Checkpoints, Progress
+from train.checkpoints import Checkpoints, DataProgress
 from train.config import TrainConfig
-from train.data.annotations import lines_of
+from train.data.annotations import mix_files
 from train.data.packing import PackedRow, check_share
 from train.export import export_trained
 from train.mesh import global_batch
@@ -75,7 +75,7 @@ class _Loop:
         self.run, self.config, self.workdir = run, run.config, run.workdir
         self.checkpoints = Checkpoints(run.workdir, run.config.max_to_keep)
         data = run.config.data
-        lines = lines_of(data.train, run.config.seed, repeat=True, shuffle=data.shuffle)
+        lines = mix_files(data.train, run.config.seed, repeat=True, shuffle=data.shuffle)
         self.rows = iter(run.rows(lines, data.global_batch_size, data.num_workers))
         self.evaluation = Evaluation(run)
         self.train_step = make_train_step(run.spec, run.objective.loss)
@@ -86,15 +86,15 @@ class _Loop:
         self.bad_samples = BadSamples(run.workdir)
         vision_trained = any(path.startswith("vision/") for path in run.spec.shapes.params)
         self.meter, self.whole = (Meter(run.spec.config, vision_trained) for _ in range(2))
-        self.counted = Progress()  # of this process, since the start
+        self.counted = DataProgress()  # of this process, since the start
         self.pending: tuple[int, dict[str, jax.Array], list[PackedRow]] | None = None
         self.recent: list[dict[str, float]] = []
         self.loss = float("nan")
         self.compilations, self.late_compilations = Compilations(), 0
 
-    def _start(self) -> tuple[TrainState, Progress]:
+    def _start(self) -> tuple[TrainState, DataProgress]:
         if self.checkpoints.latest() is None:
-            return init_state(self.run.spec, self.run.model_directory), Progress()
+            return init_state(self.run.spec, self.run.model_directory), DataProgress()
         state, progress = self.checkpoints.restore(self.run.spec.shapes, self.rows)
         if self.run.objective.with_reference:
             state = dataclasses.replace(state, reference=load_reference(self.run.spec, self.run.model_directory))
@@ -143,7 +143,7 @@ class _Loop:
 
     def _count(self, rows: list[PackedRow], work: Work) -> None:
         bad = [sample for row in rows for sample in row.bad]
-        self.counted += Progress(
+        self.counted += DataProgress(
             samples=work.samples,
             tokens=work.tokens,
             cut=sum(row.cut for row in rows),
@@ -218,12 +218,12 @@ class _Loop:
         self._check_pending()  # what is not finite is not saved
         self.checkpoints.save(self.step, self.state, self.rows, self._progress())
 
-    def _progress(self) -> Progress:
+    def _progress(self) -> DataProgress:
         """Over all processes."""
         counts = np.array(dataclasses.astuple(self.counted))
         if jax.process_count() > 1:
             counts = multihost_utils.process_allgather(counts).sum(axis=0)
-        return self.before + Progress(*(int(count) for count in counts))
+        return self.before + DataProgress(*(int(count) for count in counts))
 
     def _say_hello(self) -> None:
         run, mesh = self.run, self.run.spec.mesh

@@ -17,7 +17,7 @@ from train.data.packing import PackedRow
 from train.state import StepBatch, batch_shardings
 
 
-def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh, with -1 filled in.
 
     Raises:

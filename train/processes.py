@@ -26,7 +26,7 @@ _INTERVAL = 0.5  # seconds between two looks for a failure
 _DELIVERY = 2.0  # seconds in which all processes see it
 
 
-def compare(name: str, settings: Mapping[str, Any]) -> None:
+def check_same_settings(name: str, settings: Mapping[str, Any]) -> None:
     """Compares JSON values of this process with those of process 0, under a name that is used once a run.
 
     Raises:

@@ -23,8 +23,8 @@ from tarsier_jax.weights import resolve
 from train.config import TrainConfig
 from train.data.annotations import describe_files
 from train.data.packing import PackingConfig, PackUnit, fit_packing, make_rows
-from train.mesh import check_rows, mesh_of, row_share
-from train.processes import compare
+from train.mesh import build_mesh, check_rows, row_share
+from train.processes import check_same_settings
 from train.record import check_run_metadata, flatten, record_start
 from train.state import LossFunction, StateSpec, make_state_spec
 
@@ -103,10 +103,10 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"--workdir {workdir} cannot be made ({e.strerror}). Choose another one.") from None
-    compare("configuration", {"--workdir": str(workdir), **_common(config)})
+    check_same_settings("configuration", {"--workdir": str(workdir), **_common(config)})
     if not config.model:
         raise InputError("config.model names no checkpoint. Give --config.model=DIRECTORY or a hub id.")
-    mesh = mesh_of(config.mesh)
+    mesh = build_mesh(config.mesh)
     check_rows(config, mesh)
     directory = resolve(config.model)
     model_config = load_config(directory)
@@ -120,7 +120,7 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
     except ValueError as e:
         raise InputError(f"{e} Choose other sizes in config.mesh.") from None
     facts = _facts(config, objective, processor, directory, mesh)
-    compare("data", {**facts, "data.eval": describe_files(config.data.eval) if config.data.eval else []})
+    check_same_settings("data", {**facts, "data.eval": describe_files(config.data.eval) if config.data.eval else []})
     changes = []
     if jax.process_index() == 0:
         check_run_metadata(workdir, facts)

@@ -7,7 +7,7 @@ import numpy as np
 
 from tarsier_jax.api import answer
 from tarsier_jax.generation.sampling import SamplingOptions
-from train.data.annotations import lines_of, read_sample
+from train.data.annotations import mix_files, read_sample
 from train.data.packing import PackedRow
 from train.mesh import global_batch
 from train.run import TrainRun
@@ -22,7 +22,7 @@ class Evaluation:
     def __init__(self, run: TrainRun):
         self._run, config = run, run.config
         if config.data.eval and config.eval_every:  # read at the start, as a file may be missing
-            self._lines = lines_of(config.data.eval, config.seed, repeat=False)
+            self._lines = mix_files(config.data.eval, config.seed, repeat=False)
         self._step = make_eval_step(run.spec, run.objective.loss)
 
     def losses(self, state: TrainState) -> dict[str, float]:

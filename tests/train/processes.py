@@ -12,11 +12,11 @@ from jax.experimental import multihost_utils
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.programs import run
-from train.processes import compare, shared_failure
+from train.processes import check_same_settings, shared_failure
 
 
 def unlike_settings(process: int, _: Path) -> None:
-    compare("configuration", {"config.seed": 0, "config.num_train_steps": (4, 6)[process]})
+    check_same_settings("configuration", {"config.seed": 0, "config.num_train_steps": (4, 6)[process]})
     jax.block_until_ready(multihost_utils.process_allgather(np.zeros(2)))
 
 
@@ -41,11 +41,11 @@ def mistake(process: int, _: Path) -> None:
 def damage_seen_by_one(process: int, workdir: Path) -> None:
     """Equal settings, and a checkpoint of which one process cannot read its own file."""
     from tests.train.test_checkpoints import data
-    from train.checkpoints import Checkpoints, Progress
+    from train.checkpoints import Checkpoints, DataProgress
     from train.state import TrainState
 
-    compare("configuration", {"config.seed": 0})
-    compare("data", {"data.train": ("5 bytes", "7 bytes")})
+    check_same_settings("configuration", {"config.seed": 0})
+    check_same_settings("data", {"data.train": ("5 bytes", "7 bytes")})
     mesh = jax.make_mesh((2,), ("data",))
     split = jax.NamedSharding(mesh, jax.P("data"))
     step = jax.device_put(jnp.int32(0), jax.NamedSharding(mesh, jax.P()))
@@ -58,7 +58,7 @@ def damage_seen_by_one(process: int, workdir: Path) -> None:
     for i in (3, 6):
         for _ in range(3):
             next(rows)
-        checkpoints.save(i, state(i), rows, Progress(samples=i))
+        checkpoints.save(i, state(i), rows, DataProgress(samples=i))
     checkpoints.wait()
     if process == 1:
         (workdir / "checkpoints" / "6" / "data" / "process_1-of-2.json").write_text("{")

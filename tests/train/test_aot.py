@@ -47,6 +47,6 @@ def test_an_unknown_topology(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_report_says_what_is_too_much() -> None:
     footprint = aot.Footprint(2 * aot.GIB, 15 * aot.GIB, 0, 2**19, "norm", {"all-gather": 3}, 2)
-    lines = aot.report(footprint, 15 * aot.GIB).splitlines()
+    lines = aot.format_footprint(footprint, 15 * aot.GIB).splitlines()
     assert "total 17.00 GiB a chip of 15" in lines[0] and "all-gather 3" in lines[2]
     assert lines[-1] == "EXCEEDS by 2.00 GiB"

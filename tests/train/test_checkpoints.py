@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tarsier_jax.errors import CheckpointError
-from train.checkpoints import Checkpoints, Progress
+from train.checkpoints import Checkpoints, DataProgress
 from train.state import TrainState
 
 
@@ -40,7 +40,7 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints, rows = Checkpoints(workdir, keep=2), data()
     for step in (3, 6):
         assert [next(rows) for _ in range(3)][-1] == step - 1
-        checkpoints.save(step, a_state(step), rows, Progress(samples=step))
+        checkpoints.save(step, a_state(step), rows, DataProgress(samples=step))
     checkpoints.wait()
     checkpoints.close()
     return workdir
@@ -51,7 +51,7 @@ def workdir(tmp_path: Path, two_checkpoints: Path) -> Path:
     return Path(shutil.copytree(two_checkpoints, tmp_path / "run"))
 
 
-def restore(workdir: Path, like: TrainState | None = None) -> tuple[TrainState, Progress, int]:
+def restore(workdir: Path, like: TrainState | None = None) -> tuple[TrainState, DataProgress, int]:
     """State, progress, and the next element of the data."""
     checkpoints, rows = Checkpoints(workdir, keep=2), data()
     state, progress = checkpoints.restore(shapes(like or a_state(0)), rows)
@@ -147,7 +147,7 @@ def test_a_run_saves_the_step_of_a_damaged_checkpoint_again(workdir: Path) -> No
     checkpoints.restore(shapes(a_state(0)), rows)
     for _ in range(3):
         next(rows)
-    checkpoints.save(6, a_state(6), rows, Progress(samples=6))
+    checkpoints.save(6, a_state(6), rows, DataProgress(samples=6))
     checkpoints.close()
     assert_restored(workdir, 6)
 
@@ -235,5 +235,5 @@ def test_values_that_are_not_finite_are_not_saved(workdir: Path) -> None:
     checkpoints, state = Checkpoints(workdir, keep=2), a_state(7)
     state.params["decoder/norm/weight"] = state.params["decoder/norm/weight"].at[3, 5].set(jnp.nan)
     with pytest.raises(CheckpointError, match=r"At step 7 .*not finite, in params/decoder/norm/weight"):
-        checkpoints.save(7, state, data(), Progress())
+        checkpoints.save(7, state, data(), DataProgress())
     assert checkpoints.latest() == 6

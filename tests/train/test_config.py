@@ -21,11 +21,11 @@ from train.config import (
     TrainConfig,
     default_config,
     define_flags,
-    parse_config,
+    read_config,
     read_flags,
 )
 from train.data.packing import DataConfig, fit_packing
-from train.mesh import check_rows, mesh_of
+from train.mesh import build_mesh, check_rows
 from train.optimizer import lr_factors, make_schedule, split_frozen
 from train.record import flatten
 from train.run import run_config
@@ -37,7 +37,7 @@ RECIPES = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("
 
 
 def test_the_defaults_are_those_of_the_dataclasses() -> None:
-    assert parse_config(default_config()) == TrainConfig()
+    assert read_config(default_config()) == TrainConfig()
 
 
 def test_values_become_what_the_dataclasses_hold() -> None:
@@ -45,7 +45,7 @@ def test_values_become_what_the_dataclasses_hold() -> None:
     config.optimizer.peak_lr = 1
     config.optimizer.freeze = ["vision/.*"]
     config.optimizer.lr_groups = [["decoder/embed/weight", 0.1], ["vision/.*", 2]]
-    optimizer = parse_config(config).optimizer
+    optimizer = read_config(config).optimizer
     assert {type(number) for number in (optimizer.peak_lr, *dict(optimizer.lr_groups).values())} == {float}
     assert (optimizer.freeze, optimizer.lr_groups) == (
         ("vision/.*",),
@@ -72,7 +72,7 @@ def test_values_become_what_the_dataclasses_hold() -> None:
 )
 def test_unfit_keys_and_values(change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        parse_config(changed(change))
+        read_config(changed(change))
 
 
 def changed(change: dict) -> ConfigDict:
@@ -126,13 +126,13 @@ def test_values_out_of_range(section: str, key: str, values: tuple, accepted: st
     for value in values:
         change = {section: {key: value}} if section else {key: value}
         with pytest.raises(InputError, match=re.escape(f"{name} is {value!r}, but has to be {accepted}")):
-            parse_config(changed(change))
+            read_config(changed(change))
 
 
 def test_the_ends_of_the_ranges() -> None:
     zeros = dict.fromkeys(("peak_lr", "b1", "b2", "weight_decay", "clip_norm", "warmup_steps"), 0.0)
     optimizer = {**zeros, "warmup_steps": 0, "vision_layer_decay": 1.0, "lr_groups": (("vision/.*", 0.0),)}
-    config = parse_config(
+    config = read_config(
         changed({"num_train_steps": 0, "optimizer": optimizer, "data": {"vision_bins": 0, "max_bad_fraction": 1.0}})
     )
     assert config.optimizer.b2 == config.num_train_steps == 0
@@ -153,12 +153,12 @@ def test_the_ends_of_the_ranges() -> None:
 def test_dtypes_that_are_not_supported(dtype: str, message: str) -> None:
     for name, change in (("dtype", {"dtype": dtype}), ("optimizer.mu_dtype", {"optimizer": {"mu_dtype": dtype}})):
         with pytest.raises(InputError, match=rf"^config\.{name} is '{dtype}', but .*{message}"):
-            parse_config(changed(change))
+            read_config(changed(change))
 
 
 def test_a_warm_up_longer_than_the_run() -> None:
     with pytest.raises(InputError, match=r"^config\.optimizer\.warmup_steps is 1000, but the run has 10 steps"):
-        parse_config(changed({"num_train_steps": 10}))
+        read_config(changed({"num_train_steps": 10}))
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,12 @@ def test_a_warm_up_longer_than_the_run() -> None:
 )
 def test_values_that_the_machine_or_the_model_refuses(change: dict, platform: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        run_config(ModelConfig(), parse_config(changed(change)), platform)
+        run_config(ModelConfig(), read_config(changed(change)), platform)
 
 
 def test_attention_that_the_machine_has() -> None:
     for platform, attention in (("cpu", "xla"), ("gpu", "xla"), ("gpu", "cudnn"), ("tpu", "splash")):
-        config = parse_config(changed({"attention": attention, "dtype": "bfloat16"}))
+        config = read_config(changed({"attention": attention, "dtype": "bfloat16"}))
         assert run_config(ModelConfig(), config, platform).attention == attention
 
 
@@ -276,7 +276,7 @@ def test_keys_of_earlier_versions(
         command_line(f"--config={path}")
     section, _, name = former.rpartition(".")
     with pytest.raises(InputError, match=message):
-        parse_config(changed({section: {name: 1}} if section else {name: 1}))
+        read_config(changed({section: {name: 1}} if section else {name: 1}))
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_every_recipe(
     assert 0 < schedule(config.optimizer.warmup_steps) <= np.float32(1e-3)
     shape = fit_packing(config.data, config.processor, VisionConfig()).row_shape
     assert shape.tokens % 64 == 0 and shape.patches % 4 == 0  # whole merged patches
-    check_rows(config, mesh_of(config.mesh, jax.devices()[:1] * 2))
+    check_rows(config, build_mesh(config.mesh, jax.devices()[:1] * 2))
     if size:
         assert config.model == config.data.train == config.data.eval == "random" and config.num_train_steps <= 50
     else:

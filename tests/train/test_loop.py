@@ -19,9 +19,9 @@ import tarsier_jax
 from configs.recap_7b import get_config
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.weights import convert_to_hf
-from train.checkpoints import Checkpoints, Progress
-from train.config import TrainConfig, parse_config
-from train.debug_data import write_clips, write_debug_data
+from train.checkpoints import Checkpoints, DataProgress
+from train.config import TrainConfig, read_config
+from train.debug_data import write_debug_clips, write_debug_data
 from train.loop import NonFiniteLoss, Summary, Terminator, train
 from train.sft import sft_objective
 from train.state import TrainState
@@ -31,7 +31,7 @@ def debug_config(**over: Any) -> TrainConfig:
     config = get_config("debug")
     config.num_train_steps, config.data.num_workers, config.eval_every = 4, 0, 4
     config.update_from_flattened_dict(over)
-    return parse_config(config)
+    return read_config(config)
 
 
 def train_sft(config: TrainConfig, workdir: Path) -> Summary:
@@ -48,7 +48,7 @@ def test_three_frames_train(tmp_path: Path) -> None:
 
 
 def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    clips = write_clips(tmp_path / "clips")
+    clips = write_debug_clips(tmp_path / "clips")
     lines = clips.read_text().splitlines()
     missing = lines[0].replace("0.gif", "missing.gif")
     (clips.parent / "train.jsonl").write_text("\n".join([*lines, missing, "{not json"]))
@@ -142,7 +142,7 @@ def test_only_bad_samples(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_held_out_samples_that_cannot_be_used_lose_no_training(tmp_path: Path) -> None:
-    clips, bad = write_clips(tmp_path / "clips"), tmp_path / "bad.jsonl"
+    clips, bad = write_debug_clips(tmp_path / "clips"), tmp_path / "bad.jsonl"
     bad.write_text("3\n" * 200)
     data = {"data.train": str(clips), "data.eval": str(bad), "data.media_root": str(clips.parent)}
     config = debug_config(**data)
@@ -155,12 +155,12 @@ def test_no_space_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     state = TrainState(jnp.int32(3), {"decoder/norm/weight": jnp.ones(2**18)}, {}, ())
     data: Any = iter(grain.MapDataset.range(3).to_iter_dataset())
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(3, state, data, Progress())
+    checkpoints.save(3, state, data, DataProgress())
     checkpoints.wait()
     usage = dataclasses.make_dataclass("Usage", ["free"])
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(2**19))
     with pytest.raises(CheckpointError, match=r"needs 0\.0 GiB, but only 0\.0 GiB are free.*goes on from its last"):
-        checkpoints.save(4, state, data, Progress())
+        checkpoints.save(4, state, data, DataProgress())
     assert checkpoints.latest() == 3
     restored, _ = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state), data)
     np.testing.assert_array_equal(restored.params["decoder/norm/weight"], state.params["decoder/norm/weight"])

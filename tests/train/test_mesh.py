@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from tarsier_jax.errors import InputError
 from train.config import MeshConfig, TrainConfig
 from train.data.packing import DataConfig
-from train.mesh import check_rows, mesh_of, row_share
+from train.mesh import build_mesh, check_rows, row_share
 
 
 def devices(count: int) -> list[jax.Device]:
@@ -29,7 +29,7 @@ def devices(count: int) -> list[jax.Device]:
     ],
 )
 def test_one_axis_takes_what_the_others_leave(config: MeshConfig, sizes: tuple[int, int, int]) -> None:
-    assert dict(mesh_of(config, devices(8)).shape) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert dict(build_mesh(config, devices(8)).shape) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_one_axis_takes_what_the_others_leave(config: MeshConfig, sizes: tuple[i
 def test_a_mesh_that_does_not_match_the_devices(config: MeshConfig) -> None:
     sizes = f"data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}"
     with pytest.raises(InputError, match=f"{sizes} does not match 8 devices.* has to be 8"):
-        mesh_of(config, devices(8))
+        build_mesh(config, devices(8))
 
 
 def with_rows(rows: int, parts: int) -> TrainConfig:
@@ -53,7 +53,7 @@ def with_rows(rows: int, parts: int) -> TrainConfig:
 
 
 def test_rows_are_split_into_parts_and_over_data_and_fsdp() -> None:
-    mesh = mesh_of(MeshConfig(data=2, fsdp=2, tensor=2), devices(8))
+    mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices(8))
     check_rows(with_rows(rows=12, parts=3), mesh)
     with pytest.raises(
         InputError, match=r"global_batch_size=12 .*grad_accum_steps=2 times the 4 devices .* a multiple of 8"
@@ -79,7 +79,7 @@ def test_rows_are_split_into_parts_and_over_data_and_fsdp() -> None:
 def test_processes_share_rows(
     monkeypatch: pytest.MonkeyPatch, config: MeshConfig, processes: int, shares: list[tuple[int, int]]
 ) -> None:
-    mesh = mesh_of(config, devices(8))
+    mesh = build_mesh(config, devices(8))
     for process, share in enumerate(shares):
         own = np.arange(8) // (8 // processes) == process
 

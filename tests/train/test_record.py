@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from tarsier_jax.errors import InputError
-from train.config import TrainConfig, default_config, parse_config
+from train.config import TrainConfig, default_config, read_config
 from train.record import check_run_metadata, flatten, record_start, versions
 
 FACTS = {"program": "sft", "data.global_batch_size": 4, "optimizer.freeze": (), "text": {"num_layers": 2}}
@@ -86,7 +86,7 @@ def test_every_start_is_recorded(tmp_path: Path) -> None:
     assert record_start(tmp_path, config.to_dict()) == []
     (start,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
     config.update(start["config"])
-    assert parse_config(config).optimizer.freeze == ("vision/.*",) and parse_config(config).num_train_steps == 40
+    assert read_config(config).optimizer.freeze == ("vision/.*",) and read_config(config).num_train_steps == 40
     assert start["command"] == sys.argv and start["processes"] == 1 and start["versions"] == versions()
     assert start["versions"]["jax"] == jax.__version__ and start["versions"]["python"].startswith("3.")
     assert start["devices"].endswith(jax.devices()[0].device_kind)

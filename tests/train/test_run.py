@@ -11,8 +11,8 @@ import pytest
 
 from configs.recap_7b import get_config
 from tarsier_jax.errors import InputError
-from train.config import parse_config
-from train.debug_data import write_clips, write_debug_data
+from train.config import read_config
+from train.debug_data import write_debug_clips, write_debug_data
 from train.dpo import dpo_objective
 from train.run import TrainRun, open_run
 from train.sft import sft_objective
@@ -29,7 +29,7 @@ def open_debug(files: Path) -> Callable[..., TrainRun]:
     def open_debug(workdir: Path, make_objective: Any = sft_objective, **over: Any) -> TrainRun:
         config = get_config("debug")
         config.update_from_flattened_dict(over)
-        config = write_debug_data(parse_config(config), files)
+        config = write_debug_data(read_config(config), files)
         return open_run(config, workdir, make_objective(config))
 
     return open_debug
@@ -96,7 +96,7 @@ def of_files(*files: Path) -> dict[str, Any]:
 
 
 def test_annotations_are_told_by_their_content(open_debug: Callable[..., TrainRun], tmp_path: Path) -> None:
-    a = write_clips(tmp_path / "clips")
+    a = write_debug_clips(tmp_path / "clips")
     b = Path(shutil.copy(a, a.with_name("b.jsonl")))
     lines = a.read_text().splitlines(keepends=True)
     b.write_text("".join(lines[::-1]))
@@ -143,5 +143,5 @@ def test_dpo_keeps_its_reference(open_debug: Callable[..., TrainRun], files: Pat
 
 def test_the_recorded_configuration_is_the_one_that_was_given(files: Path, started: Path) -> None:
     start = json.loads((started / "runs.jsonl").read_text())
-    given = dataclasses.asdict(write_debug_data(parse_config(get_config("debug")), files))
+    given = dataclasses.asdict(write_debug_data(read_config(get_config("debug")), files))
     assert start["config"] == json.loads(json.dumps(given)) and start["config"]["data"]["vision_bins"] == -1

@@ -10,7 +10,7 @@ import numpy as np
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Example
-from train.data.annotations import lines_of
+from train.data.annotations import mix_files
 from train.data.packing import PackingConfig, PackUnit, make_rows
 
 ROWS = 4  # of a step
@@ -40,4 +40,4 @@ def write_texts(path: Path, tokens: Sequence[int]) -> str:
 
 def open_rows(files: str, packer: PackingConfig, repeat: bool = True, **options: Any) -> grain.DatasetIterator:
     options = {"rows": ROWS, "seed": 0, "media_root": "", "load": load, **options}
-    return iter(make_rows(lines_of(files, options["seed"], repeat), packer=packer, **options))
+    return iter(make_rows(mix_files(files, options["seed"], repeat), packer=packer, **options))

@@ -97,7 +97,7 @@ def describe_files(files: str) -> list[str]:
     return descriptions
 
 
-def lines_of(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grain.MapDataset:
+def mix_files(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grain.MapDataset:
     """The mixture: endless if `repeat`, and then shuffled unless told not to; else every line once and in order."""
     parsed = parse_files(files)
     sources = [AnnotationFile(path) for path, _ in parsed]

@@ -19,7 +19,7 @@ _MIN_ORDER_FRAMES = 3  # the least of which the prompt gives one
 _HOW = {"coco": " in short", "sharegpt4v_cap100k": " in detail", "webvid": "", "movie": ""}  # captions, by dataset
 
 Sample = Mapping[str, Any]
-Frame = Image.Image
+_Frame = Image.Image
 
 
 def multi_images(sample: Sample, rng: np.random.Generator, n_frames: int) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _track(tracked: Any, n: int) -> list[Any]:
     return boxes
 
 
-def _scale(box: Sequence[float], frame: Frame, pad: bool) -> list[float]:
+def _scale(box: Sequence[float], frame: _Frame, pad: bool) -> list[float]:
     """A box in pixels as fractions of the frame, or of the square that it is padded to, to two decimals."""
     width, height = frame.size
     left, top = _margins(frame) if pad else (0, 0)
@@ -135,13 +135,13 @@ def _scale(box: Sequence[float], frame: Frame, pad: bool) -> list[float]:
     return [round(v, 2) for v in ((x0 + left) / width, (y0 + top) / height, (x1 + left) / width, (y1 + top) / height)]
 
 
-def _margins(frame: Frame) -> tuple[int, int]:
+def _margins(frame: _Frame) -> tuple[int, int]:
     """Columns on the left and rows on top that make a frame the middle of a square."""
     side = max(frame.size)
     return (side - frame.width) // 2, (side - frame.height) // 2
 
 
-def _pad_square(frame: Frame) -> Frame:
+def _pad_square(frame: _Frame) -> _Frame:
     side = max(frame.size)
     square = Image.new("RGB", (side, side))
     square.paste(frame, _margins(frame))
@@ -149,7 +149,7 @@ def _pad_square(frame: Frame) -> Frame:
 
 
 # The tracking data of two datasets has its boxes in pixels of cut-outs, which the original makes so.
-def _middle_square(frame: Frame, side: int = 256) -> Frame:
+def _middle_square(frame: _Frame, side: int = 256) -> _Frame:
     """The middle of a frame, once its shorter side is `side` pixels."""
     short = min(frame.size)
     frame = frame.resize((side * frame.width // short, side * frame.height // short), Image.Resampling.BILINEAR)
@@ -157,7 +157,7 @@ def _middle_square(frame: Frame, side: int = 256) -> Frame:
     return frame.crop((left, top, left + side, top + side))
 
 
-def _inner_square(frame: Frame, side: int = 256) -> Frame:
+def _inner_square(frame: _Frame, side: int = 256) -> _Frame:
     """The middle three quarters of a frame's height, as wide as high, at `side` pixels."""
     width, height = frame.size
     half, margin = 0.375 * height, 0.125 * height
@@ -165,14 +165,14 @@ def _inner_square(frame: Frame, side: int = 256) -> Frame:
     return frame.crop(square).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def _decode(video: Any, n: int, rng: np.random.Generator) -> list[Frame]:
+def _decode(video: Any, n: int, rng: np.random.Generator) -> list[_Frame]:
     """The frames of one video item, n if it does not choose by itself."""
     messages = read_messages({"messages": [{"role": "user", "content": [{"type": "video", "video": video}]}]})
     (visual,) = open_visuals(messages, n, n, "v1", 1, rng)
     return list(visual.frames())
 
 
-def _in_memory(frames: list[Frame]) -> dict[str, Any]:
+def _in_memory(frames: list[_Frame]) -> dict[str, Any]:
     """A video item of frames, listed so that the processor shows every one, whatever its n_frames."""
     return {"type": "video", "video": {"frames": frames, "frame_indices": list(range(len(frames)))}}
 
@@ -193,7 +193,7 @@ def _field(sample: Sample, key: str, kind: type) -> Any:
 
 
 _CUTS = {"hdvila": _middle_square, "hdvila_in_and_out_boxes": _inner_square}
-TASKS = {
+PRETRAINING_TASKS = {
     "multi_images": multi_images,
     "object_tracking": object_tracking,
     "video/object_tracking": object_tracking,

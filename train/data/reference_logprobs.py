@@ -23,7 +23,7 @@ from tarsier_jax.weights import is_converted
 from tarsier_jax.weights.orbax import PARAMS
 from tarsier_jax.weights.safetensors import open_tensors
 from train.config import TrainConfig
-from train.data.annotations import AnnotationLine, lines_of, read_sample
+from train.data.annotations import AnnotationLine, mix_files, read_sample
 from train.data.samples import prepare_pair
 from train.losses import pair_log_probs
 from train.mesh import global_batch
@@ -222,7 +222,7 @@ class _Missing(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportM
     def __init__(self, config: TrainConfig, reference: ReferenceFile):
         data = config.data
         files = [data.train, data.eval] if data.eval and config.eval_every else [data.train]
-        parts = [lines_of(names, config.seed, repeat=False) for names in files]
+        parts = [mix_files(names, config.seed, repeat=False) for names in files]
         self._lines: Any = grain.MapDataset.concatenate(parts)
         first: dict[str, int] = {}
         for i in range(len(self._lines)):

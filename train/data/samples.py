@@ -11,7 +11,7 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.frame_sampling import allocate_frames
 from tarsier_jax.processing.sample import read_messages
-from train.data.pretraining_tasks import TASKS, Sample
+from train.data.pretraining_tasks import PRETRAINING_TASKS, Sample
 
 Prepare = Callable[[Sample, np.random.Generator, int], dict[str, Any]]
 _MAX_FRAMES = 256  # of a sample, where its `fps` asks for more
@@ -37,9 +37,9 @@ def prepare(sample: Sample, rng: np.random.Generator, n_frames: int = 16) -> dic
     if is_conversation(sample):
         return _chat(normalize_sample(sample), n_frames)
     task = "video_permutation" if sample.get("dataset") == "video_permutation" else str(sample.get("task"))
-    if task not in TASKS:
-        raise InputError(f"A line needs messages, or a task that is one of {', '.join(TASKS)}, not {task}.")
-    return TASKS[task](sample, rng, n_frames)
+    if task not in PRETRAINING_TASKS:
+        raise InputError(f"A line needs messages, or a task that is one of {', '.join(PRETRAINING_TASKS)}, not {task}.")
+    return PRETRAINING_TASKS[task](sample, rng, n_frames)
 
 
 def check_grounding(text: str, n: int) -> None:

@@ -27,7 +27,7 @@ from train.loop import train
 from train.main import define_run_flags, exclusive, read_run
 from train.micro.checkpoint import MICRO
 from train.micro.curriculum import write_shapes
-from train.micro.samples import prepare
+from train.micro.samples import prepare_line
 from train.processes import write_once
 from train.sft import sft_objective
 from train.untrained import write_untrained
@@ -78,7 +78,7 @@ def main() -> int:
     config, workdir = read_run(values)
     with exclusive(workdir):
         config = write_inputs(write_debug_data(config, workdir), workdir)
-        summary = train(config, workdir, sft_objective(config, prepare))
+        summary = train(config, workdir, sft_objective(config, prepare_line))
     if values.score_clips and not summary.stopped and jax.process_index() == 0:
         print_scores(workdir / "model", values.score_clips)
     return summary.exit_status

@@ -77,12 +77,12 @@ def main(args: argparse.Namespace) -> int:
         raise InputError("--clips has to be at least 1, --seed at least 0, and --temperature more than 0.")
     prepare_process()
     with locked(args.output, inside=True):
-        kept = write(args)
+        kept = write_pairs(args)
     print(f"{kept} pairs of {args.clips} clips: {args.output / 'pairs.jsonl'}")
     return 0
 
 
-def write(args: argparse.Namespace) -> int:
+def write_pairs(args: argparse.Namespace) -> int:
     """Writes the clips and pairs; returns how many there are."""
     model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
     engine = Engine(model, processor, fit_config(processor, _SLOTS, _MAX_NEW_TOKENS))

@@ -24,7 +24,7 @@ _MAX_QUESTIONS = 2  # about a clip, as turns of one conversation
 _GROUNDED, _WITH_QUESTIONS = 0.05, 0.45  # fractions of the clips of any kind
 
 
-def prepare(sample: Sample, rng: np.random.Generator, n_frames: int = 16) -> dict[str, Any]:
+def prepare_line(sample: Sample, rng: np.random.Generator, n_frames: int = 16) -> dict[str, Any]:
     """Returns the chat of a line, as `train.data.samples.prepare`, which cannot read the task moving_shapes."""
     if sample.get("task") == "moving_shapes":
         return moving_shapes(sample, n_frames)

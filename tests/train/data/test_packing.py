@@ -19,7 +19,7 @@ from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from tests.train.texts import ROWS, load, open_rows, write_lines, write_texts
 from train.config import TrainConfig
-from train.data.annotations import lines_of
+from train.data.annotations import mix_files
 from train.data.packing import (
     FORGIVEN,
     BadSample,
@@ -73,7 +73,7 @@ def contents(rows: Sequence[PackedRow]) -> list[tuple]:
 @pytest.mark.parametrize(("weights", "share"), [(("", ""), 0.25), (("=3", "=1"), 0.75), (("=1", "=9"), 0.1)])
 def test_weights_are_honoured(tmp_path: Path, weights: tuple[str, str], share: float) -> None:
     a, b = write_texts(tmp_path / "a", [1] * 10), write_texts(tmp_path / "b", [1] * 30)
-    lines = lines_of(f"{a}{weights[0]},{b}{weights[1]}", 0, repeat=True)
+    lines = mix_files(f"{a}{weights[0]},{b}{weights[1]}", 0, repeat=True)
     drawn = [(line.file, line.number) for line in (lines[i] for i in range(400))]
     of_a = [number for file, number in drawn if file == a]
     assert abs(len(of_a) - 400 * share) <= 1
@@ -86,20 +86,20 @@ def numbers(lines: grain.MapDataset, first: int, n: int) -> list[int]:
 
 
 def test_every_epoch_is_another_order_of_all_lines(texts: str) -> None:
-    lines = lines_of(texts, 0, repeat=True)
+    lines = mix_files(texts, 0, repeat=True)
     first, second, third = (numbers(lines, 24 * epoch, 24) for epoch in range(3))
     assert sorted(first) == sorted(second) == sorted(third) == list(range(1, 25))
     assert len({tuple(first), tuple(second), tuple(third), tuple(sorted(first))}) == 4
 
 
 def test_the_seed_chooses_the_order(texts: str) -> None:
-    orders = [numbers(lines_of(texts, seed, repeat=True), 0, 48) for seed in (0, 0, 1)]
+    orders = [numbers(mix_files(texts, seed, repeat=True), 0, 48) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
 
 
 def test_held_out_lines_come_once_and_in_order(tmp_path: Path, texts: str) -> None:
     other = write_texts(tmp_path / "other", [1] * 3)
-    lines = lines_of(f"{texts},{other}", 0, repeat=False)
+    lines = mix_files(f"{texts},{other}", 0, repeat=False)
     assert [(line.file, line.number) for line in lines] == [
         *((texts, i) for i in range(1, 25)),
         *((other, i) for i in range(1, 4)),
@@ -127,7 +127,7 @@ def test_rows_are_empty_once_held_out_samples_run_out(tmp_path: Path, packer: Pa
 
 def test_row_r_packs_every_fourth_sample(texts: str, packer: PackingConfig) -> None:
     """Over three epochs: none left out, none twice, only the few that wait are still to come."""
-    lines = lines_of(texts, 0, repeat=True)
+    lines = mix_files(texts, 0, repeat=True)
     rows = rows_of(8 * ROWS, texts, packer)
     for r in range(ROWS):
         mine = rows[r::ROWS]

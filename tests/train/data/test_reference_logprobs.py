@@ -18,9 +18,9 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from tarsier_jax.weights import convert_hf
 from tests import reference
-from train.config import TrainConfig, parse_config
+from train.config import TrainConfig, read_config
 from train.data.reference_logprobs import ReferenceFile, digest_weights, fingerprint
-from train.debug_data import TINY, write_clips
+from train.debug_data import TINY, write_debug_clips
 from train.dpo import dpo_objective
 from train.loop import train
 from train.run import open_run
@@ -39,7 +39,7 @@ def debug_config(**over: Any) -> TrainConfig:
     config = get_config("debug")
     config.data.num_workers, config.eval_captions, config.num_train_steps, config.optimizer.warmup_steps = 0, 0, 1, 1
     config.update_from_flattened_dict(over)
-    return parse_config(config)
+    return read_config(config)
 
 
 def compute(workdir: Path, **over: Any) -> None:
@@ -54,7 +54,7 @@ def compute(workdir: Path, **over: Any) -> None:
 @pytest.mark.slow
 def test_the_disk_gives_what_the_weights_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A policy that is its reference has no rewards, in training and on held-out pairs."""
-    clips, file = write_clips(tmp_path / "clips"), tmp_path / "reference"
+    clips, file = write_debug_clips(tmp_path / "clips"), tmp_path / "reference"
     lines = clips.read_text().splitlines()
     for name, some in (("train", lines[:5]), ("held_out", lines[5:])):
         (clips.parent / f"{name}.jsonl").write_text("\n".join(some))

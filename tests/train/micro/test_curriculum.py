@@ -11,13 +11,13 @@ from eval.shapes.judge import events_of
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.processor import Processor
 from tests.train.conftest import trained_on
-from train.data.annotations import lines_of
+from train.data.annotations import mix_files
 from train.micro.curriculum import write_seeds
-from train.micro.samples import prepare
+from train.micro.samples import prepare_line
 
 
 def sample(**line: object) -> dict:
-    return prepare({"task": "moving_shapes", **line}, np.random.default_rng(0), 16)
+    return prepare_line({"task": "moving_shapes", **line}, np.random.default_rng(0), 16)
 
 
 def frames_of(chat: dict) -> np.ndarray:
@@ -65,7 +65,7 @@ def test_a_still() -> None:
 
 def test_lines_keep_their_order(tmp_path: Path) -> None:
     path = write_seeds(tmp_path / "seeds.jsonl", [(2, [{"events": 1}]), (3, [{}, {"events": 2}])], first=7)
-    lines = lines_of(str(path), seed=0, repeat=True, shuffle=False)
+    lines = mix_files(str(path), seed=0, repeat=True, shuffle=False)
     read = [json.loads(lines[i].text) for i in range(6)]
     assert [line["seed"] for line in read] == [7, 8, 9, 10, 11, 7]
     assert [line.get("events") for line in read] == [1, 1, None, 2, None, 1]

@@ -14,25 +14,25 @@ from eval.benchmarks.shapes import SHAPES, SHAPES_QA
 from eval.metrics import Scores
 from eval.shapes.clips import HELD_OUT
 from tarsier_jax.models.tarsier import Tarsier
-from train.config import parse_config
+from train.config import read_config
 from train.micro import __main__ as program
 from train.micro.curriculum import STAGES
 
 
 def test_it_writes_the_checkpoint_and_the_seeds(tmp_path: Path) -> None:
-    config = program.write_inputs(parse_config(get_config()), tmp_path)
+    config = program.write_inputs(read_config(get_config()), tmp_path)
     assert config.model == str(tmp_path / "untrained_model") and (tmp_path / "untrained_model" / "config.json").exists()
     seeds = [json.loads(line)["seed"] for line in Path(config.data.train).read_text().splitlines()]
     assert seeds == list(range(sum(count for count, _ in STAGES)))
     assert min(json.loads(line)["seed"] for line in Path(config.data.eval).read_text().splitlines()) == HELD_OUT
     weights = tmp_path / "untrained_model" / "model.safetensors"
     written = weights.stat().st_mtime_ns
-    assert program.write_inputs(parse_config(get_config()), tmp_path) == config
+    assert program.write_inputs(read_config(get_config()), tmp_path) == config
     assert weights.stat().st_mtime_ns == written  # a run that resumes writes nothing again
 
 
 def test_a_model_and_data_of_the_configuration_stay(tmp_path: Path) -> None:
-    config = parse_config(get_config())
+    config = read_config(get_config())
     config = dataclasses.replace(config, model="m", data=dataclasses.replace(config.data, train="a.jsonl"))
     assert program.write_inputs(config, tmp_path) == config and not list(tmp_path.iterdir())
 
