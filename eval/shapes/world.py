@@ -207,9 +207,9 @@ def sprites_at(scene: Scene, frame: int) -> list[Sprite]:
     running = next((e for e in scene.events if e.first < frame < e.last), None)
     sprites = [still(shape.kind, pose_at(scene, i, frame)) for i, shape in enumerate(scene.shapes)]
     if running is not None:
+        steps = running.last - running.first
         for change in running.changes:
             kind = scene.shapes[change.shape].kind
-            steps = running.last - running.first
             sprites[change.shape] = between(kind, running.verb, change, frame - running.first, steps)
         if running.verb == "collide" and bounce(frame - running.first, steps) >= _SPARK_FROM:
             a, b = (sprites[change.shape] for change in running.changes)

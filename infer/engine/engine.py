@@ -221,14 +221,13 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Compiles every program, twice: the layout of the first results may differ from the initial state's."""
-        samples = self.config.buckets[0].samples
+        scheduler, samples = Scheduler(self.config, self.processor), self.config.buckets[0].samples
+        batches = [scheduler.empty_batch(bucket) for bucket in range(len(self.config.buckets))]
         for _ in range(2):
-            for bucket in range(len(self.config.buckets)):
-                batch = Scheduler(self.config, self.processor).empty_batch(bucket)
-                features = self._encode(batch)
+            features = [self._encode(batch) for batch in batches]
             for length in self.config.lengths:
                 assignment = SlotAssignment.none(self.config.groups, samples)
-                self._run_prefill(truncate(batch.batch, length), features, assignment)
+                self._run_prefill(truncate(batches[0].batch, length), features[0], assignment)
             for read_length in self.config.read_lengths:
                 self._run_decode(np.zeros(self.config.slots, bool), 1, 1, read_length)
         jax.block_until_ready(self._state)

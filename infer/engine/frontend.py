@@ -18,7 +18,7 @@ from tarsier_jax.processing.batch import Example
 _INCOMPLETE = "\ufffd"  # decoded from an incomplete character, whose last bytes are in the next token
 _WAITING = 2  # samples that are prepared or wait, as a multiple of the slots
 
-Result = Completion | RequestError
+_Result = Completion | RequestError
 
 
 class EngineError(TarsierError):
@@ -33,12 +33,12 @@ class Submission:
     """
 
     def __init__(self, sample: Any, options: SamplingOptions, decode: Callable[[list[int]], str], stream: bool):
-        self.future: Future[Result] = Future()
+        self.future: Future[_Result] = Future()
         self._sample, self._options, self._decode = sample, options, decode
         self._cancelled = threading.Event()
         self._tokens: queue.SimpleQueue[list[int] | None] | None = queue.SimpleQueue() if stream else None
 
-    def result(self, timeout: float | None = None) -> Result:
+    def result(self, timeout: float | None = None) -> _Result:
         """Waits for the result.
 
         Raises:
@@ -137,7 +137,7 @@ class Frontend:
 
     def answer_all(
         self, numbered_samples: Iterable[tuple[int, Any]], options: SamplingOptions
-    ) -> Iterator[tuple[int, Result]]:
+    ) -> Iterator[tuple[int, _Result]]:
         """Yields the number and the result of every sample, in the order in which answers end.
 
         Samples are drawn while answers are generated. If the caller stops iterating, the rest is cancelled.
@@ -149,10 +149,10 @@ class Frontend:
         Raises:
             EngineError: the engine failed or was closed.
         """
-        results: queue.SimpleQueue[tuple[int, Future[Result]]] = queue.SimpleQueue()
+        results: queue.SimpleQueue[tuple[int, Future[_Result]]] = queue.SimpleQueue()
         pending: dict[int, Submission] = {}
 
-        def next_result() -> tuple[int, Result]:
+        def next_result() -> tuple[int, _Result]:
             number, future = results.get()
             del pending[number]
             return number, future.result()

@@ -171,7 +171,9 @@ class LoadLine(grain.transforms.RandomMap):
     packer: "PackingConfig"
     media_root: str = ""
 
-    def random_map(self, element: AnnotationLine, rng: np.random.Generator) -> PackUnit | BadSample:
+    def random_map(  # pyright: ignore[reportIncompatibleMethodOverride]  # grain annotates None
+        self, element: AnnotationLine, rng: np.random.Generator
+    ) -> PackUnit | BadSample:
         try:
             loaded = self.load(read_sample(element.text, self.media_root), rng)
             if not any((example.labels >= 0).any() for example in loaded.unit):
