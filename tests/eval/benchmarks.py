@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from eval.benchmarks import Benchmark
@@ -12,15 +13,24 @@ from infer.engine import Completion, Engine, Request, RequestError
 FIRST_SEED = 5
 
 
+class SampleProcessor:
+    """Returns a sample in place of its prompt."""
+
+    def __call__(self, sample: Any) -> Any:
+        return sample
+
+    def decode(self, tokens: list[int]) -> str:
+        return ""
+
+
 class Oracle(Engine):
     """An engine that answers a sample with `answer(sample)`; `samples` are those that it has answered."""
 
     def __init__(self, answer: Callable[[Any], str]):
         self._answer = answer
         self.samples: list[Any] = []
-
-    def processor(self, sample: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return sample
+        self.processor: Any = SampleProcessor()
+        self.config: Any = SimpleNamespace(slots=4)
 
     def run(self, requests: Iterable[Request | RequestError]) -> Iterator[Completion | RequestError]:
         for request in requests:
@@ -28,10 +38,7 @@ class Oracle(Engine):
                 yield request
                 continue
             self.samples.append(request.example)
-            yield Completion(request, [], "eos", 0.0)
-
-    def text(self, answer: Completion) -> str:
-        return self._answer(answer.request.example)
+            yield Completion(request, self._answer(request.example), [], "eos", 0.0)
 
 
 def reference_of(sample: Any) -> str:

@@ -87,7 +87,7 @@ def test_lists(clips: Path, tmp_path: Path) -> None:
     assert status == 1 and len(written) == 5
     assert (by_idx[0]["prompt"], by_idx["b"]["prompt"]) == ("Why?", "What moves?")
     assert (
-        "neither" in by_idx[2]["error"] and "does not exist" in by_idx[3]["error"] and "no JSON" in by_idx[4]["error"]
+        "neither" in by_idx[2]["error"] and "does not exist" in by_idx[3]["error"] and "not JSON" in by_idx[4]["error"]
     )
     assert run(source, tmp_path / "out.jsonl")[0] == 1  # nothing to do, but not all is well
 

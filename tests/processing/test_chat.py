@@ -14,7 +14,7 @@ from tarsier_jax.processing.chat import (
     load_chat_template,
     load_tokenizer,
     marks_answers,
-    render,
+    render_template,
 )
 from tarsier_jax.weights import EMBEDDED, resolve
 from tests.processing.conftest import SPECIAL, write_json
@@ -393,4 +393,4 @@ def test_templates_without_a_default(checkpoint: Path) -> None:
 
 def test_templates_run_in_a_sandbox() -> None:
     with pytest.raises(SecurityError, match="'__class__' of 'str' object is unsafe"):
-        render("{{ messages[0].role.__class__.__mro__ }}", [{"role": "user", "content": "Why?"}])
+        render_template("{{ messages[0].role.__class__.__mro__ }}", [{"role": "user", "content": "Why?"}])

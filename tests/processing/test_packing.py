@@ -148,7 +148,7 @@ def test_a_row_can_be_filled_to_the_last_place() -> None:
     ],
 )
 def test_a_sample_that_no_row_can_hold(sample: Example, sizes: str) -> None:
-    with pytest.raises(InputError, match=rf"{sizes}.*\(n_frames\).*\(max_pixels\), or make rows larger"):
+    with pytest.raises(InputError, match=rf"{sizes}.*\(n_frames\).*\(max_pixels\), or larger rows"):
         filled().add([sample])
 
 

@@ -66,7 +66,7 @@ def test_values_become_what_the_dataclasses_hold() -> None:
         ({"optimizer": {"freeze": "vision/.*"}}, r"config\.optimizer\.freeze has to be a tuple, not 'vision"),
         ({"optimizer": {"freeze": (7,)}}, r"config\.optimizer\.freeze\[0\] has to be of type str, but is 7"),
         ({"optimizer": {"lr_groups": (("vision/.*",),)}}, r"config\.optimizer\.lr_groups\[0\] has to be a tuple of 2"),
-        ({"processor": {"n_frames": 0}}, r"config\.processor\.n_frames has to be at least 1"),
+        ({"processor": {"n_frames": 0}}, r"config\.processor\.n_frames must be at least 1"),
         ({"num_train_steps": True}, r"config\.num_train_steps has to be of type int, but is True"),
     ],
 )

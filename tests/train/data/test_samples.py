@@ -159,7 +159,7 @@ def test_losses_that_mean_nothing() -> None:
     with pytest.raises(InputError, match=r'messages\[0\] is of the user and has "loss": true'):
         prepare(with_losses(chat("A cat."), True, True), rng())
     for loss in ("false", 0, 1.0, []):
-        with pytest.raises(InputError, match=r"messages\[1\]: loss has to be true or false, not"):
+        with pytest.raises(InputError, match=r"messages\[1\]: loss must be true or false, not"):
             prepare(with_losses(chat("A cat."), None, loss), rng())
 
 
