@@ -1,12 +1,12 @@
-"""The debug size of every recipe: a random model of two layers and rendered clips, seconds on a CPU."""
+"""The debug size of every recipe: a random model of two layers and rendered clips; takes seconds on a CPU."""
 
 from ml_collections import ConfigDict
 
 
 def sized(config: ConfigDict, size: str) -> ConfigDict:
-    """The recipe as it is ("full") or shrunk; what makes it this recipe (learning rates, the loss) stays."""
+    """Returns the recipe ("full") or its debug size, with the same learning rates and loss."""
     if size not in ("full", "debug"):
-        raise ValueError(f"A recipe has no size {size!r}; its sizes are full and debug.")
+        raise ValueError(f"Size {size!r} does not exist. A recipe has the sizes full and debug.")
     if size == "full":
         return config
     config.model = config.data.train = config.data.eval = "random"

@@ -1,7 +1,7 @@
-"""Tarsier2's preference stage: vanilla DPO on 20,000 pairs, one pair a row. arXiv 2501.07888, table 12 and appendix D.
+"""Tarsier2's preference stage: vanilla DPO on 20,000 pairs, one per row. arXiv 2501.07888, table 12 and appendix D.
 
-Start from the model of SFT-2: --config.model=DIRECTORY. A row holds a pair of full-size videos of 16 frames; the two
-answers share its frames, which the vision tower sees once.
+Start from the model of SFT-2: --config.model=DIRECTORY. A row contains a pair for a full-size video of 16
+frames. The two answers share its frames, which the vision tower encodes once.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Micro after SFT, on preference pairs of its own descriptions that `train.micro.preference_pairs` makes.
+"""DPO of the embedded model, on preference pairs of its own descriptions from `train.micro.preference_pairs`.
 
 Takes minutes on two CPU cores.
 

@@ -1,6 +1,6 @@
 """Tarsier2's pre-training: Qwen2-VL-7B on 40 million samples. arXiv 2501.07888, table 12.
 
-Videos show 8 to 128 frames, by duration: give them `fps` and `min_n_frames` in the annotations.
+Videos have 8 to 128 frames, by duration: set their `fps` and `min_n_frames` in the annotations.
 """
 
 from ml_collections import ConfigDict

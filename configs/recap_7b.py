@@ -1,6 +1,6 @@
-"""Tarsier2-Recap-7B: Qwen2-VL-7B-Instruct on Tarsier2-Recap-585K. docs/training.md leads through it.
+"""Tarsier2-Recap-7B: Qwen2-VL-7B-Instruct on Tarsier2-Recap-585K. See docs/training.md.
 
-Published: two epochs at a learning rate of 2e-5 (model card). Batch size and frames are not; they are those of the
+The model card publishes two epochs and a learning rate of 2e-5, but no batch size and frames. Those here are from the
 fine-tuning stages in arXiv 2501.07888, table 12.
 """
 
@@ -13,7 +13,7 @@ from train.config import default_config
 def get_config(size: str = "full") -> ConfigDict:
     config = default_config()
     config.model = "Qwen/Qwen2-VL-7B-Instruct"
-    config.num_train_steps = 18_300  # two epochs of 585,643 clips, 64 a step; fewer are needed where clips share rows
+    config.num_train_steps = 18_300  # two epochs of 585,643 clips, 64 per step; fewer suffice if clips share rows
     config.data.global_batch_size = 64
     config.optimizer.peak_lr = 2e-5
     config.optimizer.warmup_steps = 250

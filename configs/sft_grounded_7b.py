@@ -1,6 +1,6 @@
 """Tarsier2's first fine-tuning stage (SFT-1): captions whose events name their frames. arXiv 2501.07888, table 12.
 
-Targets look like "<frame: 1> A man enters. <frame: 2-5> He sits down."; the tags are checked against the frames shown.
+Targets look like "<frame: 1> A man enters. <frame: 2-5> He sits down."; the tags are checked against the frames.
 Start from the pre-trained model: --config.model=DIRECTORY.
 """
 

@@ -1,11 +1,11 @@
-"""Compiles a recipe's real step for a TPU slice on a machine without one, and says whether it fits.
+"""Compiles the training step of a recipe for a TPU slice, on a machine without one, and reports whether it fits.
 
     python -m train.aot --config configs/recap_7b.py --topology v5e:16x16 [--program dpo] [--config.KEY=VALUE]
 
-Prints bytes a chip (arguments, temporaries, outputs), the largest array that every chip holds whole, collectives by
-kind and count, and FITS or the excess. Needs the extra `tpu`: libtpu compiles on any machine. The compiler's estimates
-of FLOPs and time ignore loop counts and are not shown. Where config.model is no directory at hand, the sizes are
-Qwen2-VL-7B's.
+Prints the bytes per chip (arguments, temporaries, outputs), the largest replicated array, the collectives by kind and
+count, and FITS or the excess. Needs the extra `tpu`: libtpu compiles on any machine. The compiler's estimates
+of FLOPs and time ignore loop counts and are not printed. If config.model is not a local directory, the sizes are those
+of Qwen2-VL-7B.
 """
 
 import collections
@@ -45,7 +45,7 @@ from train.sft import sft_objective
 from train.state import StateSpec, StepBatch, batch_shardings, make_state_spec, make_train_step
 
 GIB = 2**30
-# What a program may use of a chip's memory; the runtime keeps some for itself.
+# Bytes of a chip's memory that a program can use; the runtime reserves the rest.
 ROOM = {"v5e": 15 * GIB, "v5p": 94 * GIB, "v4": 31 * GIB, "v6e": 31 * GIB}
 OBJECTIVES = {"sft": sft_objective, "dpo": dpo_objective}
 COLLECTIVES = ("all-gather", "all-reduce-scatter", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -53,9 +53,16 @@ COLLECTIVES = ("all-gather", "all-reduce-scatter", "all-reduce", "reduce-scatter
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """Bytes a chip, and what goes over the wires.
+    """Memory per chip of a compiled step, and its collectives.
 
-    collectives, kernels: None where JAX cannot read the compiler's program.
+    Attributes:
+        arguments: Bytes of the arguments.
+        temporaries: Bytes of the temporaries at the peak.
+        outputs: Bytes of the outputs that reuse no argument's memory.
+        largest_replicated: Bytes of the largest replicated array of the state.
+        replicated_name: Path of that array.
+        collectives: Number of collectives by kind; None if JAX cannot read the compiled program.
+        kernels: Number of Pallas kernels; None likewise.
     """
 
     arguments: int
@@ -75,14 +82,14 @@ def topology_devices(name: str) -> list[Any]:
     """The devices of a TPU slice such as "v5e:2x4", known to the compiler only. Raises InputError."""
     try:
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
-    except Exception as e:  # the compiler's plugin raises what it likes
+    except Exception as e:  # the compiler's plugin documents no type
         raise InputError(
-            f"There is no topology {name!r} ({str(e).splitlines()[0]}). One that exists: v5e:16x16."
+            f"Topology {name!r} does not exist ({str(e).splitlines()[0]}). One that exists: v5e:16x16."
         ) from None
 
 
 def abstract_step_batch(config: TrainConfig, spec: StateSpec, objective: Objective) -> StepBatch:
-    """The shapes of one step's rows."""
+    """Returns the shapes and shardings of one step's rows."""
     shape, parts = config.data.row_shape, config.grad_accum_steps
     B, S, F = config.data.global_batch_size // parts, shape.tokens, shape.bins
     C, dtype = spec.config.vision.patch_dim, jnp.dtype(spec.config.dtype)
@@ -106,7 +113,7 @@ def abstract_step_batch(config: TrainConfig, spec: StateSpec, objective: Objecti
 
 
 def compile_step(config: TrainConfig, model: ModelConfig, objective: Objective, mesh: Mesh) -> Footprint:
-    """Compiles the step that `train.loop` runs."""
+    """Compiles the step of `train.loop`."""
     check_rows(config, mesh)
     spec = make_state_spec(model, config.optimizer, config.num_train_steps, mesh, objective.with_reference)
     with jax.set_mesh(mesh):
@@ -124,10 +131,10 @@ def compile_step(config: TrainConfig, model: ModelConfig, objective: Objective, 
 
 
 def bytes_of(compiled: Any) -> tuple[int, int, int]:
-    """Bytes a chip of a program: arguments, temporaries and outputs, donated arguments counted once.
+    """Returns the bytes per chip of arguments, temporaries and outputs; donated arguments count once.
 
-    Temporaries are those alive at the peak: `temp_size_in_bytes` is more than the chip has for some programs that
-    libtpu 0.0.42 accepts, and it refuses those that need more than the chip has.
+    The temporaries are those alive at the peak. For some programs that libtpu 0.0.42 accepts, `temp_size_in_bytes`
+    exceeds the chip's memory.
     """
     memory = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -142,18 +149,18 @@ def _text(compiled: Any) -> str | None:
 
 
 def _largest_replicated(spec: StateSpec) -> tuple[str, int]:
-    """Of the state's arrays, the largest that every device holds whole."""
+    """Returns path and bytes of the largest replicated array of the state."""
     whole = [("none", 0)]
     for path, x in jax.tree_util.tree_flatten_with_path(spec.shapes)[0]:
         if x.sharding.is_fully_replicated:
             whole.append((jax.tree_util.keystr(path), int(np.prod(x.shape)) * x.dtype.itemsize))
-    return max(whole, key=lambda named: named[1])
+    return max(whole, key=lambda item: item[1])
 
 
 def _collectives(hlo: str) -> dict[str, int]:
-    """How often each kind stands in the program; one in a loop over layers counts once."""
-    found = re.findall(rf"= \S+ ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo)
-    return dict(collections.Counter(found))
+    """Returns the number of collectives by kind; a collective in a loop over layers counts once."""
+    kinds = re.findall(rf"= \S+ ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo)
+    return dict(collections.Counter(kinds))
 
 
 def format_footprint(footprint: Footprint, room: int) -> str:
@@ -161,7 +168,7 @@ def format_footprint(footprint: Footprint, room: int) -> str:
     verdict = "FITS" if f.total <= room else f"EXCEEDS by {(f.total - room) / GIB:.2f} GiB"
     return (
         f"arguments {f.arguments / GIB:.2f}  temporaries {f.temporaries / GIB:.2f}  outputs {f.outputs / GIB:.2f}  "
-        f"total {f.total / GIB:.2f} GiB a chip of {room / GIB:.0f}\n"
+        f"total {f.total / GIB:.2f} GiB per chip of {room / GIB:.0f}\n"
         f"largest replicated array of the state: {f.replicated_name}, {f.largest_replicated / 2**20:.2f} MiB\n"
         f"{_wires(f)}\n{verdict}"
     )
@@ -177,7 +184,7 @@ def _wires(f: Footprint) -> str:
 def main() -> int:
     values = define_flags()
     flags.DEFINE_string("topology", "v5e:16x16", "KIND:SIZE of the slice.", flag_values=values)
-    flags.DEFINE_enum("program", "sft", list(OBJECTIVES), "Whose step is compiled.", flag_values=values)
+    flags.DEFINE_enum("program", "sft", list(OBJECTIVES), "Program whose step is compiled.", flag_values=values)
     config = read_flags(values)
     kind = values.topology.partition(":")[0]
     if kind not in ROOM:

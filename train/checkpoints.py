@@ -1,4 +1,4 @@
-"""Checkpoints of a run: asynchronous, whole or not there at all, a few kept, verified when they are read (Orbax)."""
+"""Checkpoints of a run (Orbax): asynchronous, atomic, verified when they are read; the newest ones are kept."""
 
 import dataclasses
 import itertools
@@ -25,24 +25,34 @@ from train.data.packing import row_states
 from train.processes import on_any
 from train.state import TrainState
 
+# Counts under their names in checkpoints of earlier versions.
+_FORMER_COUNTS = {"num_truncated": "cut", "num_bad": "bad", "num_drawn": "seen"}
 # Parts of errors that do not come from the checkpoint's content.
 _PASSING = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "out of memory")
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class _Damage(Exception):
-    """The content of a checkpoint is not as it was saved."""
+    """The content of a checkpoint differs from the saved one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataProgress:
-    """What a run has counted so far, over all processes."""
+    """Counts of a run since its start, over all processes.
+
+    Attributes:
+        samples: Samples that were trained on.
+        tokens: Tokens that were trained on.
+        num_truncated: Samples among them whose text was truncated.
+        num_bad: Samples that could not be used.
+        num_drawn: Samples drawn from the mixture, bad ones included.
+    """
 
     samples: int = 0
     tokens: int = 0
-    cut: int = 0
-    bad: int = 0
-    seen: int = 0
+    num_truncated: int = 0
+    num_bad: int = 0
+    num_drawn: int = 0
 
     def __add__(self, other: "DataProgress") -> "DataProgress":
         return DataProgress(
@@ -51,7 +61,7 @@ class DataProgress:
 
 
 class Checkpoints:
-    """The checkpoints in WORKDIR/checkpoints."""
+    """The checkpoints in WORKDIR/checkpoints, of which the newest `keep` stay."""
 
     def __init__(self, workdir: Path, keep: int):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every phase of every save
@@ -64,24 +74,24 @@ class Checkpoints:
             )
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint."""
+        """Returns the step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, data: grain.DatasetIterator, progress: DataProgress) -> None:
-        """Copies the state to the host and writes it while the run goes on. Does nothing if the step is saved.
+        """Copies the state to the host and writes it in the background, unless the step is saved already.
 
         Raises:
-            CheckpointError: the disk has not the room, an earlier save failed, or the state is not finite.
+            CheckpointError: the disk has too little space, an earlier save failed, or the state is not finite.
         """
         if step == self.latest():
             return
         tree = _tree(state)
-        needed = sum(x.nbytes for x in jax.tree.leaves(tree))
+        nbytes = sum(x.nbytes for x in jax.tree.leaves(tree))
         free = shutil.disk_usage(self.directory).free
-        if free < needed:
+        if free < nbytes:
             raise CheckpointError(
-                f"A checkpoint needs {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free on the disk of "
-                f"{self.directory}. Make room, then start again: the run goes on from its last checkpoint."
+                f"A checkpoint needs {nbytes / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free on the disk of "
+                f"{self.directory}. Make room, then start again: the run resumes from its last checkpoint."
             )
         fingerprints, not_finite = _fingerprints(tree)
         if not_finite:
@@ -98,9 +108,9 @@ class Checkpoints:
             self._manager.save(step, args=items)
 
     def restore(self, shapes: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, DataProgress]:
-        """The newest undamaged checkpoint, laid out as `shapes` says; `data` continues where it was.
+        """Returns the newest undamaged checkpoint with the shardings of `shapes`, and restores the state of `data`.
 
-        Damaged checkpoints that are newer are renamed to STEP.damaged, so that no later start reads them again.
+        Newer checkpoints are damaged. They are renamed to STEP.damaged, and later starts ignore them.
 
         Raises:
             CheckpointError: all checkpoints are damaged, or one is of another model, optimizer or data pipeline.
@@ -122,19 +132,19 @@ class Checkpoints:
         )
 
     def _read(self, step: int, tree: dict[str, Any]) -> tuple[dict[str, Any], DataProgress, Any]:
-        """State, progress and the state of the data. All processes agree on whether one of them is damaged.
+        """Returns state, progress and the state of the data. All processes agree on whether any part is damaged.
 
         Raises:
             _Damage: the checkpoint is damaged.
             CheckpointError: it is of another model or optimizer, or cannot be read at the moment.
         """
         directory = epath.Path(self.directory / str(step))
-        # The items are read by their handlers, not by the manager: it then waits for all processes, and would wait
-        # for ever if one of them found damage.
-        saved, state, rows, damage = {}, {}, _SealedData(), None
+        # The items are read by their handlers, not by the manager, which waits for all processes after each item: it
+        # would never return if one of them found damage.
+        record, state, rows, damage = {}, {}, _SealedData(), None
         try:
-            saved = _unseal(ocp.JsonCheckpointHandler().restore(directory / "progress"))
-            _check_layout(directory, tree, saved)
+            record = _unseal(ocp.JsonCheckpointHandler().restore(directory / "progress"))
+            _check_layout(directory, tree, record)
             grain.checkpoint.CheckpointHandler().restore(
                 directory / "data", args=grain.checkpoint.CheckpointRestore(rows)
             )
@@ -142,30 +152,30 @@ class Checkpoints:
             state = ocp.PyTreeCheckpointHandler().restore(directory / "state", args=restore)
         except CheckpointError:
             raise
-        except Exception as e:  # Orbax and grain raise what they like
+        except Exception as e:  # Orbax and grain raise any type
             damage = _first_line(e)
             passing = isinstance(e, MemoryError) or (isinstance(e, OSError) and not isinstance(e, _MISSING))
             if passing or any(text in str(e) for text in _PASSING):
                 raise CheckpointError(
-                    f"{directory} cannot be read ({damage}). Mend the cause and start again."
+                    f"{directory} cannot be read ({damage}). Remove the cause and start again."
                 ) from None
-            if saved and "state" not in saved:  # of an earlier version, which wrote nothing to compare with
+            if record and "state" not in record:  # an earlier version stored no fingerprints
                 raise CheckpointError(
                     f"{directory} cannot be restored ({damage}). It was written with another model, optimizer or data "
-                    "configuration, or it is damaged: remove it to go on from the one before, or choose another "
+                    "configuration, or it is damaged: remove it to resume from the one before, or choose another "
                     "--workdir."
                 ) from None
         if on_any(damage is not None):
             raise _Damage(damage or "another process cannot read its part")
         fingerprints, not_finite = _fingerprints(state)
-        before = saved.get("state", fingerprints)
+        before = record.get("state", fingerprints)
         changed = [path for path, value in fingerprints.items() if value != before[path]]
         if changed or not_finite:
-            raise _Damage(f"{(changed + not_finite)[0]} is not as it was saved")
-        return state, DataProgress(**{f.name: saved[f.name] for f in dataclasses.fields(DataProgress)}), rows.state
+            raise _Damage(f"{(changed + not_finite)[0]} differs from the saved one")
+        return state, _read_counts(record), rows.state
 
     def _set_aside(self, damage: Mapping[int, str], step: int) -> None:
-        """Renames damaged checkpoints, and prints what happened to them."""
+        """Renames damaged checkpoints, and prints their new names."""
         if not damage:
             return
         if jax.process_index() == 0:
@@ -184,19 +194,19 @@ class Checkpoints:
     def _resume(self, data: grain.DatasetIterator, rows: Any, step: int) -> None:
         try:
             data.set_state(row_states(rows))
-        except Exception as e:  # the state was verified, so the pipeline is another one
+        except Exception as e:  # the state was verified, so the pipeline differs
             raise CheckpointError(
                 f"The data of {self.directory / str(step)} cannot continue ({_first_line(e)}). It was written with "
-                "another data configuration. Give the same one as before, or choose another --workdir."
+                "another data configuration. Use the same one as before, or choose another --workdir."
             ) from None
         data.start_prefetch()
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether some process of several was told to end; all of them give the same answer."""
+        """Returns whether any of several processes received SIGTERM; all of them return the same."""
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Until the last save is whole. Raises CheckpointError if it failed."""
+        """Waits until the last save is complete. Raises CheckpointError if it failed."""
         with _clear_errors(self.directory):
             self._manager.wait_until_finished()
 
@@ -204,27 +214,32 @@ class Checkpoints:
         self._manager.close()
 
 
+def _read_counts(record: Mapping[str, Any]) -> DataProgress:
+    names = {f.name: f.name if f.name in record else _FORMER_COUNTS[f.name] for f in dataclasses.fields(DataProgress)}
+    return DataProgress(**{name: record[key] for name, key in names.items()})
+
+
 def _tree(state: TrainState) -> dict[str, Any]:
-    """What is saved: not the reference model, which is the one that the run started from."""
+    """Returns the saved part of the state: all but the reference model, which is the starting model."""
     return {"step": state.step, "params": state.params, "frozen": state.frozen, "opt_state": state.opt_state}
 
 
-def _check_layout(directory: epath.Path, tree: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raises CheckpointError if other arrays were saved than the run has; an earlier version did not record them."""
-    if "state" not in saved:
+def _check_layout(directory: epath.Path, tree: dict[str, Any], record: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if the saved arrays differ from the run's. An earlier version did not record them."""
+    if "state" not in record:
         return
-    ours, theirs = _layout(tree), {path: text.split()[0] for path, text in saved["state"].items()}
+    ours, theirs = _layout(tree), {path: text.split()[0] for path, text in record["state"].items()}
     unlike = next((path for path in {**theirs, **ours} if ours.get(path) != theirs.get(path)), None)
     if unlike is not None:
         raise CheckpointError(
             f"{directory} was written with another model, optimizer or dtype: {unlike} was "
-            f"{theirs.get(unlike, 'absent')} and is now {ours.get(unlike, 'absent')}. Give the same configuration as "
+            f"{theirs.get(unlike, 'absent')} and is now {ours.get(unlike, 'absent')}. Use the same configuration as "
             "before, or choose another --workdir."
         )
 
 
 def _layout(tree: Any) -> dict[str, str]:
-    """Path -> "float32[64,2]" of every array."""
+    """Returns path -> "float32[64,2]" for every array."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype.name}[{','.join(map(str, x.shape))}]"
@@ -233,9 +248,9 @@ def _layout(tree: Any) -> dict[str, str]:
 
 
 def _fingerprints(tree: Any) -> tuple[dict[str, str], list[str]]:
-    """Path -> "float32[64,2] 9f86d081" of every array, and the paths of arrays with values that are not finite.
+    """Returns path -> "float32[64,2] 9f86d081" for every array, and the paths of arrays that are not finite.
 
-    The hash is computed where the array is, and does not depend on how it is split over devices.
+    The hash is computed on the devices, and does not depend on the sharding.
     """
     everywhere = jnp.asarray(tree["step"]).sharding
     hashes, finite = map(np.asarray, jax.jit(_hashes, out_shardings=everywhere)(jax.tree.leaves(tree)))
@@ -245,13 +260,13 @@ def _fingerprints(tree: Any) -> tuple[dict[str, str], list[str]]:
 
 
 def _hashes(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """uint32 and bool, of every array."""
+    """Returns hashes (uint32) and finiteness (bool) of the arrays."""
     finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
     return jnp.stack([_hash(x) for x in leaves]), jnp.stack(finite)
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    """The sum of the mixed bits of every value and its position (the mixer is MurmurHash3's)."""
+    """Returns the sum of the mixed bits of every value and its position (mixer of MurmurHash3)."""
     words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     position = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
@@ -277,7 +292,7 @@ class _SealedData:
         self.state = content.get("rows", content)  # an earlier version saved the rows alone
 
     def start_prefetch(self) -> None:
-        """Part of the interface; the data is started when the checkpoint is verified."""
+        """Part of grain's interface. The data starts after the checkpoint is verified."""
 
 
 def _seal(content: dict[str, Any]) -> dict[str, Any]:
@@ -285,9 +300,9 @@ def _seal(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unseal(content: Any) -> dict[str, Any]:
-    """The content without its checksum, which an earlier version did not write. Raises _Damage."""
+    """Returns the content without its checksum, which an earlier version did not write. Raises _Damage."""
     if not isinstance(content, dict):
-        raise _Damage("a JSON file of it holds no object")
+        raise _Damage("a JSON file of it is not an object")
     content = dict(content)
     checksum = content.pop("crc32", None)
     if checksum is not None and checksum != _checksum(content):
@@ -309,7 +324,7 @@ def _clear_errors(directory: Path) -> Iterator[None]:
         yield
     except Exception as e:
         if is_disk_full(e):
-            message = f"The disk of {directory} is full. Make room, then start again: nothing saved before is lost."
+            message = f"The disk of {directory} is full. Make room, then start again: earlier checkpoints are intact."
             raise CheckpointError(message) from None
         if isinstance(e, OSError):
             raise CheckpointError(f"{directory} cannot be written ({e.strerror or e}). Choose another one.") from None

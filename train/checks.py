@@ -1,4 +1,4 @@
-"""Checks of configuration values. Messages begin with a field's name; `train.config` adds the rest of its key."""
+"""Checks of configuration values. Messages start with the field's name; `train.config` adds the prefix of its key."""
 
 import difflib
 import math
@@ -12,7 +12,7 @@ _FLOAT16 = re.compile(r"(f|fp|float)16|half")
 
 
 def check(options: Any, names: Sequence[str], accepts: Callable[[Any], bool], accepted: str) -> None:
-    """Checks the fields `names` of a dataclass; `accepted` describes the values that `accepts` is true of.
+    """Checks the fields `names` of a dataclass. `accepted` describes the values for which `accepts` is true.
 
     Raises:
         InputError: names the first field whose value is not accepted.
@@ -20,7 +20,7 @@ def check(options: Any, names: Sequence[str], accepts: Callable[[Any], bool], ac
     for name in names:
         value = getattr(options, name)
         if not accepts(value):
-            raise InputError(f"{name} is {value!r}, but has to be {accepted}.")
+            raise InputError(f"{name} is {value!r}, but must be {accepted}.")
 
 
 def check_at_least(options: Any, least: int, *names: str) -> None:
@@ -34,7 +34,7 @@ def check_choice(options: Any, name: str, choices: Sequence[str]) -> None:
     if value not in choices:
         close = difflib.get_close_matches(value.lower(), choices, 1, cutoff=0.5)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise InputError(f"{name} is {value!r}, but has to be one of {', '.join(choices)}.{hint}")
+        raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}.{hint}")
 
 
 def check_dtype(options: Any, name: str, *more: str) -> None:

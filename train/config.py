@@ -135,12 +135,12 @@ class TrainConfig:
 
 
 def default_config() -> ConfigDict:
-    """Every key with its default: what the recipes in configs/ start from."""
+    """Returns every key with its default, from which the recipes in configs/ start."""
     return ConfigDict(dataclasses.asdict(TrainConfig()))
 
 
 def read_config(config: ConfigDict) -> TrainConfig:
-    """The dataclass of a `ConfigDict`.
+    """Returns the dataclass of a `ConfigDict`.
 
     Raises:
         InputError: a key does not exist, or its value has another type or is not accepted; the message names it.
@@ -150,17 +150,17 @@ def read_config(config: ConfigDict) -> TrainConfig:
 
 def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(cls)
-    built = {}
+    arguments = {}
     for key, value in values.items():
         if key not in hints:
             _check_former(f"{where}.{key}")
             close = difflib.get_close_matches(key, hints, 1)
             hint = f"Did you mean {close[0]}?" if close else f"It has {', '.join(hints)}."
             raise InputError(f"{where}.{key} does not exist. {hint}")
-        built[key] = _value(hints[key], value, f"{where}.{key}")
+        arguments[key] = _value(hints[key], value, f"{where}.{key}")
     try:
-        return cls(**built)
-    except InputError as e:  # begins with the field's name
+        return cls(**arguments)
+    except InputError as e:  # starts with the field's name
         raise InputError(f"{where}.{e}") from None
 
 
@@ -176,27 +176,27 @@ def _check_former(key: str) -> None:
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise InputError(f"{where} has to hold keys, but is {value!r}.")
+            raise InputError(f"{where} must contain keys, but is {value!r}.")
         return _build(hint, value, where)
     if typing.get_origin(hint) is tuple:
         return _tuple(typing.get_args(hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise InputError(f"{where} has to be of type {hint.__name__}, but is {value!r}.")
+        raise InputError(f"{where} must be of type {hint.__name__}, but is {value!r}.")
     return value
 
 
 def _tuple(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     """`hints`: of each item, or (hint, ...)."""
     if not isinstance(value, list | tuple) or (... not in hints and len(value) != len(hints)):
-        raise InputError(f"{where} has to be a tuple{f' of {len(hints)}' if ... not in hints else ''}, not {value!r}.")
+        raise InputError(f"{where} must be a tuple{f' of {len(hints)}' if ... not in hints else ''}, not {value!r}.")
     each = hints[:1] * len(value) if ... in hints else hints
     return tuple(_value(hint, v, f"{where}[{i}]") for i, (hint, v) in enumerate(zip(each, value, strict=True)))
 
 
 def define_flags() -> flags.FlagValues:
-    """The flag --config FILE[:debug], with --config.KEY=VALUE for every key, to which a program adds its own."""
+    """Returns the flags --config FILE[:debug] and --config.KEY=VALUE, to which a program adds its own."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", help_string="A recipe in configs/.", flag_values=values)
     return values
@@ -206,7 +206,7 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
     """Parses the process's command line (ml_collections looks there for --config.KEY) into `values` and the config.
 
     Raises:
-        InputError: a flag or key does not exist, or has an unfit value.
+        InputError: a flag or key does not exist, or has an invalid value.
     """
     names = ", ".join(f"--{name}" for name in values if name != "config")
     if {"-h", "--help"} & set(sys.argv):
@@ -215,9 +215,9 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
         raise SystemExit(0)
     try:
         rest = values(list(sys.argv))[1:]
-        if not isinstance(values.config, ConfigDict):  # None, or what ml_collections makes of a missing file
-            given = f"{config_flags.get_config_filename(values['config'])} does not exist. " if values.config else ""
-            raise InputError(f"{given}Give a recipe: --config configs/recap_7b.py, or configs/recap_7b.py:debug.")
+        if not isinstance(values.config, ConfigDict):  # None, or another type for a missing file
+            problem = f"{config_flags.get_config_filename(values['config'])} does not exist. " if values.config else ""
+            raise InputError(f"{problem}Give a recipe: --config configs/recap_7b.py, or configs/recap_7b.py:debug.")
     except flags.UnrecognizedFlagError as e:
         raise InputError(f"--{e.flagname} does not exist. {_hint(e.flagname, values)} Other flags: {names}.") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
@@ -228,12 +228,12 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
         problem = f"--{unknown[0]} does not exist. {_hint(unknown[0])}" if unknown else reason
         raise InputError(f"{problem} Recipes are in configs/; every key is explained in train/config.py.") from None
     if rest:
-        raise InputError(f"{rest[0]!r} is no flag. Flags are --config, --config.KEY=VALUE, {names}.")
+        raise InputError(f"{rest[0]!r} is not a flag. Flags are --config, --config.KEY=VALUE, {names}.")
     return with_local_paths(read_config(values.config))
 
 
 def help_lines(config: Any = TrainConfig(), prefix: str = "--config") -> Iterator[str]:
-    """Every key with its default and description, from the `Attributes:` of the dataclasses."""
+    """Yields every key with its default and its description in the `Attributes:` of the dataclasses."""
     for field in dataclasses.fields(config):
         key, value = f"{prefix}.{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -243,13 +243,13 @@ def help_lines(config: Any = TrainConfig(), prefix: str = "--config") -> Iterato
 
 
 def describe_field(cls: type, name: str) -> str:
-    """The description of a field in the `Attributes:` of its class; empty if there is none."""
+    """Returns the description of a field in the `Attributes:` of its class, or an empty string."""
     match = re.search(rf"^        {name}: (.+)$", cls.__doc__ or "", re.MULTILINE)
     return match[1] if match else ""
 
 
 def with_local_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration with a leading ~ of its paths expanded, except those of annotations.
+    """Returns the configuration with a leading ~ expanded in all paths except those of annotations.
 
     Raises:
         InputError: a path is a URL.
@@ -267,19 +267,19 @@ def with_local_paths(config: TrainConfig) -> TrainConfig:
 
 
 def _recipe_keys(error: Exception) -> list[str]:
-    """Keys that may be the one that a recipe sets and that does not exist; ml_collections names only its last part."""
+    """Returns the former keys that the error may be about; ml_collections names only the last part of a key."""
     name = re.search(r"""Key ["'](\w+)["'] does not exist""", str(error))
     return [f"config.{key}" for key in (*FORMER_KEYS, *REMOVED_KEYS) if name and key.rpartition(".")[2] == name[1]]
 
 
 def _given_keys() -> list[str]:
-    """ "config.data.seq_len" for --config.data.seq_len=64, and so on."""
+    """Returns the keys on the command line, such as "config.data.seq_len"."""
     names = (argument.lstrip("-").partition("=")[0] for argument in sys.argv[1:])
     return [name for name in names if name.startswith("config.")]
 
 
 def _keys(prefix: str = "config", cls: Any = TrainConfig) -> list[str]:
-    """All that --config.KEY may name."""
+    """Returns every key, sections included."""
     fields = {f"{prefix}.{name}": hint for name, hint in typing.get_type_hints(cls).items()}
     below = [_keys(name, hint) for name, hint in fields.items() if dataclasses.is_dataclass(hint)]
     return [*fields, *itertools.chain(*below)]

@@ -13,7 +13,7 @@ from train.config import TrainConfig
 from train.processes import write_once
 from train.untrained import UntrainedModel, write_untrained
 
-RANDOM = "random"  # stands for the checkpoint in config.model, and for the clips in config.data.train
+RANDOM = "random"  # in config.model the checkpoint, in config.data.train the clips
 _CLIPS = 8
 _COLORS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 210), "yellow": (220, 200, 60)}
 _PROMPT = "Describe the video in detail."
@@ -85,6 +85,6 @@ def _draw(length: int, height: int, width: int, color: tuple[int, int, int]) -> 
     """Returns uint8 (length, height, width, 3): a square that moves from the left to the right."""
     clip = np.full((length, height, width, 3), 160, np.uint8)
     side = height // 4
-    for i, left in enumerate(np.linspace(0, width - side, length).astype(int)):
-        clip[i, side : 2 * side, left : left + side] = color
+    for i, x in enumerate(np.linspace(0, width - side, length).astype(int)):
+        clip[i, side : 2 * side, x : x + side] = color
     return clip

@@ -2,8 +2,8 @@
 
     python -m train.dpo --config configs/dpo_7b.py --config.data.train=FILE --workdir DIR
 
-A line is a conversation whose last answer has "chosen" and "rejected" texts. Started again with the same flags, it goes
-on from the workdir's last checkpoint. See docs/training.md.
+The last answer of each conversation has the texts "chosen" and "rejected". The same command resumes from the last
+checkpoint of the workdir. See docs/training.md.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from train.run import Objective, TrainRun
 
 
 def dpo_objective(config: TrainConfig) -> Objective:
-    """Trains the chosen answers' log-probabilities up, and the rejected ones' down, against the reference's.
+    """Raises the log-probabilities of chosen answers and lowers those of rejected ones, relative to the reference.
 
     Raises:
         InputError: a row cannot hold a pair, or the reference is a file and the frames are random.
     """
     if config.data.max_samples_per_seq < 2:
         raise InputError(
-            "config.data.max_samples_per_seq is 1, but a row of DPO has to hold the 2 answers of a pair at least."
+            "config.data.max_samples_per_seq is 1, but a row of DPO must have room for the 2 answers of a pair."
         )
     n_frames, pairs = config.processor.n_frames, config.data.max_samples_per_seq // 2
     loss = functools.partial(dpo_loss, beta=config.dpo.beta, pairs=pairs)
@@ -49,7 +49,7 @@ def dpo_objective(config: TrainConfig) -> Objective:
         return prepare_pair(sample, rng, n_frames)[0]
 
     def load(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
-        seed = int(rng.integers(2**63))  # both answers are about the same frames
+        seed = int(rng.integers(2**63))  # both answers get the same frames
         chats = prepare_pair(sample, rng, n_frames)
         pair = [processor(chat, training=True, rng=np.random.default_rng(seed)) for chat in chats]
         return PackUnit(mask_shared(pair), {})
@@ -58,41 +58,43 @@ def dpo_objective(config: TrainConfig) -> Objective:
         return Objective("dpo", loss, chosen, load, with_reference=True, answers=2)
     if config.processor.video_sampler == "v2":
         raise InputError(
-            "dpo.reference is a file, but processor.video_sampler v2 shows other frames at every turn. Choose sampler "
+            "dpo.reference is a file, but processor.video_sampler v2 draws new frames at every pass. Choose sampler "
             "v1, or --config.dpo.reference=weights."
         )
-    stored = ReferenceFile(config.dpo.reference)
+    reference = ReferenceFile(config.dpo.reference)
 
     def load_with_key(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
-        return dataclasses.replace(load(processor, sample, rng), key=stored.key(sample))
+        return dataclasses.replace(load(processor, sample, rng), key=reference.key(sample))
 
     def load_with_reference(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
-        return dataclasses.replace(load(processor, sample, rng), extra={"reference": stored.of(sample)})
+        return dataclasses.replace(load(processor, sample, rng), extra={"reference": reference.of(sample)})
 
     def before(run: TrainRun) -> None:
-        stored.open(run)
+        reference.open(run)
         # Process 0 has the lock for all, as in `train.main.exclusive`; runs with other workdirs may share the file.
-        with locked(stored.path) if jax.process_index() == 0 else contextlib.nullcontext():
+        with locked(reference.path) if jax.process_index() == 0 else contextlib.nullcontext():
             write_reference(
-                dataclasses.replace(run, objective=Objective("reference", loss, chosen, load_with_key)), stored, pairs
+                dataclasses.replace(run, objective=Objective("reference", loss, chosen, load_with_key)),
+                reference,
+                pairs,
             )
 
     return Objective("dpo", loss, chosen, load_with_reference, {"reference": (pairs, 2)}, before=before, answers=2)
 
 
 def mask_shared(pair: Sequence[Example]) -> list[Example]:
-    """The chosen and the rejected example, trained on from the first answer that differs.
+    """Returns the chosen and the rejected example, with labels from the first answer that differs on.
 
-    Earlier answers are the same in both. They cancel in the loss, and do not belong to the rewards.
+    Earlier answers are equal in both. They cancel in the loss, and are not part of the rewards.
 
     Raises:
         InputError: the two do not differ within max_seq_len.
     """
-    chosen, rejected = (example.input_ids for example in pair)
-    n = min(len(chosen), len(rejected))
-    if np.array_equal(chosen, rejected):
-        raise InputError(f'"chosen" and "rejected" are equal in the {n} tokens that max_seq_len leaves. Raise it.')
-    first = int(np.argmax(np.append(chosen[:n] != rejected[:n], True)))
+    ids, other_ids = (example.input_ids for example in pair)
+    n = min(len(ids), len(other_ids))
+    if np.array_equal(ids, other_ids):
+        raise InputError(f'"chosen" and "rejected" are equal in the {n} tokens within max_seq_len. Raise it.')
+    first = int(np.argmax(np.append(ids[:n] != other_ids[:n], True)))
     start = np.flatnonzero(np.append(-100, pair[0].labels[:first]) < 0)[-1]  # of the answer that `first` is in
     masked = (np.where(np.arange(len(e.labels)) < start, np.int32(-100), e.labels) for e in pair)
     return [dataclasses.replace(example, labels=labels) for example, labels in zip(pair, masked, strict=True)]

@@ -1,4 +1,4 @@
-"""From the state of a run to a checkpoint that every program here loads, and `convert.orbax_to_hf` exports."""
+"""Export of a run's state to a converted checkpoint, which all programs load and `convert.orbax_to_hf` exports."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ from train.state import TrainState, build_model
 
 
 def export_trained(run: TrainRun, state: TrainState) -> Path:
-    """Writes WORKDIR/model, a converted directory in the model's dtype, in place of what stood there.
+    """Writes WORKDIR/model, a converted directory in the model's dtype, and replaces an earlier one.
 
     Raises:
         CheckpointError: the disk is full.

@@ -1,4 +1,4 @@
-"""The loop of SFT and DPO alike: data in, steps, reports, evaluation, checkpoints, and a clean end."""
+"""The training loop of SFT and DPO: data, steps, reports, evaluation, checkpoints, and a clean end."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ from train.throughput import Meter, Work, work_of
 from train.validation import Evaluation
 
 _TRACED = 3  # steps of a profile
-_WARM_UP = 2  # steps after which nothing new should compile
+_WARM_UP = 2  # steps that may compile
 
 
 class NonFiniteLoss(TarsierError):
@@ -37,27 +37,33 @@ class NonFiniteLoss(TarsierError):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a run ended. stopped: the signal that ended it early, SIGTERM or SIGINT; 0 for a finished run.  compilations:
-    of steps after the first ones, where there should be none.  data_wait: the share of time, after the first steps, in
-    which steps waited for data."""
+    """The result of a run.
+
+    Attributes:
+        step: Last step.
+        loss: Its loss.
+        stop_signal: SIGTERM or SIGINT if it ended the run early; 0 for a finished run.
+        compilations: Compilations after the first steps; a correct run has none.
+        data_wait: Fraction of the time after the first steps in which steps waited for data.
+    """
 
     step: int
     loss: float
-    stopped: int
+    stop_signal: int
     compilations: int
     data_wait: float
 
     @property
     def exit_status(self) -> int:
-        """Of the program: 0, or 128 plus the number of the signal that ended the run, as in a shell."""
-        return 128 + self.stopped if self.stopped else 0
+        """Exit status of the program: 0, or 128 plus the signal, as in a shell."""
+        return 128 + self.stop_signal if self.stop_signal else 0
 
 
 def train(config: TrainConfig, workdir: Path, objective: Objective) -> Summary:
-    """Runs from the start, or from the workdir's last checkpoint, to config.num_train_steps.
+    """Trains from the start, or from the workdir's last checkpoint, to config.num_train_steps.
 
     Raises:
-        TarsierError: something of the configuration, the data or the disk cannot be used; the message says what.
+        TarsierError: the configuration, the data or the disk cannot be used.
     """
     run = open_run(config, workdir, objective)
     with jax.set_mesh(run.spec.mesh):
@@ -86,7 +92,7 @@ class _Loop:
         self.bad_samples = BadSamples(run.workdir)
         vision_trained = any(path.startswith("vision/") for path in run.spec.shapes.params)
         self.meter, self.whole = (Meter(run.spec.config, vision_trained) for _ in range(2))
-        self.counted = DataProgress()  # of this process, since the start
+        self.counts = DataProgress()  # of this process, since the start
         self.pending: tuple[int, dict[str, jax.Array], list[PackedRow]] | None = None
         self.recent: list[dict[str, float]] = []
         self.loss = float("nan")
@@ -101,10 +107,10 @@ class _Loop:
         return state, progress
 
     def run_to_the_end(self) -> Summary:
-        self._say_hello()
+        self._log_start()
         steps, stop = self.config.num_train_steps, Terminator(self.checkpoints)
         with stop, self.compilations:
-            while self.step < steps and not stop.asked(self.step):
+            while self.step < steps and not stop.requested(self.step):
                 self._advance()
                 self._trace()
                 self._report_if_due()
@@ -115,10 +121,10 @@ class _Loop:
             if self.step > self.first:
                 self._save()
             self.checkpoints.wait()
-        return self._finish(stopped=stop.signal if self.step < steps else 0)
+        return self._finish(stop_signal=stop.signal if self.step < steps else 0)
 
     def _advance(self) -> None:
-        """One step. The device computes it while the host checks the one before and fetches the next one's data."""
+        """Starts one step. The device computes it while the host checks the previous one and fetches the next rows."""
         start, compiled = time.perf_counter(), self.compilations.count
         rows = [next(self.rows) for _ in range(self._local_rows)]
         waited = time.perf_counter() - start
@@ -143,19 +149,19 @@ class _Loop:
 
     def _count(self, rows: list[PackedRow], work: Work) -> None:
         bad = [sample for row in rows for sample in row.bad]
-        self.counted += DataProgress(
+        self.counts += DataProgress(
             samples=work.samples,
             tokens=work.tokens,
-            cut=sum(row.cut for row in rows),
-            bad=len(bad),
-            seen=sum(row.seen for row in rows),
+            num_truncated=sum(row.num_truncated for row in rows),
+            num_bad=len(bad),
+            num_drawn=sum(row.num_drawn for row in rows),
         )
         if bad:
             self.bad_samples.write(bad)
-            check_share(self.counted.bad, self.counted.seen, self.config.data.max_bad_fraction, bad[-1])
+            check_share(self.counts.num_bad, self.counts.num_drawn, self.config.data.max_bad_fraction, bad[-1])
 
     def _check_pending(self) -> None:
-        """Fetches the last step's metrics, which waits for it."""
+        """Waits for the last step and fetches its metrics."""
         if self.pending is None:
             return
         (step, metrics, rows), self.pending = self.pending, None
@@ -208,24 +214,24 @@ class _Loop:
     def _trace(self) -> None:
         at = self.config.profile_step
         if at and self.step in (at, at + _TRACED):
-            self._check_pending()  # a trace holds whole steps
+            self._check_pending()  # a trace contains whole steps
             if self.step == at:
                 jax.profiler.start_trace(str(self.workdir))
             else:
                 jax.profiler.stop_trace()
 
     def _save(self) -> None:
-        self._check_pending()  # what is not finite is not saved
+        self._check_pending()  # raises before a state that is not finite is saved
         self.checkpoints.save(self.step, self.state, self.rows, self._progress())
 
     def _progress(self) -> DataProgress:
-        """Over all processes."""
-        counts = np.array(dataclasses.astuple(self.counted))
+        """Sums the counts of all processes and of earlier starts."""
+        counts = np.array(dataclasses.astuple(self.counts))
         if jax.process_count() > 1:
             counts = multihost_utils.process_allgather(counts).sum(axis=0)
         return self.before + DataProgress(*(int(count) for count in counts))
 
-    def _say_hello(self) -> None:
+    def _log_start(self) -> None:
         run, mesh = self.run, self.run.spec.mesh
         trained = sum(int(np.prod(x.shape)) for x in run.spec.shapes.params.values())
         frozen = sum(int(np.prod(x.shape)) for x in run.spec.shapes.frozen.values())
@@ -235,58 +241,59 @@ class _Loop:
             f"{run.objective.name} of {run.model_directory}: {trained:,} parameters trained, {frozen:,} frozen, "
             f"{run.spec.config.dtype}\n{mesh.size} x {device.device_kind} ({axes}), "
             f"{data.global_batch_size} rows of {data.seq_len} tokens per step, {self.config.num_train_steps} steps"
-            + (f", going on from step {self.first}" if self.first else "")
+            + (f", resumed from step {self.first}" if self.first else "")
         )
         for change in run.changes if self.first else ():
             self.log.line(f"config.{change}")
 
-    def _finish(self, stopped: int) -> Summary:
+    def _finish(self, stop_signal: int) -> Summary:
         progress, rates = self._progress(), self.whole.rates()
-        exported = None if stopped else export_trained(self.run, self.state)
-        loss = f"loss {self.loss:.4f}" if self.step > self.first else "no step was left to do"
+        exported = None if stop_signal else export_trained(self.run, self.state)
+        loss = f"loss {self.loss:.4f}" if self.step > self.first else "no step remained"
         self.log.line(
-            f"{'stopped at' if stopped else 'finished'} step {self.step}: {loss}, "
-            f"{progress.samples:,} samples and {progress.tokens:,} tokens trained on, {progress.cut} cut, "
-            f"{progress.bad} bad"
-            + (f" (see {self.bad_samples.file})" if progress.bad else "")
+            f"{'stopped at' if stop_signal else 'finished'} step {self.step}: {loss}, "
+            f"{progress.samples:,} samples and {progress.tokens:,} tokens trained on, "
+            f"{progress.num_truncated} truncated, {progress.num_bad} bad"
+            + (f" (see {self.bad_samples.file})" if progress.num_bad else "")
             + f"\n{duration(rates['seconds_per_step'] * (self.step - self.first))} in all, "
             f"{rates['tokens_per_s']:,.0f} tokens/s, data wait {rates['data_wait']:.1%}, padding "
             f"{rates['padding']:.1%}, {self.late_compilations} compilations after step {self.first + _WARM_UP}\n"
-            + ("the same command goes on from here" if stopped else f"the trained model is {exported}")
+            + ("the same command resumes from here" if stop_signal else f"the trained model is {exported}")
         )
-        return Summary(self.step, self.loss, stopped, self.late_compilations, rates["data_wait"])
+        return Summary(self.step, self.loss, stop_signal, self.late_compilations, rates["data_wait"])
 
     def close(self) -> None:
-        """Waits for a save in progress, and ends the threads that make rows."""
+        """Waits for a save in progress, and ends the threads that pack rows."""
         self.checkpoints.close()
         self.rows.close()
         self.log.close()
 
 
 class Terminator:
-    """Notices SIGTERM and Ctrl-C, so that the step in progress is finished and saved. A second Ctrl-C ends at once.
+    """Handles SIGTERM and Ctrl-C: the run finishes and saves the current step. A second Ctrl-C exits at once.
 
     Attributes:
-        signal: the one that was noticed first.
+        signal: The first signal; 0 before.
     """
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints, self.signal = checkpoints, 0
 
-    def asked(self, step: int) -> bool:
+    def requested(self, step: int) -> bool:
         if jax.process_count() == 1:
             return self.signal != 0
-        # One of several processes may notice a signal earlier than the others: they agree on a step.
+        # Signals reach several processes at different times, so they agree on a step.
         stop = self._checkpoints.reached_preemption(step)
         if stop and not self.signal:
             self.signal = signal.SIGTERM
         return stop
 
     def __enter__(self) -> None:
-        # Of several processes one may see SIGTERM earlier: there, jax.distributed catches it and they agree on a step.
+        # With several processes, jax.distributed handles SIGTERM, and they agree on a step.
         numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
         self._former = {number: signal.signal(number, lambda *_: None) for number in numbers}
-        # Python calls no handler while the main thread compiles. A thread reads the signals' numbers at once.
+        # Python calls handlers only between bytecodes of the main thread, so not during compilation. A thread reads the
+        # signals from a pipe without delay.
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         signal.set_wakeup_fd(self._writer)

@@ -1,4 +1,4 @@
-"""Losses of packed batches. Each gives (sum, weight, metrics); the trainer adds them up and divides once."""
+"""Losses of packed batches. Each returns (sum, weight, metrics); the trainer sums them and divides once."""
 
 import functools
 from typing import Any
@@ -12,14 +12,14 @@ from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.sharding import BATCH, current_mesh, fit_spec
 
-CHUNK = 1024  # tokens of a device whose logits exist at once
+CHUNK = 1024  # tokens per device whose logits exist at the same time
 
-# The sum of a loss, what to divide it by, and further sums that are divided by the same.
+# The sum of a loss, its divisor, and the sums of other metrics with the same divisor.
 Loss = tuple[Float[Array, ""], Float[Array, ""], dict[str, Float[Array, ""]]]
 
 
 def shifted_labels(batch: Batch) -> Int[Array, "B S"]:
-    """What each position should predict: the label of the next token if it is of the same sample, else -100."""
+    """Returns the target of each position: the label of the next token of the same sample, or -100."""
     assert batch.segment_ids is not None
     same = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
     targets = jnp.where(same, batch.labels[:, 1:], -100)
@@ -29,11 +29,13 @@ def shifted_labels(batch: Batch) -> Int[Array, "B S"]:
 def token_log_probs(
     head: Float[Array, "V D"], x: Float[Array, "B S D"], targets: Int[Array, "B S"], chunk: int = CHUNK
 ) -> Float[Array, "B S"]:
-    """log p(target) at each position, float32; 0 where the target is -100.
+    """Returns log p(target) at each position, float32; 0 where the target is -100.
 
     Args:
-        head: `Decoder.head()`.  x: final hidden states.  chunk: tokens of a device whose logits exist at once, in
-            the backward pass too, which computes them anew.
+        head: `Decoder.head()`.
+        x: Final hidden states.
+        targets: From `shifted_labels`.
+        chunk: Tokens per device whose logits exist at the same time; the backward pass recomputes them.
     """
     local = functools.partial(_local_log_probs, chunk=chunk)
     mesh = current_mesh()
@@ -43,7 +45,7 @@ def token_log_probs(
     def gathered(head: Array, x: Array, targets: Array) -> Array:
         return local(jax.lax.all_gather(head, "fsdp", axis=1, tiled=True), x, targets)
 
-    # By hand over data and fsdp: the head is gathered once and its gradient scattered once, not in every chunk.
+    # Manual over data and fsdp: the head is gathered once and its gradient scattered once, not in every chunk.
     rows = fit_spec(targets.shape, (BATCH, None), mesh)
     specs = (P(None, "fsdp"), rows, rows)
     return jax.shard_map(
@@ -62,17 +64,17 @@ def _local_log_probs(head: Array, x: Array, targets: Array, chunk: int) -> Array
     @jax.checkpoint
     def piece(head: Array, x: Array, targets: Array) -> Array:
         logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
-        # Picked by comparing: a gather would bring the vocabulary of all devices together.
+        # A comparison, since a gather would collect the vocabulary of all devices.
         at_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-        picked = jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1)
-        return jnp.where(targets >= 0, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
+        target_logits = jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1)
+        return jnp.where(targets >= 0, target_logits - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
     _, out = jax.lax.scan(lambda _, xs: (None, piece(head, *xs)), None, (x, padded))
     return out.swapaxes(0, 1).reshape(B, -1)[:, :S]
 
 
 def sft_loss(model: Tarsier, batch: Batch, extra: dict[str, Any]) -> Loss:
-    """Cross-entropy of the assistant's tokens; the weight is their number."""
+    """Returns the cross-entropy of the assistant's tokens; the weight is their number."""
     del extra
     targets = shifted_labels(batch)
     log_probs = token_log_probs(model.decoder.head(), model.hidden(batch), targets)
@@ -80,7 +82,7 @@ def sft_loss(model: Tarsier, batch: Batch, extra: dict[str, Any]) -> Loss:
 
 
 def pair_log_probs(model: Tarsier, batch: Batch, pairs: int) -> Float[Array, "B pairs 2"]:
-    """log p(answer) of the chosen and the rejected answer of each pair; 0 for pairs that a row does not have.
+    """Returns log p(answer) of the chosen and the rejected answer of each pair; 0 for absent pairs.
 
     The samples of a row are chosen, rejected, chosen, rejected, and so on.
     """
@@ -91,14 +93,15 @@ def pair_log_probs(model: Tarsier, batch: Batch, pairs: int) -> Float[Array, "B 
 
 
 def dpo_loss(model: Tarsier, batch: Batch, extra: dict[str, Any], beta: float, pairs: int) -> Loss:
-    """Direct preference optimisation; the weight is the number of pairs.
+    """Returns the loss of direct preference optimisation; the weight is the number of pairs.
 
     -log sigmoid(beta * ((chosen - reference chosen) - (rejected - reference rejected))), in log-probabilities of whole
     answers. Source: equation 7 of arXiv 2305.18290.
 
     Args:
         extra: "reference", float32 (B, pairs, 2), the reference model's `pair_log_probs`; or "reference_model".
-        pairs: how many a row holds at most.
+        beta: Factor of the margin.
+        pairs: Largest number of pairs per row.
     """
     reference = extra.get("reference")
     if reference is None:

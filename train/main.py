@@ -42,7 +42,7 @@ def read_run(values: flags.FlagValues) -> tuple[TrainConfig, Path]:
 
 @contextlib.contextmanager
 def exclusive(workdir: Path) -> Iterator[None]:
-    """Refuses a second run in the workdir, and ends all processes when one of them fails.
+    """Refuses a second run in the workdir, and ends all processes when any fails.
 
     Raises:
         InputError: another run writes the workdir.

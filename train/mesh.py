@@ -18,7 +18,7 @@ from train.state import StepBatch, batch_shardings
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh, with -1 filled in.
+    """Returns the mesh, with -1 replaced by the devices that remain.
 
     Raises:
         InputError: the axes do not match the devices.
@@ -26,15 +26,17 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
     count = len(devices) if devices is not None else jax.device_count()
     sizes = dataclasses.asdict(config)
     open_axes = [axis for axis, size in sizes.items() if size == -1]
-    given = int(np.prod([size for size in sizes.values() if size != -1]))
+    product = int(np.prod([size for size in sizes.values() if size != -1]))
     negative = min(sizes.values()) < -1
-    if negative or len(open_axes) > 1 or given < 1 or count % given or (not open_axes and given != count):
+    if negative or len(open_axes) > 1 or product < 1 or count % product or (not open_axes and product != count):
         text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise InputError(
-            f"config.mesh {text} does not match {count} devices: the sizes multiply to {given}. Their product has to "
-            f"be {count}; one of them may be -1 for what the others leave."
+            f"config.mesh {text} does not match {count} devices: the sizes multiply to {product}. Their product must "
+            f"be {count}; one of them may be -1 for the devices that remain."
         )
-    return make_mesh(**{axis: count // given if size == -1 else size for axis, size in sizes.items()}, devices=devices)
+    return make_mesh(
+        **{axis: count // product if size == -1 else size for axis, size in sizes.items()}, devices=devices
+    )
 
 
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:
@@ -49,9 +51,9 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this process loads the index-th of `count` equal shares of a step's rows.
+    """Returns (index, count): this process loads share `index` of `count` equal shares of a step's rows.
 
-    Processes share rows where the tensor axis spans them.
+    Processes that the tensor axis spans load the same rows.
     """
     sharding = NamedSharding(mesh, P(BATCH))
     across = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -61,7 +63,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def global_batch(rows: Sequence[PackedRow], parts: int, mesh: Mesh) -> StepBatch:
-    """The rows of all processes as one step's arrays on the devices."""
+    """Returns one step's arrays on the devices, from the rows of all processes."""
     n = len(rows) // parts
     stacked = [
         StepBatch(

@@ -1,4 +1,4 @@
-"""What a run writes down: TensorBoard files, metrics.jsonl, the console, samples that could not be used."""
+"""The logs of a run: TensorBoard files, metrics.jsonl, the console, and the bad samples."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from train.data.packing import BadSample
 
 
 class Log:
-    """Scalars, texts and lines, by process 0. What was logged beyond `step`, where the run goes on, is void."""
+    """Logs scalars, texts and lines in process 0. Entries after `step`, from which the run resumes, are dropped."""
 
     def __init__(self, workdir: Path, step: int):
         self._writer = None
@@ -58,31 +58,31 @@ def _step_of(line: str) -> float:
 
 
 class BadSamples:
-    """WORKDIR/bad_samples_PROCESS.jsonl: file, line and reason of every sample that was skipped, once each."""
+    """WORKDIR/bad_samples_PROCESS.jsonl: file, line and reason of every bad sample, without repetitions."""
 
     def __init__(self, workdir: Path):
         self.file = workdir / f"bad_samples_{jax.process_index()}.jsonl"
-        self._known = set(self.file.read_text(encoding="utf-8").splitlines()) if self.file.exists() else set()
+        self._lines = set(self.file.read_text(encoding="utf-8").splitlines()) if self.file.exists() else set()
 
     def write(self, samples: Sequence[BadSample]) -> None:
         lines = dict.fromkeys(json.dumps(dataclasses.asdict(sample)) for sample in samples)
         with self.file.open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines if line not in self._known)
-        self._known.update(lines)
+            file.writelines(f"{line}\n" for line in lines if line not in self._lines)
+        self._lines.update(lines)
 
 
 def console_line(step: int, steps: int, values: Mapping[str, float]) -> str:
-    """One line: loss first, then the loss's own metrics, then rates and the time left."""
-    shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['lr']:.2e}", "grad": f"{values['grad_norm']:.2f}"}
-    shown |= {name: f"{values[name]:.3f}" for name in ("accuracy", "margin") if name in values}
-    shown |= {"tokens/s": f"{values['tokens_per_s']:,.0f}", "samples/s": f"{values['samples_per_s']:.2f}"}
-    shown |= {"mfu": f"{values['mfu']:.1%}"} if "mfu" in values else {}
-    shown |= {"data wait": f"{values['data_wait']:.1%}", "padding": f"{values['padding']:.1%}"}
-    left = (steps - step) * values["seconds_per_step"]
-    return f"step {step}/{steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + f"  left {duration(left)}"
+    """Returns one line: the loss, its other metrics, the rates and the remaining time."""
+    texts = {"loss": f"{values['loss']:.4f}", "lr": f"{values['lr']:.2e}", "grad": f"{values['grad_norm']:.2f}"}
+    texts |= {name: f"{values[name]:.3f}" for name in ("accuracy", "margin") if name in values}
+    texts |= {"tokens/s": f"{values['tokens_per_s']:,.0f}", "samples/s": f"{values['samples_per_s']:.2f}"}
+    texts |= {"mfu": f"{values['mfu']:.1%}"} if "mfu" in values else {}
+    texts |= {"data wait": f"{values['data_wait']:.1%}", "padding": f"{values['padding']:.1%}"}
+    remaining = (steps - step) * values["seconds_per_step"]
+    return f"step {step}/{steps}  " + "  ".join(f"{k} {v}" for k, v in texts.items()) + f"  left {duration(remaining)}"
 
 
 def duration(seconds: float) -> str:
-    """3725 -> "1:02:05"."""
+    """Formats seconds: 3725 -> "1:02:05"."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

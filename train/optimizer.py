@@ -1,7 +1,7 @@
 """AdamW, Muon for some matrices, cosine decay, clipping, learning-rate groups, layer-wise decay of the vision tower.
 
-Parameters are a flat dict, path -> array, as everywhere in this room: "decoder/norm/weight". Paths are chosen by
-regular expressions that match them whole.
+Parameters are a flat dict, path -> array, such as "decoder/norm/weight". Patterns are regular expressions
+that match whole paths.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from train.checks import check, check_at_least, check_dtype
 
 Params = dict[str, Any]
 
-_VECTORS = (r".*/bias", r".*norm[12]?/weight")  # parameters that are no matrices
+_VECTORS = (r".*/bias", r".*norm[12]?/weight")  # parameters that are not matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class OptimizerConfig:
         weight_decay: Decoupled weight decay.
         clip_norm: Largest norm of the whole gradient; 0 turns clipping off.
         vision_layer_decay: Vision block i of n learns at peak_lr * decay^(n - i), the patch embedding at decay^(n + 1).
-        lr_groups: (regex, factor) pairs of learning rates; the first pattern that matches a parameter counts.
-        freeze: Patterns of parameters that are not trained and have no optimizer state.
+        lr_groups: (regex, factor) pairs of learning rates; the first pattern that matches applies.
+        freeze: Patterns of parameters that are not trained and take part in no optimizer state.
         no_decay: Patterns of parameters without weight decay.
         muon_params: Patterns of matrices that Muon updates instead of Adam, see `_muon`.
         mu_dtype: Dtype of the first moment; the second stays float32, as bfloat16 would lose its small increments.
@@ -73,10 +73,10 @@ class OptimizerConfig:
 
 
 def split_frozen(params: Mapping[str, Any], freeze: Sequence[str]) -> tuple[Params, Params]:
-    """(trained, frozen) parameters.
+    """Returns the trained and the frozen parameters.
 
     Raises:
-        InputError: a pattern matches no parameter, or nothing is left to train.
+        InputError: a pattern matches no parameter, or all parameters are frozen.
     """
     _check_patterns("freeze", freeze, params)
     frozen = {path: value for path, value in params.items() if _matches(path, freeze)}
@@ -87,7 +87,7 @@ def split_frozen(params: Mapping[str, Any], freeze: Sequence[str]) -> tuple[Para
 
 
 def lr_factors(params: Mapping[str, Any], config: OptimizerConfig) -> dict[str, Any]:
-    """What each parameter's learning rate is multiplied with: a scalar, or a factor for each of its stacked layers.
+    """Returns each parameter's factor of the learning rate: a scalar, or one factor per stacked layer.
 
     Raises:
         InputError: a pattern of lr_groups matches no parameter.
@@ -112,7 +112,7 @@ def _layer_decay(path: str, shape: Sequence[int], decay: float, params: Mapping[
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine.
+    """Returns a linear warm-up from 0, then a cosine.
 
     Raises:
         InputError: the warm-up is longer than the run.
@@ -131,13 +131,13 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, steps: int, params: Mapping[str, Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """The whole update, of the trained ones among `params` (all of the model's, or their shapes).
+    """Returns the update of the trained parameters. `params`: all parameters of the model, or their shapes.
 
     Source of AdamW: arXiv 1711.05101.
 
     Raises:
-        InputError: see `split_frozen`, `make_schedule` and `lr_factors`; or a pattern of muon matches no parameter that
-            is trained, or one that is no matrix.
+        InputError: see `split_frozen`, `make_schedule` and `lr_factors`; or a pattern of muon_params matches no trained
+            parameter, or one that is not a matrix.
     """
     trained, _ = split_frozen(params, config.freeze)
     factors = {path: factor for path, factor in lr_factors(params, config).items() if path in trained}
@@ -161,25 +161,25 @@ def _direction(config: OptimizerConfig, trained: Params) -> optax.GradientTransf
     vectors = [path for path, kind in kinds.items() if kind == "muon" and _matches(path, _VECTORS)]
     if vectors:
         raise InputError(
-            f"optimizer.muon_params matches {vectors[0]}, which is no matrix. Leave biases and norms to Adam."
+            f"optimizer.muon_params matches {vectors[0]}, which is not a matrix. Leave biases and norms to Adam."
         )
     return optax.partition({"adam": adam, "muon": _muon(config)}, kinds)
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Steps along the nearest orthogonal matrix, 0.2 in root mean square, as large as AdamW's mostly are.
+    """Steps along the nearest orthogonal matrix, with a root mean square of 0.2, as most steps of AdamW.
 
-    The last two dimensions are a matrix's, those before them stack layers. Source: arXiv 2502.16982, section 2.2.
+    The last two dimensions are those of a matrix; the others stack layers. Source: arXiv 2502.16982, section 2.2.
     """
 
     def matrices(updates: Any) -> Any:
         return jax.tree.map(lambda u: optax.contrib.MuonDimensionNumbers(u.ndim - 1, u.ndim - 2), updates)
 
-    def as_large_as_adam(updates: Any, _: Any) -> Any:
+    def match_adam(updates: Any, _: Any) -> Any:
         return jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)
 
     muon = optax.contrib.scale_by_muon(mu_dtype=config.mu_dtype, weight_dimension_numbers=matrices)
-    return optax.chain(muon, optax.stateless(as_large_as_adam))
+    return optax.chain(muon, optax.stateless(match_adam))
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
@@ -191,7 +191,7 @@ def _check_patterns(name: str, patterns: Sequence[str], params: Mapping[str, Any
         try:
             re.compile(pattern)
         except re.error as e:
-            raise InputError(f"optimizer.{name} has {pattern!r}, which is no regular expression ({e}).") from None
+            raise InputError(f"optimizer.{name} has {pattern!r}, which is not a regular expression ({e}).") from None
         if not any(re.fullmatch(pattern, path) for path in params):
             raise InputError(
                 f"optimizer.{name} has {pattern!r}, which matches no parameter. Names look like "

@@ -1,4 +1,4 @@
-"""Several processes of one run: the same settings at the start, and the first failure's reason on all of them."""
+"""Several processes of one run: equal settings at the start, and the first failure's reason in all processes."""
 
 import atexit
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state  # the key-value store of jax.distributed has no public name
+from jax._src.distributed import global_state  # the key-value store of jax.distributed is not public
 from jax.experimental import multihost_utils
 
 from tarsier_jax.errors import InputError
@@ -22,12 +22,12 @@ from tarsier_jax.files import new_directory
 
 _FAILURE, _SETTINGS = "tarsier_jax/failure", "tarsier_jax/settings"
 _FOREVER = 10**9  # milliseconds, longer than any run
-_INTERVAL = 0.5  # seconds between two looks for a failure
+_INTERVAL = 0.5  # seconds between two checks for a failure
 _DELIVERY = 2.0  # seconds in which all processes see it
 
 
 def check_same_settings(name: str, settings: Mapping[str, Any]) -> None:
-    """Compares JSON values of this process with those of process 0, under a name that is used once a run.
+    """Compares JSON values of this process with those of process 0, under a name that a run uses once.
 
     Raises:
         InputError: a value differs. The message names its key.
@@ -50,7 +50,7 @@ def check_same_settings(name: str, settings: Mapping[str, Any]) -> None:
 
 
 def on_any(condition: bool) -> bool:
-    """Whether the condition holds on some process. Every process has to call it."""
+    """Returns whether the condition holds in some process. Every process must call it."""
     return (
         bool(np.any(multihost_utils.process_allgather(np.array(condition)))) if jax.process_count() > 1 else condition
     )
@@ -72,8 +72,8 @@ def write_once(directory: Path, write: Callable[[Path], object]) -> Path:
 def shared_failure() -> Iterator[None]:
     """Ends all processes when one of them raises, with its reason.
 
-    The others may wait in a collective operation, which nothing can interrupt, so a thread of theirs prints the reason
-    and ends the process.
+    The others may wait in a collective operation, which cannot be interrupted. A thread of each process prints the
+    reason and ends the process.
     """
     if jax.process_count() == 1:
         yield
@@ -113,7 +113,7 @@ def _watch(done: threading.Event) -> None:
 def _failure() -> str | None:
     try:
         return _client().key_value_try_get(_FAILURE)
-    except Exception:  # there is no such key
+    except Exception:  # the key does not exist
         return None
 
 

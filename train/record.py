@@ -32,22 +32,22 @@ def check_run_metadata(workdir: Path, facts: Mapping[str, Any]) -> None:
     """
     file = workdir / "run.json"
     facts = json.loads(json.dumps(facts))
-    known = _read(file) if _has_checkpoints(workdir) and file.exists() else {}
+    former = _read(file) if _has_checkpoints(workdir) and file.exists() else {}
     for key, value in facts.items():
-        if key in known and known[key] != value:
+        if key in former and former[key] != value:
             raise InputError(
-                f"{workdir} belongs to another run: {key} was {known[key]!r} and is now {value!r}. Choose another "
-                "--workdir, or give the same configuration and data as before."
+                f"{workdir} belongs to another run: {key} was {former[key]!r} and is now {value!r}. Choose another "
+                "--workdir, or use the same configuration and data as before."
             )
     with atomic_write(file) as partial:
         partial.write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
 def record_start(workdir: Path, config: Mapping[str, Any]) -> list[str]:
-    """Adds a line to runs.jsonl: time, command, configuration, versions and devices.
+    """Appends a line to runs.jsonl with time, command, configuration, versions and devices.
 
     Returns:
-        What differs from the configuration of the start before: "optimizer.peak_lr was 1e-05 and is now 2e-05".
+        The changes since the previous start, such as "optimizer.peak_lr was 1e-05 and is now 2e-05".
     """
     file = workdir / "runs.jsonl"
     config = json.loads(json.dumps(config))
@@ -67,14 +67,14 @@ def record_start(workdir: Path, config: Mapping[str, Any]) -> list[str]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide the numbers, and the commit of a git checkout."""
-    found: dict[str, str | None] = {"python": sys.version.split()[0], "commit": _commit()}
+    """Returns the versions of Python and of the packages that affect the numbers, and the commit of a git checkout."""
+    numbers: dict[str, str | None] = {"python": sys.version.split()[0], "commit": _commit()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            numbers[package] = None
+    return numbers
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -87,14 +87,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return _renamed({_WITHOUT_SECTION.get(key, key): value for key, value in known.items()})
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return _renamed({_WITHOUT_SECTION.get(key, key): value for key, value in facts.items()})
     except (ValueError, AttributeError):
-        raise InputError(f"{file} is no JSON object. Choose another --workdir, or restore the file.") from None
+        raise InputError(f"{file} is not a JSON object. Choose another --workdir, or restore the file.") from None
 
 
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that an earlier version recorded, under the keys of this version."""
+    """Returns settings of an earlier version under the keys of this one."""
     return {FORMER_KEYS.get(key, key): value for key, value in settings.items()}
 
 
@@ -103,7 +103,7 @@ def _has_checkpoints(workdir: Path) -> bool:
 
 
 def _last_config(file: Path) -> dict[str, Any]:
-    """The configuration of the last whole line."""
+    """Returns the configuration of the last complete line."""
     for line in reversed(file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []):
         try:
             return dict(json.loads(line)["config"])
@@ -113,7 +113,7 @@ def _last_config(file: Path) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that the package is run from; None for an installed package, or without git."""
+    """Returns the commit of the checkout; None for an installed package, or without git."""
     root = Path(tarsier_jax.__file__).parents[1]
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""From a configuration to everything that a run needs: model, mesh, processor, data, spec."""
+"""Everything that a run needs, from its configuration: model, mesh, processor, data, spec."""
 
 import dataclasses
 import functools
@@ -31,10 +31,17 @@ from train.state import LossFunction, StateSpec, make_state_spec
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What SFT and DPO differ in.
+    """The parts of a run that differ between SFT and DPO.
 
-    prepare: an annotation as a plain conversation.  load: the same as a unit to pack.  extra: see `PackingConfig`.
-    before: what has to be done before the first step.  answers: sequences that share the frames of one sample.
+    Attributes:
+        name: Name in logs and in run.json.
+        loss: Loss of a batch.
+        prepare: Returns the plain conversation of an annotation.
+        load: Returns the unit that is packed of an annotation.
+        extra: Shapes of extra arrays, see `PackingConfig`.
+        with_reference: Whether the state contains a frozen reference model.
+        before: Called before the first step.
+        answers: Sequences that share the frames of one sample.
     """
 
     name: str
@@ -49,7 +56,17 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class TrainRun:
-    """A run, ready to start. changes: the settings that differ from those of the start before, in words."""
+    """A run, ready to start.
+
+    Attributes:
+        config: Configuration, with the sizes of the bins set.
+        workdir: Directory of checkpoints and logs.
+        model_directory: Starting checkpoint.
+        processor: The checkpoint's processor with the run's options.
+        spec: Shapes, shardings and update of the state.
+        objective: SFT or DPO.
+        changes: Settings that differ from those of the previous start, as text.
+    """
 
     config: TrainConfig
     workdir: Path
@@ -61,16 +78,16 @@ class TrainRun:
 
     @property
     def row_group(self) -> int:
-        """Which share of a step's rows this process loads."""
+        """Index of the share of a step's rows that this process loads."""
         return row_share(self.spec.mesh)[0]
 
     @property
     def row_groups(self) -> int:
-        """How many shares there are."""
+        """Number of shares."""
         return row_share(self.spec.mesh)[1]
 
     def rows(self, lines: grain.MapDataset, rows: int, workers: int = 1) -> grain.IterDataset:
-        """This process's rows of packed samples, `rows` a step over all processes."""
+        """Returns this process's packed rows; `rows` counts those of a step over all processes."""
         data = self.config.data
         packer = PackingConfig(
             processor=self.processor,
@@ -94,7 +111,7 @@ class TrainRun:
 
 
 def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainRun:
-    """Checks all that can be checked before the first batch.
+    """Checks everything that can be checked before the first batch.
 
     Raises:
         TarsierError: the checkpoint, the mesh, the annotations or the workdir do not fit.
@@ -105,7 +122,7 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
         raise InputError(f"--workdir {workdir} cannot be made ({e.strerror}). Choose another one.") from None
     check_same_settings("configuration", {"--workdir": str(workdir), **_common(config)})
     if not config.model:
-        raise InputError("config.model names no checkpoint. Give --config.model=DIRECTORY or a hub id.")
+        raise InputError("config.model is empty. Set --config.model=DIRECTORY or a hub id.")
     mesh = build_mesh(config.mesh)
     check_rows(config, mesh)
     directory = resolve(config.model)
@@ -128,9 +145,9 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
     return TrainRun(config, workdir, directory, processor, spec, objective, tuple(changes))
 
 
-# Settings that may differ between processes: where a host finds its files, and how it reads them.
+# Settings that may differ between processes: paths and reading of a host's files.
 _OF_A_HOST = ("model", "data.train", "data.eval", "data.media_root", "data.num_workers")
-# Settings of the data that a run keeps; of the others, only how fast rows are made depends on them.
+# Settings of the data that must not change on resume. The others affect only the speed.
 _OF_ROWS = (
     *("seq_len", "max_samples_per_seq"),
     *("vision_bins", "patches_per_bin", "frames_per_bin"),  # may follow from others, so these come after them
@@ -140,7 +157,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 def _common(config: TrainConfig) -> dict[str, Any]:
-    """The settings that all processes have to share."""
+    """Returns the settings that must be equal in all processes."""
     flat = flatten(dataclasses.asdict(config), "config.")
     return {key: value for key, value in flat.items() if key.removeprefix("config.") not in _OF_A_HOST}
 
@@ -148,7 +165,7 @@ def _common(config: TrainConfig) -> dict[str, Any]:
 def _facts(
     config: TrainConfig, objective: Objective, processor: Processor, directory: Path, mesh: Mesh
 ) -> dict[str, Any]:
-    """The facts that a run keeps when it is resumed: what its checkpoints contain, and what decides its data."""
+    """Returns the facts that must not change on resume: those of the checkpoints' content and of the data order."""
     model, optimizer = processor.config, config.optimizer
     facts = {
         "program": objective.name,
@@ -167,7 +184,7 @@ def _facts(
         **{f"data.{key}": getattr(config.data, key) for key in _OF_ROWS},
         **{f"optimizer.{key}": getattr(optimizer, key) for key in ("freeze", "muon_params", "mu_dtype")},
     }
-    if objective.name == "dpo":  # whose reference is the starting model, or a file of its log-probabilities
+    if objective.name == "dpo":  # the reference is the starting model, or a file of its log-probabilities
         facts |= {"model": config.model, **flatten(dataclasses.asdict(config.dpo), "dpo.")}
     return facts
 
@@ -177,7 +194,7 @@ def _digest(content: bytes) -> str:
 
 
 def run_config(model: ModelConfig, config: TrainConfig, platform: str) -> ModelConfig:
-    """The model's configuration with what the run chooses: dtype, attention, remat.
+    """Returns the model's configuration with the run's dtype, attention and remat.
 
     Raises:
         InputError: the platform ("cpu", "gpu" or "tpu") lacks the attention.
@@ -191,9 +208,9 @@ def run_config(model: ModelConfig, config: TrainConfig, platform: str) -> ModelC
 
 
 def training_processor(directory: Path, model: ModelConfig, config: TrainConfig) -> Processor:
-    """The checkpoint's processor with the run's options.
+    """Returns the checkpoint's processor with the run's options.
 
-    A template that does not mark answers (Qwen2-VL's) is replaced by ChatML that does; see `training_template`.
+    A template that does not mark answers, such as Qwen2-VL's, is replaced by ChatML; see `training_template`.
     """
     processor = family_of(model).load_processor(directory, model)
     template = training_template(processor.chat_template)

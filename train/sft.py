@@ -1,6 +1,6 @@
 """Supervised fine-tuning: `python -m train.sft --config configs/recap_7b.py --config.data.train=FILE --workdir DIR`.
 
-Started again with the same flags, it goes on from the workdir's last checkpoint. See docs/training.md.
+The same command resumes from the last checkpoint of the workdir. See docs/training.md.
 """
 
 import sys

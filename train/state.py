@@ -28,10 +28,14 @@ LossFunction = Callable[[Tarsier, Batch, dict[str, Any]], Loss]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes, and what it keeps.
+    """The state that a step takes and returns.
 
-    params: trained parameters, float32, path -> array.  frozen: the others, in the model's dtype.  opt_state: optax's,
-    for the trained ones only.  reference: the frozen model that DPO compares with, in the model's dtype; or None.
+    Attributes:
+        step: Number of steps so far, int32 scalar.
+        params: Trained parameters, float32, path -> array.
+        frozen: The other parameters, in the model's dtype.
+        opt_state: State of optax for `params`.
+        reference: Parameters of DPO's reference model, in the model's dtype; None in SFT.
     """
 
     step: Any
@@ -44,9 +48,11 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepBatch:
-    """What one step trains on. Every array has a leading dimension: the parts whose gradients are added up.
+    """The data of one step. The leading dimension of every array counts the parts whose gradients are summed.
 
-    extra: further arrays that a loss needs, such as DPO's reference log-probabilities.
+    Attributes:
+        batch: Packed rows.
+        extra: Other inputs of the loss, such as DPO's reference log-probabilities.
     """
 
     batch: Batch
@@ -55,13 +61,21 @@ class StepBatch:
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """What is fixed before a run: the model's structure, where everything lies, and the update."""
+    """The constants of a run.
+
+    Attributes:
+        config: Sizes of the model, and its dtype, attention and remat.
+        graph: Structure of the model.
+        mesh: Devices.
+        tx: The optimizer.
+        shapes: jax.ShapeDtypeStruct with a sharding for every array of the state.
+    """
 
     config: ModelConfig
     graph: nnx.GraphDef
     mesh: Mesh
     tx: optax.GradientTransformation
-    shapes: TrainState  # jax.ShapeDtypeStruct with shardings
+    shapes: TrainState
 
     @property
     def shardings(self) -> TrainState:
@@ -71,7 +85,7 @@ class StateSpec:
 def make_state_spec(
     config: ModelConfig, optimizer: OptimizerConfig, steps: int, mesh: Mesh, with_reference: bool = False
 ) -> StateSpec:
-    """Shapes and shardings of the whole state; takes no memory.
+    """Returns the spec of a run without allocating device memory.
 
     Raises:
         InputError: the optimizer's patterns or its schedule do not fit.
@@ -89,7 +103,7 @@ def make_state_spec(
     params, tx = arrays(trained, "float32"), make_optimizer(optimizer, steps, every)
     everywhere = NamedSharding(mesh, P())
 
-    def place(path: Any, leaf: Any) -> Any:  # a moment lies where its parameter does
+    def place(path: Any, leaf: Any) -> Any:  # a moment has the sharding of its parameter
         name = next((k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in params), None)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name] if name else everywhere)
 
@@ -100,7 +114,7 @@ def make_state_spec(
 
 
 def init_state(spec: StateSpec, directory: Path) -> TrainState:
-    """The state before the first step, from a checkpoint's weights; nothing is ever whole on one device.
+    """Returns the state before the first step, from a checkpoint's weights, sharded from the start.
 
     Raises:
         CheckpointError: see `tarsier_jax.weights.load_weights`.
@@ -117,7 +131,7 @@ def init_state(spec: StateSpec, directory: Path) -> TrainState:
 
 
 def load_reference(spec: StateSpec, directory: Path) -> Params:
-    """The parameters of DPO's reference model. Raises CheckpointError."""
+    """Returns the parameters of DPO's reference model. Raises CheckpointError."""
     return _load(spec, directory, spec.config.dtype)
 
 
@@ -127,17 +141,17 @@ def _load(spec: StateSpec, directory: Path, dtype: str) -> Params:
 
 
 def build_model(graph: nnx.GraphDef, params: Params, dtype: str) -> Tarsier:
-    """The model that computes in `dtype`. Norms keep the dtype they have."""
-    # Cast here, and not where they are used, so that devices exchange parameters and gradients in `dtype`.
+    """Returns the model that computes in `dtype`. Norms keep their dtype."""
+    # Cast here, before the layers use them: devices then exchange parameters and gradients in `dtype`.
     cast = {p: x if "norm" in p else x.astype(dtype) for p, x in params.items()}
     state = nnx.from_flat_state([(tuple(p.split("/")), nnx.Param(x)) for p, x in cast.items()])
     return nnx.merge(graph, state)
 
 
 def make_train_step(spec: StateSpec, loss: LossFunction) -> Any:
-    """The jitted `step(state, step_batch) -> (state, metrics)`; consumes the state.
+    """Returns the jitted `step(state, step_batch) -> (state, metrics)`, which donates the state.
 
-    metrics: float32 scalars, those of the loss and "loss", "weight", "grad_norm", "update_norm", "param_norm".
+    The metrics are float32 scalars: those of the loss and "loss", "weight", "grad_norm", "update_norm", "param_norm".
     """
     gradient = jax.value_and_grad(_loss_of_params(spec, loss), has_aux=True)
 
@@ -165,7 +179,7 @@ def make_train_step(spec: StateSpec, loss: LossFunction) -> Any:
 
 
 def make_eval_step(spec: StateSpec, loss: LossFunction) -> Any:
-    """The jitted `step(state, step_batch) -> sums`: "loss", "weight" and those of the loss, not yet divided."""
+    """Returns the jitted `step(state, step_batch) -> sums`: "loss", "weight" and the loss's metrics, not divided."""
     loss_of_params = _loss_of_params(spec, loss)
 
     def step(state: TrainState, batch: StepBatch) -> dict[str, Array]:
@@ -190,5 +204,5 @@ def _loss_of_params(spec: StateSpec, loss: LossFunction) -> Callable[..., Any]:
 
 
 def batch_shardings(batch: StepBatch, mesh: Mesh) -> StepBatch:
-    """Rows, and the groups of frames that belong to them, are split over data and fsdp."""
+    """Returns shardings that split rows and their frames over data and fsdp."""
     return jax.tree.map(lambda _: NamedSharding(mesh, P(None, BATCH)), batch)

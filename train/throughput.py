@@ -1,4 +1,4 @@
-"""How much work is in a step, and how fast it is done."""
+"""The work of a step and its speed."""
 
 import dataclasses
 import time
@@ -12,7 +12,7 @@ from tarsier_jax.config import ModelConfig
 from tarsier_jax.families import family_of
 from tarsier_jax.processing.batch import Batch
 
-# Peak bfloat16 FLOP/s of a device, by what `device_kind` starts with. Source: the vendors' data sheets, not sparse.
+# Peak dense bfloat16 FLOP/s of a device, by prefix of `device_kind`. Source: the vendors' data sheets.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -27,20 +27,30 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: Any) -> float | None:
-    """Of the device's kind; None where it is not known."""
+    """Returns the peak of the device's kind, or None if it is not in the table."""
     return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What rows hold: what is computed on, and what is padding."""
+    """The content and the padding of rows.
+
+    Attributes:
+        samples: Samples.
+        tokens: Tokens without padding.
+        tokens_with_padding: Tokens with padding.
+        patches: Patches without padding.
+        patches_with_padding: Patches with padding.
+        token_pairs: Pairs of tokens in causal attention.
+        patch_pairs: Pairs of patches in the vision tower's attention.
+    """
 
     samples: int = 0
     tokens: int = 0
     tokens_with_padding: int = 0
     patches: int = 0
     patches_with_padding: int = 0
-    token_pairs: int = 0  # that attend to each other
+    token_pairs: int = 0
     patch_pairs: int = 0
 
     def __add__(self, other: "Work") -> "Work":
@@ -48,12 +58,12 @@ class Work:
 
     @property
     def padding(self) -> float:
-        """The share of padding among tokens and patches."""
+        """Fraction of padding among tokens and patches."""
         return 1 - (self.tokens + self.patches) / max(self.tokens_with_padding + self.patches_with_padding, 1)
 
 
 def work_of(batch: Batch) -> Work:
-    """Of packed rows, on the host."""
+    """Returns the work of packed rows on the host."""
     sizes = batch.frame_hw.prod(axis=-1).astype(np.int64)
     lengths = np.concatenate([np.bincount(row[row > 0])[1:] for row in batch.segment_ids])
     return Work(
@@ -68,7 +78,7 @@ def work_of(batch: Batch) -> Work:
 
 
 def step_flops(config: ModelConfig, work: Work, vision_trained: bool = True) -> float:
-    """Floating-point operations of a training step: matrix products, forward and twice that backward.
+    """Returns the FLOPs of a training step: matrix products, forward and twice that backward.
 
     A vision tower that is not trained runs forward only. Recomputed activations and padding are not counted; see
     `Family.forward_flops` for the rest.
@@ -87,7 +97,7 @@ def _over_processes(work: Work) -> Work:
 
 
 class Meter:
-    """Adds up the steps since the last report."""
+    """Sums work and time of the steps since the last reset."""
 
     def __init__(self, config: ModelConfig, vision_trained: bool = True):
         self._config, self._vision_trained = config, vision_trained
@@ -99,11 +109,11 @@ class Meter:
         self._start, self._waited, self._steps, self._work = time.perf_counter(), 0.0, 0, Work()
 
     def add(self, work: Work, waited: float) -> None:
-        """One step: this process's work, and the seconds that it waited for data."""
+        """Adds one step: this process's work, and its seconds of waiting for data."""
         self._steps, self._work, self._waited = self._steps + 1, self._work + work, self._waited + waited
 
     def rates(self) -> dict[str, float]:
-        """tokens/s and samples/s over all devices, seconds a step, shares of waiting and padding, mfu if known."""
+        """Returns tokens/s, samples/s and MFU of all devices, seconds per step, fractions of waiting and padding."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         work = _over_processes(self._work)
         rates = {

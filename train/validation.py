@@ -1,4 +1,4 @@
-"""Held-out loss and sample captions of a run in progress."""
+"""Held-out loss and sample captions during a run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ _CAPTION_TOKENS = 128
 
 
 class Evaluation:
-    """Of the annotations in config.data.eval. Raises InputError when they cannot be read."""
+    """Evaluates on the annotations in config.data.eval. Raises InputError if they cannot be read."""
 
     def __init__(self, run: TrainRun):
         self._run, config = run, run.config
@@ -26,7 +26,7 @@ class Evaluation:
         self._step = make_eval_step(run.spec, run.objective.loss)
 
     def losses(self, state: TrainState) -> dict[str, float]:
-        """The loss over all held-out samples, once each, and what else the objective measures; names begin "eval_"."""
+        """Returns loss and metrics of the objective over all held-out samples; names start with "eval_"."""
         mesh = self._run.spec.mesh
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         iterator = iter(self._run.rows(self._lines, rows))
@@ -34,7 +34,7 @@ class Evaluation:
         while True:
             batch: list[PackedRow] = [next(iterator) for _ in range(rows // self._run.row_groups)]
             part = {k: float(v) for k, v in self._step(state, global_batch(batch, 1, mesh)).items()}
-            if part["weight"] == 0:  # the samples have run out; all processes see it at once
+            if part["weight"] == 0:  # no samples remain; all processes see it in the same step
                 break
             sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
         iterator.close()
@@ -42,7 +42,7 @@ class Evaluation:
         return {f"eval_{name}": value / weight for name, value in sums.items()}
 
     def captions(self, state: TrainState) -> list[tuple[str, str]]:
-        """(prompt, answer) for the first held-out samples; those that cannot be used are left out."""
+        """Returns (line, answer) of the first held-out samples, without bad ones."""
         run, config = self._run, self._run.config
         lines: Any = self._lines
         model = build_model(run.spec.graph, {**state.params, **state.frozen}, run.spec.config.dtype)
@@ -60,7 +60,7 @@ class Evaluation:
 
 
 def _question(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The conversation without its last answer."""
+    """Returns the conversation without its last answer."""
     messages = list(sample["messages"])
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()

@@ -1,4 +1,4 @@
-"""A clip whose frames tell their number, and the processor of a tiny Tarsier2."""
+"""A clip whose frames encode their number, and the processor of a tiny Tarsier2."""
 
 import json
 from pathlib import Path
@@ -39,6 +39,6 @@ def trained_on(processor: Processor, sample: dict) -> str:
 
 def question_and_answer(sample: dict) -> tuple[str, str]:
     """The texts of a sample of two turns."""
-    asked, answered = sample["messages"]
-    assert (asked["role"], answered["role"]) == ("user", "assistant")
-    return asked["content"][-1]["text"], answered["content"][0]["text"]
+    question, answer = sample["messages"]
+    assert (question["role"], answer["role"]) == ("user", "assistant")
+    return question["content"][-1]["text"], answer["content"][0]["text"]

@@ -1,4 +1,4 @@
-"""Examples packed into rows, and a trainer's state around a tiny model: what the tests of this room share."""
+"""Examples packed into rows, and the state of a tiny model, for the tests of this package."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def pack(units: Sequence[Unit], config: ModelConfig, shape: RowShape = SHAPE, **
 
 
 def step_batch(rows: Sequence[Sequence[Example]], config: ModelConfig, mesh: Mesh, parts: int = 1) -> StepBatch:
-    """Rows of examples as what one step trains on."""
+    """Returns the batch of one step from rows of examples."""
     return global_batch([pack([[e] for e in row], config) for row in rows], parts, mesh)
 
 

@@ -1,4 +1,4 @@
-"""Run by test_processes in two processes: PROCESS PORT WHAT [WORKDIR]. What happens is printed."""
+"""Run by test_processes in two processes: PROCESS PORT FUNCTION [WORKDIR]. Prints the outcome."""
 
 import sys
 import time

@@ -17,7 +17,7 @@ SETTINGS = ("--config.optimizer.peak_lr=1e-3", MUON, "--config.save_every=3", "-
 
 
 def start(workdir: Path, *flags: str, devices: int = 1, program: str = "sft", recipe: str = "recap_7b") -> Any:
-    """The debug size of a recipe; gives the running process."""
+    """Starts the debug size of a recipe; returns the process."""
     command = [sys.executable, "-m", f"train.{program}", f"--config=configs/{recipe}.py:debug", f"--workdir={workdir}"]
     # The programs are small and run for seconds: most of their time would go into optimising them.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def finish(process: Any, status: int = 0) -> str:
-    """What it printed."""
+    """Returns its output."""
     out, err = process.communicate(timeout=900)
     assert process.returncode == status, f"{out}\n{err}"
     return out + err
@@ -52,7 +52,7 @@ def curve(workdir: Path) -> list[tuple[int, float, float]]:
 
 
 def weights(workdir: Path) -> dict[str, np.ndarray]:
-    """The trained model's parameters, as they lie on the disk."""
+    """Returns the trained model's parameters as stored on disk."""
     arrays = {}
     for path in sorted((workdir / "model" / "params").iterdir()):
         if (path / "zarr.json").exists():

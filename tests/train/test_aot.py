@@ -20,7 +20,7 @@ def run_aot(*flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
-    """One sequence of 16,384 tokens a chip, on 256 chips."""
+    """One sequence of 16,384 tokens per chip, on 256 chips."""
     done = run_aot("--config=configs/recap_7b.py", "--config.data.global_batch_size=256", "--topology=v5e:16x16")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "FITS"
@@ -48,5 +48,5 @@ def test_an_unknown_topology(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_report_says_what_is_too_much() -> None:
     footprint = aot.Footprint(2 * aot.GIB, 15 * aot.GIB, 0, 2**19, "norm", {"all-gather": 3}, 2)
     lines = aot.format_footprint(footprint, 15 * aot.GIB).splitlines()
-    assert "total 17.00 GiB a chip of 15" in lines[0] and "all-gather 3" in lines[2]
+    assert "total 17.00 GiB per chip of 15" in lines[0] and "all-gather 3" in lines[2]
     assert lines[-1] == "EXCEEDS by 2.00 GiB"

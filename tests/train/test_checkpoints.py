@@ -1,4 +1,4 @@
-"""Checkpoints: what is restored is what was saved, or damage is found, set aside and named."""
+"""Checkpoints: the saved state is restored, or damage is detected, renamed and reported."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def data() -> Any:
 
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workdir with checkpoints of the steps 3 and 6; the data has given as many elements."""
+    """A workdir with checkpoints of the steps 3 and 6; the data has yielded as many elements."""
     workdir = tmp_path_factory.mktemp("run")
     checkpoints, rows = Checkpoints(workdir, keep=2), data()
     for step in (3, 6):

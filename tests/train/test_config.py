@@ -59,15 +59,15 @@ def test_values_become_what_the_dataclasses_hold() -> None:
         ({"num_train_step": 3}, r"config\.num_train_step does not exist\. Did you mean num_train_steps\?"),
         ({"data": {"seq_lem": 3}}, r"config\.data\.seq_lem does not exist\. Did you mean seq_len\?"),
         ({"mesh": {"model": 2}}, r"config\.mesh\.model does not exist\. It has data, fsdp, tensor\."),
-        ({"num_train_steps": "many"}, r"config\.num_train_steps has to be of type int, but is 'many'"),
-        ({"seed": 1.5}, r"config\.seed has to be of type int, but is 1\.5"),
-        ({"dpo": {"beta": "0.1"}}, r"config\.dpo\.beta has to be of type float, but is '0\.1'"),
-        ({"data": 3}, r"config\.data has to hold keys, but is 3"),
-        ({"optimizer": {"freeze": "vision/.*"}}, r"config\.optimizer\.freeze has to be a tuple, not 'vision"),
-        ({"optimizer": {"freeze": (7,)}}, r"config\.optimizer\.freeze\[0\] has to be of type str, but is 7"),
-        ({"optimizer": {"lr_groups": (("vision/.*",),)}}, r"config\.optimizer\.lr_groups\[0\] has to be a tuple of 2"),
+        ({"num_train_steps": "many"}, r"config\.num_train_steps must be of type int, but is 'many'"),
+        ({"seed": 1.5}, r"config\.seed must be of type int, but is 1\.5"),
+        ({"dpo": {"beta": "0.1"}}, r"config\.dpo\.beta must be of type float, but is '0\.1'"),
+        ({"data": 3}, r"config\.data must contain keys, but is 3"),
+        ({"optimizer": {"freeze": "vision/.*"}}, r"config\.optimizer\.freeze must be a tuple, not 'vision"),
+        ({"optimizer": {"freeze": (7,)}}, r"config\.optimizer\.freeze\[0\] must be of type str, but is 7"),
+        ({"optimizer": {"lr_groups": (("vision/.*",),)}}, r"config\.optimizer\.lr_groups\[0\] must be a tuple of 2"),
         ({"processor": {"n_frames": 0}}, r"config\.processor\.n_frames must be at least 1"),
-        ({"num_train_steps": True}, r"config\.num_train_steps has to be of type int, but is True"),
+        ({"num_train_steps": True}, r"config\.num_train_steps must be of type int, but is True"),
     ],
 )
 def test_unfit_keys_and_values(change: dict, message: str) -> None:
@@ -125,7 +125,7 @@ def test_values_out_of_range(section: str, key: str, values: tuple, accepted: st
     name = f"config.{section}.{key}" if section else f"config.{key}"
     for value in values:
         change = {section: {key: value}} if section else {key: value}
-        with pytest.raises(InputError, match=re.escape(f"{name} is {value!r}, but has to be {accepted}")):
+        with pytest.raises(InputError, match=re.escape(f"{name} is {value!r}, but must be {accepted}")):
             read_config(changed(change))
 
 
@@ -185,7 +185,7 @@ def test_attention_that_the_machine_has() -> None:
 
 @pytest.fixture
 def command_line(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrainConfig]:
-    """Parses what a program is given."""
+    """Parses the command line of a program."""
 
     def read(*arguments: str) -> TrainConfig:
         monkeypatch.setattr("sys.argv", ["sft", *arguments])
@@ -236,7 +236,7 @@ def test_a_single_pattern_to_freeze(command_line: Callable[..., TrainConfig], re
         (["--config.data.global_batch_size=abc"], r"--config\.data\.global_batch_size=abc: .*'abc'"),
         (["--config.data=3"], r"--config\.data=3: .*'3'"),
         (["--wrkdir=run"], r"^--wrkdir does not exist\. Did you mean --workdir\? Other flags: --workdir\."),
-        (["run"], "^'run' is no flag"),
+        (["run"], "^'run' is not a flag"),
     ],
 )
 def test_unfit_flags(command_line: Callable[..., TrainConfig], recipe: str, arguments: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""What DPO measures: the log-probabilities of the answers that differ."""
+"""Metrics of DPO: the log-probabilities of the answers that differ."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ def test_answers_that_are_cut_before_they_differ(processor: Processor) -> None:
 
 def test_rows_that_hold_no_pair() -> None:
     with pytest.raises(
-        InputError, match=r"config\.data\.max_samples_per_seq is 1, but a row of DPO has to hold the 2 answers"
+        InputError, match=r"config\.data\.max_samples_per_seq is 1, but a row of DPO must have room for the 2 answers"
     ):
         dpo_objective(TrainConfig(data=DataConfig(max_samples_per_seq=1)))
 
@@ -91,7 +91,7 @@ def test_rows_that_hold_no_pair() -> None:
 
 
 def conversation(example: Example, length: int, seed: int) -> Example:
-    """The first `length` tokens; two answers, tokens 4 to 8 and all from 11 on, of which the last is drawn anew."""
+    """The first `length` tokens; two answers, tokens 4 to 8 and all from 11 on, of which the last is drawn again."""
     ids, labels = example.input_ids[:length].copy(), np.full(length, -100, np.int32)
     ids[12:] = np.random.default_rng(seed).integers(1, 500, length - 12)
     labels[4:9], labels[11:] = ids[4:9], ids[11:]

@@ -43,7 +43,7 @@ def train_sft(config: TrainConfig, workdir: Path) -> Summary:
 def test_three_frames_train(tmp_path: Path) -> None:
     config = debug_config(num_train_steps=2, eval_every=0, **{"processor.n_frames": 3})
     summary = train_sft(config, tmp_path)
-    assert (summary.step, summary.stopped) == (2, False)
+    assert (summary.step, summary.stop_signal) == (2, False)
     assert not list(tmp_path.glob("bad_samples*"))
 
 
@@ -60,7 +60,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     }
     config = debug_config(**data, profile_step=1, **{"optimizer.peak_lr": 1e-3, "data.max_bad_fraction": 0.5})
     summary = train_sft(config, workdir)
-    assert (summary.step, summary.stopped, summary.compilations) == (4, False, 0)
+    assert (summary.step, summary.stop_signal, summary.compilations) == (4, False, 0)
 
     printed = capsys.readouterr().out
     assert "step 4/4  loss" in printed and "eval_loss" in printed and "finished step 4" in printed
@@ -113,9 +113,9 @@ def test_signals_are_noticed(
     monkeypatch.setattr("os._exit", ended.append)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     with stop:
-        assert not stop.asked(3) and stop.signal == 0
+        assert not stop.requested(3) and stop.signal == 0
         signal.raise_signal(number)
-        wait_for(lambda: stop.asked(4))
+        wait_for(lambda: stop.requested(4))
         assert stop.signal == number and not ended
         signal.raise_signal(signal.SIGINT)
         wait_for(lambda: stop.signal == signal.SIGINT)
@@ -135,7 +135,7 @@ def test_only_bad_samples(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("3\n" * 3)
     config = debug_config(**{"data.train": str(tmp_path / "bad.jsonl"), "data.eval": ""})
     with pytest.raises(
-        InputError, match=r"11 of 11 samples.*max_bad_fraction 0.01.*bad.jsonl line \d: .*no JSON object"
+        InputError, match=r"11 of 11 samples.*max_bad_fraction 0.01.*bad.jsonl line \d: .*not a JSON object"
     ):
         train_sft(config, tmp_path / "run")
 
@@ -159,7 +159,7 @@ def test_no_space_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     checkpoints.wait()
     usage = dataclasses.make_dataclass("Usage", ["free"])
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(2**19))
-    with pytest.raises(CheckpointError, match=r"needs 0\.0 GiB, but only 0\.0 GiB are free.*goes on from its last"):
+    with pytest.raises(CheckpointError, match=r"needs 0\.0 GiB, but only 0\.0 GiB are free.*resumes from its last"):
         checkpoints.save(4, state, data, DataProgress())
     assert checkpoints.latest() == 3
     restored, _ = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state), data)

@@ -73,7 +73,7 @@ def test_planted_bugs_are_seen(run: tuple[StateSpec, TrainState]) -> None:
 
 @pytest.mark.slow
 def test_parts_equal_the_whole(run: tuple[StateSpec, TrainState]) -> None:
-    """Answers differ in length, so that a mean of means would differ."""
+    """Answers differ in length, so a mean of means would differ."""
     spec, state = run
     examples = make_examples(spec.config)
     rows = [examples[:2], examples[2:3], examples[3:6], examples[6:]]

@@ -44,7 +44,7 @@ def test_one_axis_takes_what_the_others_leave(config: MeshConfig, sizes: tuple[i
 )
 def test_a_mesh_that_does_not_match_the_devices(config: MeshConfig) -> None:
     sizes = f"data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}"
-    with pytest.raises(InputError, match=f"{sizes} does not match 8 devices.* has to be 8"):
+    with pytest.raises(InputError, match=f"{sizes} does not match 8 devices.* must be 8"):
         build_mesh(config, devices(8))
 
 
@@ -84,7 +84,7 @@ def test_processes_share_rows(
         own = np.arange(8) // (8 // processes) == process
 
         class Sharding:
-            """What a process sees of a `NamedSharding` of rows over data and fsdp."""
+            """A process's view of a `NamedSharding` of rows over data and fsdp."""
 
             def __init__(self, mesh: Mesh, *_: Any) -> None:
                 self.rows = np.arange(8).reshape(-1, mesh.shape["tensor"])

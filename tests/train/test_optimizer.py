@@ -62,7 +62,7 @@ def test_of_groups_the_first_that_matches_counts() -> None:
 
 
 def test_factors_scale_the_steps() -> None:
-    """Adam's first step is of the size of the learning rate, whatever the gradient."""
+    """Adam's first step has the size of the learning rate for any gradient."""
     params = make_params()
     config = dataclasses.replace(PLAIN, vision_layer_decay=0.5, lr_groups=(("decoder/.*", 0.1),))
     updates, _ = first_step(config, params, jax.tree.map(lambda x: 7 * jnp.ones_like(x), params))
@@ -149,7 +149,7 @@ def test_muon_keeps_one_moment_and_lies_where_its_parameters_do() -> None:
 
 def test_muon_of_what_is_no_matrix() -> None:
     with pytest.raises(
-        InputError, match=r"optimizer\.muon_params matches decoder/layers/attn/q/bias, which is no matrix"
+        InputError, match=r"optimizer\.muon_params matches decoder/layers/attn/q/bias, which is not a matrix"
     ):
         make_optimizer(dataclasses.replace(PLAIN, muon_params=("decoder/layers/.*",)), 10, make_params())
     with pytest.raises(InputError, match=r"optimizer\.muon_params has 'vision', which matches no parameter"):
@@ -186,7 +186,7 @@ def test_freezing_everything() -> None:
     [
         ("visual/.*", r"'visual/\.\*', which matches no parameter.*decoder/embed/weight"),
         ("vision", r"'vision', which matches no parameter.*matches a whole name, so end it in '\.\*'"),
-        ("vision/(.*", r"'vision/\(\.\*', which is no regular expression \(missing \)"),
+        ("vision/(.*", r"'vision/\(\.\*', which is not a regular expression \(missing \)"),
     ],
 )
 def test_patterns_that_choose_nothing(pattern: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Ten steps of AdamW give PyTorch's losses: Hugging Face's model, torch.optim.AdamW, the same examples unpacked."""
+"""Ten steps of AdamW match PyTorch's losses: Hugging Face's model, torch.optim.AdamW, the same examples unpacked."""
 
 import dataclasses
 import functools
@@ -142,7 +142,7 @@ def make_pairs(config: Any) -> list[list[Example]]:
 
 
 def test_masters_and_moments_stay_float32(tmp_path: Path) -> None:
-    """Parameters and moments are float32 whatever the matrix products are."""
+    """Parameters and moments are float32 for any dtype of matrix products."""
     reference.make_reference(tmp_path, reference.TINY)
     spec, state = make_run(tmp_path, OPTIMIZER, dtype="bfloat16")
     batch = step_batch([make_examples(spec.config)[:2]], spec.config, spec.mesh)

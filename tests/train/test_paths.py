@@ -14,7 +14,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "recap_7b.py"
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Launches SFT with flags, up to the training itself, of which it gives the configuration and the workdir."""
+    """Runs SFT with flags until training starts; returns the configuration and the workdir of `train`."""
 
     def run(*flags: str) -> tuple[Any, Path]:
         trained: list[Any] = []

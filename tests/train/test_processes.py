@@ -1,4 +1,4 @@
-"""Two processes end together, with the reason of the one that failed, and agree on what they do."""
+"""Two processes end together, with the reason of the one that failed, and agree on their settings."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a workdir records: the facts that a run keeps, and every start."""
+"""Records of a workdir: the facts that must not change, and every start."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ def test_a_run_of_the_same_facts_continues(started: Path) -> None:
 )
 def test_a_run_of_other_facts_is_refused(started: Path, change: dict[str, Any], message: str) -> None:
     before = (started / "run.json").read_text()
-    with pytest.raises(InputError, match=rf"belongs to another run: {message}. Choose another --workdir, or give the"):
+    with pytest.raises(InputError, match=rf"belongs to another run: {message}. Choose another --workdir, or use the"):
         check_run_metadata(started, {**FACTS, **change})
     assert (started / "run.json").read_text() == before
 
@@ -62,7 +62,7 @@ def test_facts_that_an_earlier_version_did_not_write(started: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", "7"])
 def test_a_file_that_is_no_json(started: Path, content: str) -> None:
     (started / "run.json").write_text(content)
-    with pytest.raises(InputError, match=r"run.json is no JSON object.*another --workdir"):
+    with pytest.raises(InputError, match=r"run.json is not a JSON object.*another --workdir"):
         check_run_metadata(started, FACTS)
 
 

@@ -1,4 +1,4 @@
-"""A run that is killed, terminated or cut short goes on as if nothing had happened."""
+"""A run that is killed or terminated resumes with the same numbers as an uninterrupted one."""
 
 import re
 import shutil
@@ -47,7 +47,7 @@ def test_killed_twice(tmp_path: Path, uninterrupted: Path) -> None:
         interrupt(process, tmp_path, after, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     printed = finish(start(tmp_path))
-    assert re.search(r"going on from step \d+", printed)
+    assert re.search(r"resumed from step \d+", printed)
     assert_same_run(tmp_path, uninterrupted)
 
 
@@ -61,21 +61,21 @@ def test_signals_lose_no_step(tmp_path: Path, uninterrupted: Path) -> None:
         stopped = re.search(r"stopped at step (\d+)", printed)
         assert stopped is not None and int(stopped[1]) >= after
         assert (tmp_path / "checkpoints" / stopped[1]).is_dir()
-        assert last == "0" or f"going on from step {last}" in printed
+        assert last == "0" or f"resumed from step {last}" in printed
         last = stopped[1]
     printed = finish(start(tmp_path))
-    assert f"going on from step {last}" in printed and "config.data.num_workers was 3 and is now 2" in printed
+    assert f"resumed from step {last}" in printed and "config.data.num_workers was 3 and is now 2" in printed
     assert_same_run(tmp_path, uninterrupted)
 
 
 def test_a_checkpoint_cut_short_or_damaged_is_not_loaded(tmp_path: Path, uninterrupted: Path) -> None:
-    """Orbax gives a checkpoint its name when it is whole; what a kill leaves behind has another."""
+    """Orbax renames a checkpoint when it is complete; an interrupted save has another name."""
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     whole, damaged = (tmp_path / "checkpoints" / step for step in ("18", "20"))
     shutil.copytree(whole, tmp_path / "checkpoints" / "19.orbax-checkpoint-tmp")
     flip(largest_file(damaged / "state"), size=100)
     printed = finish(start(tmp_path))
-    assert "20 is damaged" in printed and printed.count("is damaged") == 1 and "going on from step 18" in printed
+    assert "20 is damaged" in printed and printed.count("is damaged") == 1 and "resumed from step 18" in printed
     assert (tmp_path / "checkpoints" / "20.damaged").is_dir()
     assert_same_run(tmp_path, uninterrupted)
 

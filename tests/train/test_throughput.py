@@ -150,7 +150,7 @@ def test_peaks_of_devices(kind: str, peak: float | None) -> None:
     assert peak_flops(Device()) == peak
 
 
-# What is written down
+# Logs
 
 
 VALUES = {

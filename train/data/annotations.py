@@ -18,7 +18,13 @@ from tarsier_jax.processing.jsonl import check_line, parse_json
 
 @dataclasses.dataclass(frozen=True)
 class AnnotationLine:
-    """One line of an annotation file; `number` counts from 1."""
+    """One line of an annotation file.
+
+    Attributes:
+        file: Path of the file.
+        number: Line number, from 1.
+        text: The line.
+    """
 
     file: str
     number: int
@@ -26,10 +32,10 @@ class AnnotationLine:
 
 
 class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportMissingTypeArgument]
-    """The lines of a JSON lines file in UTF-8, read where they stand; memory has sixteen bytes per line.
+    """The lines of a JSON lines file in UTF-8, read from the disk on access. Takes 16 bytes of memory per line.
 
     Raises:
-        InputError: there is no such file, or it has no lines; it has another encoding, or is a JSON array.
+        InputError: the file does not exist, is empty, has another encoding, or is a JSON array.
     """
 
     def __init__(self, path: str):
@@ -46,7 +52,7 @@ class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[r
         except OSError as e:
             raise InputError(f"The annotations {path} cannot be read ({e.strerror}). Check config.data.") from None
         if not starts:
-            raise InputError(f"The annotations {path} hold no lines. Check config.data.")
+            raise InputError(f"The annotations {path} are empty. Check config.data.")
         self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
 
     def __len__(self) -> int:
@@ -59,7 +65,7 @@ class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[r
             line = file.readline().removeprefix(codecs.BOM_UTF8)
             return AnnotationLine(
                 self.path, int(self._numbers[i]), line.decode(errors="replace")
-            )  # may have changed since
+            )  # the file may have changed
 
 
 def parse_files(files: str) -> list[tuple[str, float | None]]:
@@ -73,14 +79,14 @@ def parse_files(files: str) -> list[tuple[str, float | None]]:
             raise InputError(f"{part!r} in config.data should be FILE or FILE=WEIGHT.") from None
     weights = [weight for _, weight in parsed if weight is not None]
     if len(weights) not in (0, len(parsed)) or not all(0 < weight < math.inf for weight in weights):
-        raise InputError(f"{files!r} in config.data: give every file a weight above 0, or none of them.")
+        raise InputError(f"{files!r} in config.data: set a weight above 0 for every file, or for none.")
     if not parsed:
-        raise InputError("config.data.train names no file. Give --config.data.train=annotations.jsonl.")
+        raise InputError("config.data.train is empty. Set --config.data.train=annotations.jsonl.")
     return parsed
 
 
 def describe_files(files: str) -> list[str]:
-    """Size, hash and weight of every annotation file: what tells one from another, wherever it is stored.
+    """Returns size, hash and weight of every annotation file, which identify it independently of its path.
 
     Raises:
         InputError: a file cannot be read.
@@ -98,7 +104,14 @@ def describe_files(files: str) -> list[str]:
 
 
 def mix_files(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grain.MapDataset:
-    """The mixture: endless if `repeat`, and then shuffled unless told not to; else every line once and in order."""
+    """Returns the mixture of the files.
+
+    Args:
+        files: Files with optional weights, as in `DataConfig.train`.
+        seed: Seed of the order.
+        repeat: Endless and mixed by weight; otherwise every line once, in order.
+        shuffle: Shuffle each file at each pass if `repeat`.
+    """
     parsed = parse_files(files)
     sources = [AnnotationFile(path) for path, _ in parsed]
     if not repeat:
@@ -110,19 +123,19 @@ def mix_files(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grai
 
 
 def read_sample(text: str, media_root: str) -> dict[str, Any]:
-    """The sample of a line, in the annotation format, with `media_root` before every relative path of a medium.
+    """Returns the sample of a line in the annotation format, with relative paths of media below `media_root`.
 
     Raises:
         InputError: the line is not JSON, or `normalize_sample` cannot read it.
     """
     sample = parse_json(text, "The line")
     if not isinstance(sample, dict):
-        raise InputError("The line is no JSON object.")
+        raise InputError("The line is not a JSON object.")
     return with_root(dict(normalize_sample(sample)), media_root)
 
 
 def with_root(value: Any, root: str) -> Any:
-    """A sample in the annotation format with `root` before every relative path of a medium."""
+    """Returns the sample with relative paths of media below `root`."""
     if not root:
         return value
     if isinstance(value, list):

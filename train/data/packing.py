@@ -1,7 +1,7 @@
 """Samples of annotation lines, decoded in threads and packed into rows (grain).
 
-One row of every batch packs the samples r, r + B, r + 2 B, ... of the shuffled mixture, for each r below B, the rows of
-a step in all. So the rows of a batch, but for their order, do not depend on how many processes or threads made them.
+With B rows per step over all processes, row r of every batch packs the samples r, r + B, r + 2 B, ... of the mixture.
+The set of rows of a batch therefore does not depend on the number of processes or threads.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from train.checks import check, check_at_least
 from train.data.annotations import AnnotationLine, read_sample
 
-FORGIVEN = 10  # bad samples that stop no run, whatever their share
+FORGIVEN = 10  # bad samples that a run accepts at any fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +84,15 @@ def fit_packing(data: DataConfig, options: ProcessorOptions, vision: VisionConfi
     """Derives the sizes of the bins that are -1.
 
     Args:
+        data: Configuration of the data.
+        options: Options of the processor.
+        vision: Sizes of the vision tower.
         answers: Sequences that share the frames of one sample: two in DPO.
 
     Returns:
-        The configuration with vision_bins, patches_per_bin and frames_per_bin set. A row has a bin for each full-size
-        frame that seq_len takes, and no more than n_frames of each sample need. Longer videos have smaller frames,
-        which share bins.
+        The configuration with vision_bins, patches_per_bin and frames_per_bin set. A row has one bin per full-size
+        frame within seq_len, and at most n_frames bins per sample. Longer videos have smaller frames, which share
+        bins.
 
     Raises:
         InputError: bins would split a merged patch.
@@ -117,10 +120,10 @@ def fit_packing(data: DataConfig, options: ProcessorOptions, vision: VisionConfi
 
 
 def _largest_frame(budget: float) -> int:
-    """Tokens of the largest frame within a budget, after its sides are rounded to whole merged patches.
+    """Returns the tokens of the largest frame within a budget, with sides rounded to whole merged patches.
 
-    A side of h comes from at least h - 1/2. Frames are at most four times as wide as high; a flatter one may exceed
-    the bin. It is then a bad sample whose reason names the sizes.
+    A side of h is rounded from at least h - 1/2. Frames are at most four times as wide as high. A flatter frame may
+    exceed the bin; its sample is then bad, with the sizes as the reason.
     """
     sides = [(h, int(budget / (h - 0.5) + 0.5)) for h in range(1, math.isqrt(int(budget)) + 2)]
     return max((h * w for h, w in sides if h <= w <= 4 * h), default=math.ceil(budget))
@@ -128,7 +131,13 @@ def _largest_frame(budget: float) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be used, and why."""
+    """A sample that cannot be used.
+
+    Attributes:
+        file: Annotation file.
+        line: Line number, from 1.
+        reason: Reason.
+    """
 
     file: str
     line: int
@@ -139,7 +148,10 @@ class BadSample:
 class PackUnit:
     """A sample ready to be packed.
 
-    extra: arrays of its own, such as DPO's reference log-probabilities.  key: what it can be found by.
+    Attributes:
+        unit: Examples that share frames: one in SFT, two in DPO.
+        extra: Other arrays, such as DPO's reference log-probabilities.
+        key: Identifier of the sample, such as the key of a reference record.
     """
 
     unit: Unit
@@ -149,23 +161,32 @@ class PackUnit:
 
 @dataclasses.dataclass(frozen=True)
 class PackedRow:
-    """A row, the keys of its units, and since the stream's last one: samples drawn, and cut or bad ones among them."""
+    """A packed row.
+
+    Attributes:
+        batch: Batch of one row.
+        extra: Other arrays, (1, units, ...).
+        num_drawn: Samples that the stream drew since its previous row, bad ones included.
+        num_truncated: Samples of the row whose text was truncated.
+        bad: Bad samples among those drawn.
+        keys: Keys of the units.
+    """
 
     batch: Batch
     extra: dict[str, np.ndarray]
-    seen: int
-    cut: int
+    num_drawn: int
+    num_truncated: int
     bad: tuple[BadSample, ...]
     keys: tuple[str, ...]
 
 
-# What makes a unit of a line's JSON. Raises TarsierError for one that cannot be used.
+# Returns the unit of a line's JSON. Raises TarsierError for a bad one.
 Load = Callable[[Mapping[str, Any], np.random.Generator], PackUnit]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadLine(grain.transforms.RandomMap):
-    """AnnotationLine -> PackUnit or BadSample."""
+    """Maps an AnnotationLine to a PackUnit or a BadSample."""
 
     load: Load
     packer: "PackingConfig"
@@ -175,20 +196,20 @@ class LoadLine(grain.transforms.RandomMap):
         self, element: AnnotationLine, rng: np.random.Generator
     ) -> PackUnit | BadSample:
         try:
-            loaded = self.load(read_sample(element.text, self.media_root), rng)
-            if not any((example.labels >= 0).any() for example in loaded.unit):
+            unit = self.load(read_sample(element.text, self.media_root), rng)
+            if not any((example.labels >= 0).any() for example in unit.unit):
                 raise InputError(
                     'Nothing of the sample is trained on: its answer is empty, has "loss": false, or is beyond '
                     "max_seq_len."
                 )
-            Row(self.packer.shape, self.packer.processor.config).add(loaded.unit)  # raises if no row can hold it
-            return loaded
-        except Exception as e:  # whatever a line of millions does, the run goes on; the share of bad ones is bounded
+            Row(self.packer.shape, self.packer.processor.config).add(unit.unit)  # raises if it exceeds an empty row
+            return unit
+        except Exception as e:  # one bad sample must not stop the run; `check_share` limits their fraction
             return BadSample(element.file, element.number, reason_of(e))
 
 
 class PackedRows(grain.IterDataset):
-    """Rows of one stream of samples. `threads` bounds how many streams decode at the same time."""
+    """Rows of one stream of samples. `threads` limits the number of streams that decode at the same time."""
 
     def __init__(self, samples: grain.IterDataset, packer: "PackingConfig", threads: threading.Semaphore):
         super().__init__(samples)
@@ -200,7 +221,16 @@ class PackedRows(grain.IterDataset):
 
 @dataclasses.dataclass(frozen=True)
 class PackingConfig:
-    """How rows are made of samples. extra: the shape that each extra array of a row has, (units, ...)."""
+    """Parameters of packing.
+
+    Attributes:
+        processor: Processor of the samples.
+        shape: Sizes of a row.
+        packing_buffer: Decoded samples among which a row looks for the next one that fits.
+        max_bad_fraction: Fraction of bad samples above which the run stops.
+        dtype: Dtype of the patches.
+        extra: Name -> shape (units, ...) of the extra arrays of a row.
+    """
 
     processor: Processor
     shape: RowShape
@@ -211,13 +241,13 @@ class PackingConfig:
 
 
 class SequencePacker(grain.DatasetIterator):
-    """Samples in, rows out. A few decoded samples wait; a row starts with the oldest and takes what else fits."""
+    """Packs samples into rows. A row takes the oldest samples of a small buffer that fit."""
 
     def __init__(self, samples: grain.DatasetIterator, packer: PackingConfig, threads: threading.Semaphore):
         super().__init__(samples)
         self._samples, self._packer, self._threads = samples, packer, threads
-        self._waiting: list[tuple[Any, PackUnit]] = []  # with the state that the samples had before each
-        self._seen, self._bad = 0, 0
+        self._waiting: list[tuple[Any, PackUnit]] = []  # each with the iterator state before it
+        self._num_drawn, self._bad = 0, 0
         self._done = False
 
     def __next__(self) -> PackedRow:
@@ -226,35 +256,35 @@ class SequencePacker(grain.DatasetIterator):
 
     def get_state(self) -> dict[str, Any]:
         waiting = [state for state, _ in self._waiting]
-        return {"samples": self._samples.get_state(), "waiting": waiting, "seen": self._seen, "bad": self._bad}
+        return {"samples": self._samples.get_state(), "waiting": waiting, "seen": self._num_drawn, "bad": self._bad}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._waiting = []
-        for before in state["waiting"]:  # decoded anew, so that a checkpoint holds no pixels
+        for before in state["waiting"]:  # decoded again, since a checkpoint contains no pixels
             self._samples.set_state(before)
             sample = next(self._samples)
-            if isinstance(sample, PackUnit):  # its video may be gone since
+            if isinstance(sample, PackUnit):  # its video may have disappeared
                 self._waiting.append((before, sample))
         self._samples.set_state(state["samples"])
-        self._seen, self._bad, self._done = state["seen"], state["bad"], False
+        self._num_drawn, self._bad, self._done = state["seen"], state["bad"], False
 
     def _next_row(self) -> PackedRow:
-        packer, bad, before = self._packer, list[BadSample](), self._seen
-        row, taken = Row(packer.shape, packer.processor.config), list[PackUnit]()
+        packer, bad, before = self._packer, list[BadSample](), self._num_drawn
+        row, units = Row(packer.shape, packer.processor.config), list[PackUnit]()
         while True:
             bad += self._fill()
-            fits = next((i for i, (_, loaded) in enumerate(self._waiting) if row.add(loaded.unit)), None)
+            fits = next((i for i, (_, unit) in enumerate(self._waiting) if row.add(unit.unit)), None)
             if fits is None:
                 break
-            taken.append(self._waiting.pop(fits)[1])
-        extra = {name: self._extra(name, shape, taken) for name, shape in packer.extra.items()}
+            units.append(self._waiting.pop(fits)[1])
+        extra = {name: self._extra(name, shape, units) for name, shape in packer.extra.items()}
         batch = row.build(packer.processor.pad_token_id, packer.dtype)
-        cut = sum(any(example.num_truncated for example in loaded.unit) for loaded in taken)
-        keys = tuple(loaded.key for loaded in taken)
-        return PackedRow(batch, extra, self._seen - before, cut, tuple(bad), keys)
+        num_truncated = sum(any(example.num_truncated for example in unit.unit) for unit in units)
+        keys = tuple(unit.key for unit in units)
+        return PackedRow(batch, extra, self._num_drawn - before, num_truncated, tuple(bad), keys)
 
     def _fill(self) -> list[BadSample]:
-        """Draws until enough samples wait; gives the bad ones among those drawn."""
+        """Draws samples until the buffer is full; returns the bad ones among them."""
         bad = []
         while len(self._waiting) < self._packer.packing_buffer and not self._done:
             state = self._samples.get_state()
@@ -262,29 +292,29 @@ class SequencePacker(grain.DatasetIterator):
             if sample is None:
                 self._done = True
                 break
-            self._seen += 1
+            self._num_drawn += 1
             if isinstance(sample, BadSample):
                 bad.append(sample)
                 self._bad += 1
-                check_share(self._bad, self._seen, self._packer.max_bad_fraction, sample)
+                check_share(self._bad, self._num_drawn, self._packer.max_bad_fraction, sample)
             else:
                 self._waiting.append((state, sample))
         return bad
 
     @staticmethod
-    def _extra(name: str, shape: tuple[int, ...], taken: Sequence[PackUnit]) -> np.ndarray:
+    def _extra(name: str, shape: tuple[int, ...], units: Sequence[PackUnit]) -> np.ndarray:
         out = np.zeros((1, *shape), np.float32)
-        for i, loaded in enumerate(taken):
-            out[0, i] = loaded.extra[name]
+        for i, unit in enumerate(units):
+            out[0, i] = unit.extra[name]
         return out
 
 
-def check_share(bad: int, seen: int, share: float, last: BadSample) -> None:
-    """Raises InputError when too many samples were bad."""
-    if bad > FORGIVEN + share * seen:
+def check_share(num_bad: int, num_drawn: int, share: float, last: BadSample) -> None:
+    """Raises InputError when too many samples are bad."""
+    if num_bad > FORGIVEN + share * num_drawn:
         raise InputError(
-            f"{bad} of {seen} samples cannot be used, more than data.max_bad_fraction {share:g} allows. The last one: "
-            f"{last.file} line {last.line}: {last.reason}"
+            f"{num_bad} of {num_drawn} samples cannot be used, more than data.max_bad_fraction {share:g} allows. The "
+            f"last one: {last.file} line {last.line}: {last.reason}"
         )
 
 
@@ -300,22 +330,33 @@ def make_rows(
     processes: int = 1,
     workers: int = 1,
 ) -> grain.IterDataset:
-    """This process's share of the `rows` rows of every step, step after step, made ahead in threads.
+    """Returns the rows of one process, step after step, packed ahead in threads.
 
-    Threads and no processes: decoding, resizing and patchifying all let go of Python's lock, and a row's patches,
-    hundreds of megabytes, are handed over without a copy.
+    Threads suffice: decoding, resizing and patchifying release the GIL, and the patches of a row, hundreds of
+    megabytes, need no copy between processes.
+
+    Args:
+        lines: Mixture of the annotations.
+        load: Returns the unit of a sample.
+        packer: Parameters of packing.
+        seed: Seed of the random choices of `load`.
+        media_root: Directory that relative paths of media start from.
+        rows: Rows per step over all processes.
+        process: Index of the process's share of the rows.
+        processes: Number of shares.
+        workers: Threads that decode at the same time.
     """
     local = rows // processes
     samples = lines.seed(seed).random_map(LoadLine(load, packer, media_root))[process::processes]
     in_order = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    # A thread per row, of which `workers` run at a time, so that the state does not depend on the number of workers.
+    # One thread per row, of which `workers` run at a time: the state does not depend on the number of workers.
     threads = threading.Semaphore(max(workers, 1))
     streams = [PackedRows(samples[row::local].to_iter_dataset(in_order), packer, threads) for row in range(local)]
     return grain.experimental.InterleaveIterDataset(streams, cycle_length=local, make_iter_buffer_size=local)
 
 
 def row_states(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of `make_rows`, from its own or an earlier version's, which had several rows per thread."""
+    """Returns the state of `make_rows` from one of this version or of an earlier one, with several rows per thread."""
     threads = state.get("iterators_in_use_states", [])
     if not any("streams" in thread for thread in threads):
         return state

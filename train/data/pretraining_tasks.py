@@ -1,7 +1,6 @@
-"""Tasks of the original's pre-training: several pictures, frames to be put in order, objects to be tracked.
+"""Tasks of Tarsier2's pre-training: several pictures, order of frames, object tracking.
 
-Prompts and answers are worded as the original's data parsers word them, because the released models were trained on
-these strings.
+Prompts and answers are those of the original data parsers, on which the released models were trained.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from tarsier_jax.processing.sample import is_number, open_visuals, read_messages
 
 _MAX_OBJECTS = 4
 _ORDER_FRAMES = (8, 24)
-_MIN_ORDER_FRAMES = 3  # the least of which the prompt gives one
+_MIN_ORDER_FRAMES = 3  # with fewer, the prompt would contain no position
 _HOW = {"coco": " in short", "sharegpt4v_cap100k": " in detail", "webvid": "", "movie": ""}  # captions, by dataset
 
 Sample = Mapping[str, Any]
@@ -23,20 +22,22 @@ _Frame = Image.Image
 
 
 def multi_images(sample: Sample, rng: np.random.Generator, n_frames: int) -> dict[str, Any]:
-    """Several pictures, each with a question and answer of its own, or to be described from a random one on."""
+    """Returns a chat about several pictures: a question for each, or descriptions from a random picture on."""
     texts = _field(sample, "text", list)
     pictures = [picture for item in _field(sample, "image", list) for picture in _pictures(item, rng)]
     if len(texts) != len(pictures):
-        raise InputError(f"A multi_images line has {len(texts)} texts for {len(pictures)} pictures. Give one for each.")
-    shown = rng.permutation(len(texts))[: int(rng.integers(1, n_frames + 1))]
-    pairs = [_question_and_answer(texts[i], rng) for i in shown]
+        raise InputError(
+            f"A multi_images line has {len(texts)} texts for {len(pictures)} pictures. Write one text per picture."
+        )
+    order = rng.permutation(len(texts))[: int(rng.integers(1, n_frames + 1))]
+    pairs = [_question_and_answer(texts[i], rng) for i in order]
     how = _HOW.get(str(sample.get("dataset")))
     prompt, response = _ask_each(pairs) if how is None else _describe_from(int(rng.integers(len(pairs))), pairs, how)
-    return _as_chat(sample, [{"type": "image", "image": pictures[i]} for i in shown], prompt, response)
+    return _as_chat(sample, [{"type": "image", "image": pictures[i]} for i in order], prompt, response)
 
 
 def _pictures(item: Any, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Image items of one file, a list of files, or some frames of a video, which is decoded once for all of them."""
+    """Returns the image items of a file, of a list of files, or of frames of a video, which is decoded once."""
     if not isinstance(item, Mapping):
         raise InputError(f"The pictures of a multi_images line are objects with a file, not {item!r}.")
     if item.get("image_file") is not None:
@@ -50,7 +51,7 @@ def _pictures(item: Any, rng: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def _question_and_answer(text: Any, rng: np.random.Generator) -> tuple[str, str]:
-    """One of the alternatives of a picture's text."""
+    """Returns prompt and response of a picture; a random pair if there are alternatives."""
     if isinstance(text, list) and text:
         text = text[rng.integers(len(text))]
     prompt, response = (text.get("prompt"), text.get("response")) if isinstance(text, Mapping) else (None, None)
@@ -74,25 +75,25 @@ def _describe_from(first: int, pairs: Sequence[tuple[str, str]], how: str) -> tu
 
 
 def frame_order(sample: Sample, rng: np.random.Generator, n_frames: int) -> dict[str, Any]:
-    """Scrambled frames: the places of the first three eighths in time are given, those of the others asked for."""
+    """Returns a chat about scrambled frames. The prompt has the order of the first 3/8, the answer that of the rest."""
     low, high = _ORDER_FRAMES
     frames = _decode(_field(sample, "video", list)[0], int(rng.integers(low, high + 1)), rng)
     if len(frames) < _MIN_ORDER_FRAMES:
         raise InputError(f"A video of {len(frames)} frames is too short to put in order. Leave the line out.")
     shuffled = rng.permutation(len(frames))
     places = [str(i + 1) for i in shuffled]
-    given = 3 * len(places) // 8
+    num_in_prompt = 3 * len(places) // 8
     prompt = (
         "Output the correct chronological order of scrambled video frames. "
-        f"The order of the first {given} ones are:\n"
-        + "\n".join(places[:given])
+        f"The order of the first {num_in_prompt} ones are:\n"
+        + "\n".join(places[:num_in_prompt])
         + "\nOutput the order of the following frames:"
     )
-    return _as_chat(sample, [_in_memory([frames[i] for i in shuffled])], prompt, "\n".join(places[given:]))
+    return _as_chat(sample, [_in_memory([frames[i] for i in shuffled])], prompt, "\n".join(places[num_in_prompt:]))
 
 
 def object_tracking(sample: Sample, rng: np.random.Generator, n_frames: int) -> dict[str, Any]:
-    """Boxes of some objects in the first frame are given, those in the frames that follow asked for."""
+    """Returns a chat about boxes of objects: those in the first frame are in the prompt, the others in the answer."""
     config = dict(sample.get("image_processing_config") or {})
     pad = bool(config.pop("do_padding", False))
     indices = _field(sample, "frame_indices", list)
@@ -100,43 +101,43 @@ def object_tracking(sample: Sample, rng: np.random.Generator, n_frames: int) -> 
     n = min(n_frames, len(indices))
     if n < 2 or not tracks:
         raise InputError(f"Tracking needs two frames and an object, not {n} frames and {len(tracks)} objects.")
-    chosen = sorted(rng.choice(len(indices), n, replace=False))
-    listed = {"video_file": sample.get("video_file"), "frame_indices": [indices[i] for i in chosen]}
-    cut = _CUTS.get(str(sample.get("dataset")), lambda frame: frame)
-    frames = [cut(frame) for frame in _decode(listed, n, rng)]
-    scaled = [[_scale(track[i], frame, pad) for i, frame in zip(chosen, frames, strict=True)] for track in tracks]
+    positions = sorted(rng.choice(len(indices), n, replace=False))
+    video = {"video_file": sample.get("video_file"), "frame_indices": [indices[i] for i in positions]}
+    crop = _CROPS.get(str(sample.get("dataset")), lambda frame: frame)
+    frames = [crop(frame) for frame in _decode(video, n, rng)]
+    scaled = [[_scale(track[i], frame, pad) for i, frame in zip(positions, frames, strict=True)] for track in tracks]
     prompt = (
         "Given the bounding box coordinates of these objects in the first frame, "
         "output the bounding box coordinates in the following frames.\n"
     ) + "".join(f"object {i}: {boxes[0]}\n" for i, boxes in enumerate(scaled, 1))
     response = "\n".join(f"object {i}: {boxes[1:]}" for i, boxes in enumerate(scaled, 1))
-    video = _in_memory([_pad_square(frame) for frame in frames] if pad else frames)
-    return _as_chat({**sample, "image_processing_config": config}, [video], prompt, response)
+    padded_video = _in_memory([_pad_square(frame) for frame in frames] if pad else frames)
+    return _as_chat({**sample, "image_processing_config": config}, [padded_video], prompt, response)
 
 
 def _track(tracked: Any, n: int) -> list[Any]:
-    """An object's boxes [left, top, right, bottom] in pixels, one a listed frame."""
+    """Returns an object's boxes [left, top, right, bottom] in pixels, one per entry of frame_indices."""
     boxes = tracked.get("all_frame_bounding_boxes") if isinstance(tracked, Mapping) else None
     if not isinstance(boxes, list) or len(boxes) != n:
         raise InputError(f"An object to track needs all_frame_bounding_boxes, one for each of the {n} frame_indices.")
     for box in boxes:
         if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-            raise InputError(f"{box!r} in all_frame_bounding_boxes is no box [left, top, right, bottom].")
+            raise InputError(f"{box!r} in all_frame_bounding_boxes is not a box [left, top, right, bottom].")
     return boxes
 
 
 def _scale(box: Sequence[float], frame: _Frame, pad: bool) -> list[float]:
-    """A box in pixels as fractions of the frame, or of the square that it is padded to, to two decimals."""
+    """Returns a box in fractions of the frame, or of the square that it is padded to, with two decimals."""
     width, height = frame.size
-    left, top = _margins(frame) if pad else (0, 0)
+    dx, dy = _margins(frame) if pad else (0, 0)
     if pad:
         width = height = max(width, height)
     x0, y0, x1, y1 = box
-    return [round(v, 2) for v in ((x0 + left) / width, (y0 + top) / height, (x1 + left) / width, (y1 + top) / height)]
+    return [round(v, 2) for v in ((x0 + dx) / width, (y0 + dy) / height, (x1 + dx) / width, (y1 + dy) / height)]
 
 
 def _margins(frame: _Frame) -> tuple[int, int]:
-    """Columns on the left and rows on top that make a frame the middle of a square."""
+    """Returns the columns on the left and the rows on top that center a frame in a square."""
     side = max(frame.size)
     return (side - frame.width) // 2, (side - frame.height) // 2
 
@@ -148,17 +149,17 @@ def _pad_square(frame: _Frame) -> _Frame:
     return square
 
 
-# The tracking data of two datasets has its boxes in pixels of cut-outs, which the original makes so.
+# Two tracking datasets have boxes in pixels of crops; these are the crops of the original.
 def _middle_square(frame: _Frame, side: int = 256) -> _Frame:
-    """The middle of a frame, once its shorter side is `side` pixels."""
+    """Returns the center square of a frame whose shorter side is resized to `side` pixels."""
     short = min(frame.size)
     frame = frame.resize((side * frame.width // short, side * frame.height // short), Image.Resampling.BILINEAR)
-    left, top = round((frame.width - side) / 2), round((frame.height - side) / 2)
-    return frame.crop((left, top, left + side, top + side))
+    x, y = round((frame.width - side) / 2), round((frame.height - side) / 2)
+    return frame.crop((x, y, x + side, y + side))
 
 
 def _inner_square(frame: _Frame, side: int = 256) -> _Frame:
-    """The middle three quarters of a frame's height, as wide as high, at `side` pixels."""
+    """Returns the center square of 3/4 of a frame's height, resized to `side` pixels."""
     width, height = frame.size
     half, margin = 0.375 * height, 0.125 * height
     square = (int(width / 2 - half), int(margin), int(width / 2 + half), int(height - margin))
@@ -166,22 +167,22 @@ def _inner_square(frame: _Frame, side: int = 256) -> _Frame:
 
 
 def _decode(video: Any, n: int, rng: np.random.Generator) -> list[_Frame]:
-    """The frames of one video item, n if it does not choose by itself."""
+    """Returns the frames of a video item; n frames if it has no frame_indices."""
     messages = read_messages({"messages": [{"role": "user", "content": [{"type": "video", "video": video}]}]})
     (visual,) = open_visuals(messages, n, n, "v1", 1, rng)
     return list(visual.frames())
 
 
 def _in_memory(frames: list[_Frame]) -> dict[str, Any]:
-    """A video item of frames, listed so that the processor shows every one, whatever its n_frames."""
+    """Returns a video item whose frame_indices select every frame, independently of n_frames."""
     return {"type": "video", "video": {"frames": frames, "frame_indices": list(range(len(frames)))}}
 
 
 def _as_chat(sample: Sample, visuals: list[dict[str, Any]], prompt: str, response: str) -> dict[str, Any]:
-    kept = {key: sample[key] for key in ("dataset", "task", "idx", "image_processing_config") if key in sample}
+    metadata = {key: sample[key] for key in ("dataset", "task", "idx", "image_processing_config") if key in sample}
     question = [*visuals, {"type": "text", "text": prompt}]
     answer = [{"type": "text", "text": response}]
-    return {**kept, "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {**metadata, "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def _field(sample: Sample, key: str, kind: type) -> Any:
@@ -192,7 +193,7 @@ def _field(sample: Sample, key: str, kind: type) -> Any:
     return value
 
 
-_CUTS = {"hdvila": _middle_square, "hdvila_in_and_out_boxes": _inner_square}
+_CROPS = {"hdvila": _middle_square, "hdvila_in_and_out_boxes": _inner_square}
 PRETRAINING_TASKS = {
     "multi_images": multi_images,
     "object_tracking": object_tracking,

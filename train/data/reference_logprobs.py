@@ -36,9 +36,9 @@ from train.state import StepBatch, build_model, load_reference
 class ReferenceFile:
     """JSON lines {"key", "chosen", "rejected"}, one file per process: FILE.0, FILE.1, ...
 
-    A key is a hash of everything that decides a pair's log-probabilities: the pair, the sizes of its media files, and
-    the run's `fingerprint`. So records of another model or of other frames are never found. A media file that is
-    replaced by another one of the same name and size is not noticed.
+    A key is a hash of all inputs of a pair's log-probabilities: the pair, the sizes of its media files, and the run's
+    `fingerprint`. Records of another model or of other frames therefore have other keys. The key does not change if a
+    media file is replaced by another one of the same name and size.
     """
 
     def __init__(self, path: str):
@@ -47,12 +47,12 @@ class ReferenceFile:
         self._known: dict[str, tuple[float, float]] = {}
 
     def open(self, run: TrainRun) -> None:
-        """Reads the records, and what the keys of this run depend on. Comes before every other method."""
+        """Reads the records and computes the fingerprint of the run. Must be called before every other method."""
         self._fingerprint, self._n_frames = fingerprint(run), run.config.processor.n_frames
         self.read()
 
     def read(self) -> None:
-        """Reads the records of all processes; skips a line that is cut short, damaged or not finite."""
+        """Reads the records of all processes; skips lines that are incomplete, damaged or not finite."""
         self._known = {}
         for file in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*")):
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -65,7 +65,7 @@ class ReferenceFile:
                     self._known[record["key"]] = values
 
     def append(self, process: int) -> TextIO:
-        """A process's file, open for more records after those that it has."""
+        """Opens a process's file to append records."""
         path = self.path.with_name(f"{self.path.name}.{process}")
         cut_short = path.exists() and not path.read_bytes().endswith(b"\n")
         file = path.open("a", encoding="utf-8")
@@ -79,28 +79,28 @@ class ReferenceFile:
         return key in self._known
 
     def key(self, sample: Mapping[str, Any]) -> str:
-        """The key of a line's pair. Raises InputError for a line that is no pair."""
+        """Returns the key of a line's pair. Raises InputError for a line without one."""
         pair = prepare_pair(sample, np.random.default_rng(0), self._n_frames)
         facts = [self._fingerprint, pair, list(_media_sizes(pair[0]))]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
     def of(self, sample: Mapping[str, Any]) -> np.ndarray:
-        """Log-probabilities of the chosen and the rejected answer, float32 (2,).
+        """Returns the log-probabilities of the chosen and the rejected answer, float32 (2,).
 
         Raises:
-            InputError: the file has no record of the pair.
+            InputError: the file lacks the record of the pair.
         """
         values = self._known.get(self.key(sample))
         if values is None:
             raise InputError(
-                f"{self.path} has no reference log-probabilities of the pair: its line or its media have changed since "
-                "the start. Start the run again."
+                f"{self.path} lacks the reference log-probabilities of the pair: its line or its media have "
+                "changed since the start. Start the run again."
             )
         return np.array(values, np.float32)
 
 
 def _media_sizes(chat: Mapping[str, Any]) -> Iterator[Any]:
-    """The bytes of each file that the visuals of a prepared chat name; of a directory's files with their names."""
+    """Yields the sizes in bytes of the media files of a chat; for directories, names and sizes of their files."""
     items = [item for message in chat["messages"] for item in message["content"] if item["type"] != "text"]
     values = [value for item in items for value in item[item["type"]].values()]
     paths = [path for value in values for path in (value if isinstance(value, list) else [value])]
@@ -112,11 +112,11 @@ def _media_sizes(chat: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def fingerprint(run: TrainRun) -> str:
-    """A hash of what decides log-probabilities for all pairs of a run: its model, and how it shows samples.
+    """Returns a hash of the model and of the processing of samples, on which all log-probabilities of a run depend.
 
-    The weights count by their bytes, the rest by values: sizes and dtype of the model, processor options, image
+    It covers the bytes of the weights, and the values of: sizes and dtype of the model, processor options, image
     options, tokenizer, chat template. Attention, recomputation, mesh and rows change the numbers by rounding only, and
-    do not count.
+    are not part of it.
     """
     model, processor = dataclasses.replace(run.spec.config, attention="", remat=""), run.processor
     tokenizer: Any = processor.tokenizer
@@ -133,13 +133,13 @@ def fingerprint(run: TrainRun) -> str:
 
 
 def digest_weights(directory: Path) -> bytes:
-    """SHA-256 of every byte of a checkpoint's weights, and of the names of their files; a second for some GiB."""
+    """Returns the SHA-256 of all weights of a checkpoint and of their file names; takes a second per few GiB."""
     if is_converted(directory):
         files = [path for path in (directory / PARAMS).glob("*/**/*") if path.is_file()]
     else:
         files = list({tensor.file for tensor in open_tensors(directory).values()})
     total = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         for file, digest in zip(sorted(files), pool.map(_digest, sorted(files)), strict=True):
             total.update(str(file.relative_to(directory)).encode() + digest)
     return total.digest()
@@ -151,7 +151,7 @@ def _digest(file: Path) -> bytes:
 
 
 def _broadcast(digest: Callable[[], bytes]) -> bytes:
-    """The digest that process 0 computes; the others read no weights for it."""
+    """Returns the digest that process 0 computes; the other processes do not read the weights."""
     if jax.process_count() == 1:
         return digest()
     own = digest() if jax.process_index() == 0 else bytes(hashlib.sha256().digest_size)
@@ -159,9 +159,9 @@ def _broadcast(digest: Callable[[], bytes]) -> bytes:
 
 
 def write_reference(run: TrainRun, reference: ReferenceFile, pairs: int) -> None:
-    """Computes the records that a run's reference file lacks, with the model that the run starts from.
+    """Computes the missing records of a run's reference file with the starting model.
 
-    Every process adds its rows' records to a file of its own as they come; a pass cut short resumes where it was.
+    Every process appends the records of its rows to its own file. An interrupted pass resumes.
 
     Raises:
         TarsierError: the annotations or the checkpoint cannot be used.
@@ -186,7 +186,7 @@ def write_reference(run: TrainRun, reference: ReferenceFile, pairs: int) -> None
         while True:
             local = [next(rows) for _ in range(config.data.global_batch_size // run.row_groups)]
             log_probs, count = (np.asarray(x) for x in compute(params, global_batch(local, 1, mesh)))
-            if not count:  # the lines have run out; all processes see it at once
+            if not count:  # no lines remain; all processes see it in the same step
                 break
             for row, values in zip(local, log_probs[run.row_group * len(local) :], strict=False):
                 for key, (chosen, rejected) in zip(row.keys, values.tolist(), strict=False):
@@ -195,28 +195,29 @@ def write_reference(run: TrainRun, reference: ReferenceFile, pairs: int) -> None
             done += int(count)
             if jax.process_index() == 0:
                 rate = done / (time.perf_counter() - start)
-                left = duration((len(missing) - done) / rate)
-                print(f"reference {done}/{len(missing)}  {rate:.2f} pairs/s  left {left}", flush=True)
+                remaining = duration((len(missing) - done) / rate)
+                print(f"reference {done}/{len(missing)}  {rate:.2f} pairs/s  left {remaining}", flush=True)
     rows.close()
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the reference is whole")
+        multihost_utils.sync_global_devices("the reference is complete")
     reference.read()
 
 
 def _report_unused(reference: ReferenceFile, missing: "_Missing") -> None:
-    unused = len(reference) - missing.found
-    if unused and jax.process_index() == 0:
+    num_unused = len(reference) - missing.num_present
+    if num_unused and jax.process_index() == 0:
         print(
-            f"reference: {unused} of {len(reference)} records in {reference.path}.* are not used: they are of other "
-            "pairs, another model, other frames or another chat template",
+            f"reference: {num_unused} of {len(reference)} records in {reference.path}.* are not used: they belong to "
+            "other pairs, another model, other frames or another chat template",
             flush=True,
         )
 
 
 class _Missing(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportMissingTypeArgument]
-    """The lines of pairs, to train on and held out, that a reference file lacks, each pair once.
+    """The lines of training and held-out pairs without a record in the reference file, each pair once.
 
-    `found` counts the pairs that it has.
+    Attributes:
+        num_present: Number of pairs with a record.
     """
 
     def __init__(self, config: TrainConfig, reference: ReferenceFile):
@@ -230,7 +231,7 @@ class _Missing(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportM
             if key is not None:
                 first.setdefault(key, i)
         self._indices = [i for key, i in first.items() if key not in reference]
-        self.found = len(first) - len(self._indices)
+        self.num_present = len(first) - len(self._indices)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -242,5 +243,5 @@ class _Missing(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportM
 def _key(line: AnnotationLine, media_root: str, reference: ReferenceFile) -> str | None:
     try:
         return reference.key(read_sample(line.text, media_root))
-    except Exception:  # no pair: `of` raises the same in training, where it counts as a bad sample
+    except Exception:  # training counts the line as a bad sample
         return None

@@ -1,4 +1,4 @@
-"""From a line of annotations to a chat sample: `prepare`; to a pair of them: `split_preference`."""
+"""Chat samples of annotation lines (`prepare`), and the two samples of a DPO line (`split_preference`)."""
 
 import functools
 import re
@@ -14,25 +14,27 @@ from tarsier_jax.processing.sample import read_messages
 from train.data.pretraining_tasks import PRETRAINING_TASKS, Sample
 
 Prepare = Callable[[Sample, np.random.Generator, int], dict[str, Any]]
-_MAX_FRAMES = 256  # of a sample, where its `fps` asks for more
+_MAX_FRAMES = 256  # per sample, where its `fps` requires more
 _PAIR = ("chosen", "rejected")
 _TAG = re.compile(r"<frame:[^<>\n]*>?")
 _RANGE = re.compile(r"<frame: ([0-9]+)(?:-([0-9]+))?>")
 
 
 def prepare(sample: Sample, rng: np.random.Generator, n_frames: int = 16) -> dict[str, Any]:
-    """The chat sample to train on that a line of annotations stands for. The line is left as it is.
+    """Returns the chat sample of a line of annotations, which is not changed.
 
-    A line with `messages`, or another format of them that `normalize_sample` reads, is a chat already: its answers are
-    checked, and an empty `text` takes its `reference`. Other lines become one by their task: object_tracking,
-    multi_images or video_permutation (frames to be put in order).
+    A line with `messages`, or in another format that `normalize_sample` reads, is a chat already: its answers are
+    checked, and an empty `text` is replaced by its `reference`. Other lines are converted by their task:
+    object_tracking, multi_images or video_permutation (order of frames).
 
     Args:
-        rng: what every random choice is drawn from.  n_frames: frames a sample shows, as the processor's option.
+        sample: The line.
+        rng: Source of all random choices.
+        n_frames: Frames per sample, as in the processor's options.
 
     Raises:
-        InputError: the line is malformed, has no answer, its frame tags do not fit the frames, or a file cannot be
-            read.
+        InputError: the line is malformed or lacks an answer, its frame tags do not match the frames, or a file cannot
+            be read.
     """
     if is_conversation(sample):
         return _chat(normalize_sample(sample), n_frames)
@@ -43,9 +45,9 @@ def prepare(sample: Sample, rng: np.random.Generator, n_frames: int = 16) -> dic
 
 
 def check_grounding(text: str, n: int) -> None:
-    """Checks the tags `<frame: i>` and `<frame: i-j>` of an answer against the n frames that it is about.
+    """Checks the tags `<frame: i>` and `<frame: i-j>` of an answer against its n frames.
 
-    Frames count from 1; the tags have to be in order, and no frame in two of them.
+    Frames count from 1. Tags must be in order and must not overlap.
 
     Raises:
         InputError: names the tag that is malformed, not among the frames, or not after the one before.
@@ -54,21 +56,21 @@ def check_grounding(text: str, n: int) -> None:
     for tag in _TAG.findall(text):
         match = _RANGE.fullmatch(tag)
         if not match:
-            raise InputError(f"{tag!r} is no frame tag. Write <frame: 3> or <frame: 3-5>.")
+            raise InputError(f"{tag!r} is not a frame tag. Write <frame: 3> or <frame: 3-5>.")
         first, end = int(match[1]), int(match[2] or match[1])
         if not 1 <= first <= end <= n:
-            raise InputError(f"{tag} does not fit the {n} frames that are shown, which count from 1. Mend the tag.")
+            raise InputError(f"{tag} does not match the {n} frames of the sample, which count from 1. Correct the tag.")
         if first <= last:
             raise InputError(
-                f"{tag} does not come after frame {last} of the tag before (of {n} frames). Mend the tags."
+                f"{tag} does not come after frame {last} of the tag before (of {n} frames). Correct the tags."
             )
         last = end
 
 
 def split_preference(sample: Sample) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two samples of a DPO line, with the text `chosen` and the text `rejected` of its last answer.
+    """Returns the two samples of a DPO line: one with `chosen`, one with `rejected` as its last answer.
 
-    Earlier answers may have both too; those that do not are the same in either sample.
+    Earlier answers may also have both texts; otherwise they are equal in the two samples.
 
     Raises:
         InputError: one of the texts is missing or empty, or the two do not differ.
@@ -77,17 +79,17 @@ def split_preference(sample: Sample) -> tuple[dict[str, Any], dict[str, Any]]:
     answers = _answers(sample)
     if not answers or all(answers[-1].get(key) is None for key in _PAIR):
         raise InputError('The last answer of a DPO line needs the texts "chosen" and "rejected", but has neither.')
-    chosen, rejected = (_map_answers(sample, functools.partial(_take, key=key)) for key in _PAIR)
-    if _trained(chosen) == _trained(rejected):
+    preferred, other = (_map_answers(sample, functools.partial(_take, key=key)) for key in _PAIR)
+    if _trained(preferred) == _trained(other):
         raise InputError(
             '"chosen" and "rejected" are equal, or of a turn with "loss": false, so there is nothing to prefer. Leave '
             "the line out."
         )
-    return chosen, rejected
+    return preferred, other
 
 
 def prepare_pair(sample: Sample, rng: np.random.Generator, n_frames: int = 16) -> list[dict[str, Any]]:
-    """The chosen and the rejected chat of a DPO line. Raises InputError, see `split_preference` and `prepare`."""
+    """Returns the chosen and the rejected chat of a DPO line. Raises as `split_preference` and `prepare`."""
     return [prepare(half, rng, n_frames) for half in split_preference(sample)]
 
 
@@ -96,7 +98,9 @@ def _take(item: Sample, key: str) -> dict[str, Any]:
         return dict(item)
     text = item.get(key)
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f'The answer of a DPO line has no text "{key}", but {text!r}. Mend it, or leave the line out.')
+        raise InputError(
+            f'The answer of a DPO line needs a text "{key}", not {text!r}. Correct it, or leave the line out.'
+        )
     return {**{k: v for k, v in item.items() if k not in _PAIR}, "text": text}
 
 
@@ -105,19 +109,19 @@ def _trained(sample: Sample) -> list[Any]:
 
 
 def _answers(sample: Sample) -> list[Sample]:
-    """The text items of the assistant's turns."""
-    found: list[Sample] = []
+    """Returns the text items of the assistant's turns."""
+    items: list[Sample] = []
 
     def note(item: Sample) -> dict[str, Any]:
-        found.append(item)
+        items.append(item)
         return dict(item)
 
     _map_answers(sample, note)
-    return found
+    return items
 
 
 def _map_answers(sample: Sample, change: Callable[[Sample], dict[str, Any]]) -> dict[str, Any]:
-    """The sample with `change` made to each text item of the assistant. What is malformed stays for `read_messages`."""
+    """Returns the sample with `change` applied to the assistant's text items. Malformed parts stay as they are."""
 
     def changed(message: Any) -> Any:
         if not isinstance(message, Mapping) or message.get("role") != "assistant":
@@ -172,7 +176,7 @@ def _fill_in(item: Sample) -> dict[str, Any]:
 
 
 def _frames_shown(messages: Sequence[Sample], n_frames: int) -> int:
-    """How many frames the sample's video shows, unless the clip has fewer."""
+    """Returns the number of frames of the sample's video, unless the clip has fewer."""
     items = [item for message in messages for item in message["content"] if item["type"] != "text"]
     videos = [item["video"] for item in items if item["type"] == "video"]
     if len(videos) != 1:

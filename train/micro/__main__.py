@@ -38,7 +38,7 @@ _NEVER = 2**30  # bytes
 
 
 def write_inputs(config: TrainConfig, workdir: Path) -> TrainConfig:
-    """Returns the configuration with files in the workdir where it has no model or no data."""
+    """Returns the configuration with files in the workdir where its model or its data is empty."""
     if not config.model:
         write = functools.partial(write_untrained, untrained=MICRO)
         config = dataclasses.replace(config, model=str(write_once(workdir / "untrained_model", write)))
@@ -79,7 +79,7 @@ def main() -> int:
     with exclusive(workdir):
         config = write_inputs(write_debug_data(config, workdir), workdir)
         summary = train(config, workdir, sft_objective(config, prepare_line))
-    if values.score_clips and not summary.stopped and jax.process_index() == 0:
+    if values.score_clips and not summary.stop_signal and jax.process_index() == 0:
         print_scores(workdir / "model", values.score_clips)
     return summary.exit_status
 

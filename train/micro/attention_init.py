@@ -1,8 +1,8 @@
-"""Where an untrained model begins to look: `look`, at places beside a token, and `see_change`, at what changes.
+"""Initial weights of an untrained model: `look` aims attention heads, `see_change` aims patch filters.
 
-Found out from random weights, that what moves is to be compared with the same place a frame ago takes most of a short
-training. Heads begin by looking at one place beside their query, as a convolution does: only biases say where, and what
-they see there is random as usual. Training may change all of it.
+Starting from random weights, most of a short run is spent learning to compare a patch with the same position in the
+previous frame. Here heads start with attention to one offset from their query, as in a convolution. Only biases define
+the offset; values are random as usual, and training may change all weights.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,19 @@ from flax import nnx
 from tarsier_jax.models.rope import inverse_frequencies
 from tarsier_jax.models.tarsier import Tarsier
 
-SHARPNESS = 5.0  # nats by which a head's score falls one step, along any axis, from where it looks
-_STRONGER = 1.5  # filters of changes than others: most of a frame does not change
-_FAINT = 0.1  # what is left of the weights of its queries and keys, so that places count and not what is there
+SHARPNESS = 5.0  # nats by which a head's score falls one step away from its offset along any axis
+_STRONGER = 1.5  # factor of filters of differences, since most of a frame does not change
+_FAINT = 0.1  # factor of the head's query and key weights: positions count, not content
 
-# One for each head of a layer: steps of (time, row, column), or of (row, column) in the vision tower.
+# One offset per head of a layer: (time, row, column), or (row, column) in the vision tower.
 Offsets = Sequence[tuple[int, ...]]
-Projection = tuple[np.ndarray, np.ndarray]  # weights [heads H, D] and biases [heads H] of one layer's queries or keys
+Projection = tuple[
+    np.ndarray, np.ndarray
+]  # weights [heads * H, D] and biases [heads * H] of one layer's queries or keys
 
 
 def look(model: Tarsier, decoder: Sequence[Offsets], vision: Sequence[Offsets]) -> None:
-    """Sets queries and keys of the first heads of the first layers; the others stay as they are."""
+    """Sets queries and keys of the first heads of the first layers, one head per offset."""
     text, tower = model.config.text, model.config.vision
     q, k, qkv = model.decoder.layers.attn.q, model.decoder.layers.attn.k, model.vision.blocks.attn.qkv
     axes = np.repeat(np.arange(len(text.mrope_section)) % 3, text.mrope_section)
@@ -46,7 +48,7 @@ def look(model: Tarsier, decoder: Sequence[Offsets], vision: Sequence[Offsets]) 
 
 
 def see_change(model: Tarsier) -> None:
-    """Half of the patch filters begin with what both frames of a temporal patch show, half with their difference."""
+    """Sets half of the patch filters to the mean of the two frames of a temporal patch, half to their difference."""
     config, weight = model.config.vision, model.vision.patch_embed.weight
     E, T = config.embed_dim, config.temporal_patch_size
     filters = np.array(weight, np.float32).reshape(E, -1, T, config.patch_size**2)  # [E, colours, T, pixels]
@@ -57,29 +59,31 @@ def see_change(model: Tarsier) -> None:
 
 
 def head_biases(frequencies: np.ndarray, axes: np.ndarray, offset: Sequence[int]) -> Projection:
-    """Biases (H,) of a head's query and key whose product, after RoPE, is highest where key - query is `offset`.
+    """Returns the biases (H,) of a head's query and key. Their product after RoPE is highest at key - query = `offset`.
 
-    Turned by p, the key's pair i is a_i (cos f_i p, sin f_i p), so that the product is the sum of a_i^2 cos(f_i (p_k -
-    p_q - offset)) over the pairs.
+    Rotated by position p, pair i of the key is a_i (cos f_i p, sin f_i p). The product is the sum of
+    a_i^2 cos(f_i (p_k - p_q - offset)) over the pairs.
 
     Args:
-        frequencies: (H/2,) by which pair i turns for each step.  axes: (H/2,) along which axis.
+        frequencies: (H/2,) rotation of pair i per step.
+        axes: (H/2,) axis of pair i.
+        offset: Steps along each axis.
     """
-    lost = np.bincount(axes, weights=1 - np.cos(frequencies))  # one step away along each axis, where a_i is 1
-    amplitude = np.sqrt(SHARPNESS * np.sqrt(2 * len(axes)) / lost[axes])  # scores are divided by the root of H
+    decay = np.bincount(axes, weights=1 - np.cos(frequencies))  # one step away along each axis, where a_i is 1
+    amplitude = np.sqrt(SHARPNESS * np.sqrt(2 * len(axes)) / decay[axes])  # scores are divided by the root of H
     angles = frequencies * np.asarray(offset)[axes]
     query = np.concatenate([amplitude * np.cos(angles), amplitude * np.sin(angles)])
     return query, np.concatenate([amplitude, np.zeros_like(amplitude)])
 
 
 def _aim(queries: Projection, keys: Projection, a_key: int, biases: Sequence[Projection]) -> None:
-    """Writes the biases of the first heads of a layer, of which `a_key` share a key."""
+    """Writes the biases of the first heads of a layer; `a_key` heads share a key."""
     for head, (query, key) in enumerate(biases):
         H = len(query)
         for (weight, bias), at, value in ((queries, head, query), (keys, head // a_key, key)):
             rows = slice(at * H, (at + 1) * H)
             if (bias[rows] == value).all():
-                continue  # a key that was written for an earlier head
+                continue  # an earlier head shares the key
             weight[rows] *= _FAINT
             bias[rows] = value
 
@@ -95,6 +99,6 @@ def _write(parameters: Sequence[nnx.Param], values: Sequence[np.ndarray]) -> Non
 
 
 def _of(projection: Projection, layer: int | tuple[int, int]) -> Projection:
-    """Views of one layer."""
+    """Returns views of one layer."""
     weight, bias = projection
     return weight[layer], bias[layer]

@@ -42,7 +42,7 @@ def moving_shapes(sample: Mapping[str, Any], n_frames: int) -> dict[str, Any]:
         n_frames: Frames per clip, as the processor samples them.
 
     Raises:
-        InputError: the line has no seed.
+        InputError: the seed is missing or negative.
     """
     seed = sample.get("seed")
     if not isinstance(seed, int) or seed < 0:

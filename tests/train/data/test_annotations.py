@@ -1,4 +1,4 @@
-"""Annotation files: encodings, weights, paths of media, and lines that are no samples."""
+"""Annotation files: encodings, weights, paths of media, and lines that are not samples."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_lines_are_read_where_they_stand(tmp_path: Path) -> None:
     assert file[1] == AnnotationLine(str(path), 5, '{"b": 2}')
 
 
-@pytest.mark.parametrize(("name", "message"), [("none.jsonl", "No such file"), ("blank.jsonl", "hold no lines")])
+@pytest.mark.parametrize(("name", "message"), [("none.jsonl", "No such file"), ("blank.jsonl", "are empty")])
 def test_annotations_that_hold_nothing(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "blank.jsonl").write_text("\n \n")
     with pytest.raises(InputError, match=rf"{name} .*{message}.*config\.data"):
@@ -66,7 +66,7 @@ def test_files_with_and_without_weights(tmp_path: Path) -> None:
         ("a.jsonl=1,b.jsonl", "every file a weight above 0, or none"),
         ("a.jsonl=0", "every file a weight above 0"),
         ("a.jsonl=nan", "every file a weight above 0"),
-        (" , ", "names no file"),
+        (" , ", "config.data.train is empty"),
     ],
 )
 def test_malformed_lists_of_files(files: str, message: str) -> None:
@@ -119,7 +119,7 @@ def test_the_root_of_media_in_other_formats(beside: dict, visual: dict) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", "is no JSON object"),
+        ("[1]", "is not a JSON object"),
         ("{", "The line is not JSON "),
         ('{"a": ' * 100_000, "is nested too deeply"),
         ('{"messages": [{"role": "user", "content": "<video>"}]}', 'files in "videos" is 0, but 1 places'),

@@ -64,7 +64,7 @@ def rows_of(n: int, files: str, packer: PackingConfig, **options: Any) -> list[P
 def contents(rows: Sequence[PackedRow]) -> list[tuple]:
     """All that is in the rows, to compare bit for bit."""
     arrays = [tuple(np.asarray(x).tobytes() for x in jax.tree.leaves((row.batch, row.extra))) for row in rows]
-    return [(row.keys, row.seen, row.cut, row.bad, *a) for row, a in zip(rows, arrays, strict=True)]
+    return [(row.keys, row.num_drawn, row.num_truncated, row.bad, *a) for row, a in zip(rows, arrays, strict=True)]
 
 
 # The mixture
@@ -114,7 +114,7 @@ def test_a_row_takes_what_fits_of_the_next_few(tmp_path: Path, packer: PackingCo
     rows = rows_of(4, files, packer, repeat=False, rows=1)
     assert [row.keys for row in rows] == [("0", "2", "4"), ("1",), ("3",), ("5",)]
     assert [int(row.batch.lengths[0]) for row in rows] == [60, 40, 30, 64]
-    assert [row.seen for row in rows] == [6, 0, 0, 0]
+    assert [row.num_drawn for row in rows] == [6, 0, 0, 0]
     np.testing.assert_array_equal(rows[0].extra["weight"][0, :, 0], [30, 20, 10, 0, 0, 0, 0, 0])
 
 
@@ -131,13 +131,13 @@ def test_row_r_packs_every_fourth_sample(texts: str, packer: PackingConfig) -> N
     rows = rows_of(8 * ROWS, texts, packer)
     for r in range(ROWS):
         mine = rows[r::ROWS]
-        seen = sum(row.seen for row in mine)
-        drawn = [json.loads(lines[r + ROWS * i].text)["id"] for i in range(seen)]
-        taken = [key for row in mine for key in row.keys]
-        waiting = collections.Counter(drawn) - collections.Counter(taken)
-        assert waiting.total() == seen - len(taken) <= packer.packing_buffer
-        assert mine[0].keys[0] == drawn[0]
-    assert sum(row.seen for row in rows) > 72
+        num_drawn = sum(row.num_drawn for row in mine)
+        ids = [json.loads(lines[r + ROWS * i].text)["id"] for i in range(num_drawn)]
+        keys = [key for row in mine for key in row.keys]
+        waiting = collections.Counter(ids) - collections.Counter(keys)
+        assert waiting.total() == num_drawn - len(keys) <= packer.packing_buffer
+        assert mine[0].keys[0] == ids[0]
+    assert sum(row.num_drawn for row in rows) > 72
 
 
 def test_every_held_out_sample_is_in_one_row(texts: str, packer: PackingConfig) -> None:
@@ -147,7 +147,7 @@ def test_every_held_out_sample_is_in_one_row(texts: str, packer: PackingConfig) 
 
 
 def steps(rows: Sequence[PackedRow], size: int = ROWS) -> list[collections.Counter]:
-    """What the rows of each step are, whatever their order."""
+    """The set of rows of each step."""
     return [collections.Counter(contents(rows[i : i + size])) for i in range(0, len(rows), size)]
 
 
@@ -166,7 +166,7 @@ def test_rows_go_on_where_they_were(texts: str, packer: PackingConfig, before: i
     expected = take(2 * ROWS, rows)
     rows.close()
     again = open_rows(texts, packer)
-    take(3, again)  # what it did before does not matter
+    take(3, again)  # its earlier state does not matter
     again.set_state(json.loads(state))
     assert contents(take(2 * ROWS, again)) == contents(expected)
     again.close()
@@ -259,11 +259,11 @@ def test_bad_lines_are_skipped_and_counted(tmp_path: Path, packer: PackingConfig
     files = write_lines(tmp_path / "a.jsonl", lines)
     rows = rows_of(2, files, packer, repeat=False, rows=1)
     assert [row.keys for row in rows] == [("0", "1"), ("2",)]
-    assert [(row.seen, len(row.bad)) for row in rows] == [(8, 5), (0, 0)]
+    assert [(row.num_drawn, len(row.bad)) for row in rows] == [(8, 5), (0, 0)]
     assert {(bad.file, bad.line) for bad in rows[0].bad} == {(files, line) for line in (2, 4, 5, 6, 7)}
     reasons = [bad.reason for bad in rows[0].bad]
     assert reasons[0].startswith("The line is not JSON (Expecting property name")
-    assert reasons[1:3] == ["The line is no JSON object.", "Sample x is empty."]
+    assert reasons[1:3] == ["The line is not a JSON object.", "Sample x is empty."]
     assert "1 answers of 65 tokens, with 0 frames" in reasons[3] and "8 answers, 64 tokens" in reasons[3]
     assert "could not be prepared, because of an unexpected key error: 'tokens'" in reasons[4]
 
@@ -305,7 +305,7 @@ def test_the_share_stops_the_run_wherever_samples_are_made(tmp_path: Path, packe
 def test_cut_samples_are_counted(tmp_path: Path, packer: PackingConfig) -> None:
     lines = [{"id": str(i), "tokens": 30, "cut": 5 * (i % 2)} for i in range(4)]
     rows = rows_of(2, write_lines(tmp_path / "a.jsonl", lines), packer, repeat=False, rows=1)
-    assert [(row.keys, row.cut) for row in rows] == [(("0", "1"), 1), (("2", "3"), 1)]
+    assert [(row.keys, row.num_truncated) for row in rows] == [(("0", "1"), 1), (("2", "3"), 1)]
 
 
 # Media
@@ -354,7 +354,7 @@ def test_clips_and_what_is_wrong_with_some(tmp_path: Path, media_rows: Any, proc
     assert str(tmp_path / "nowhere.mp4") in reasons[2]
     assert "nothing to train on" in reasons[3]
     assert "max_seq_len is 120" in reasons[4]
-    assert (first.cut, second.cut, first.seen) == (0, 1, 5)
+    assert (first.num_truncated, second.num_truncated, first.num_drawn) == (0, 1, 5)
     answer = first.batch.labels[0][first.batch.labels[0] >= 0]
     assert processor.tokenizer.decode(answer) == "It gets brighter.<|im_end|>"
     assert second.batch.lengths == 120 and first.batch.patches.dtype.name == "bfloat16"

@@ -109,7 +109,7 @@ def test_frames_to_put_in_order(processor: Processor, clip: str) -> None:
         counts.add(n)
     assert {min(counts), max(counts)} <= set(range(8, 25))
     assert len(counts) > 8
-    assert processor.replace(n_frames=4)(sample, training=True).grid_thw[0, 0] == n  # all, whatever n_frames is
+    assert processor.replace(n_frames=4)(sample, training=True).grid_thw[0, 0] == n  # all, for any n_frames
 
 
 def test_a_task_may_name_the_order_of_frames(clip: str) -> None:

@@ -43,7 +43,7 @@ def debug_config(**over: Any) -> TrainConfig:
 
 
 def compute(workdir: Path, **over: Any) -> None:
-    """What a run does before its first step."""
+    """Runs the work before the first step."""
     config = debug_config(**over)
     run = open_run(config, workdir, dpo_objective(config))
     assert run.objective.before
@@ -53,7 +53,7 @@ def compute(workdir: Path, **over: Any) -> None:
 
 @pytest.mark.slow
 def test_the_disk_gives_what_the_weights_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A policy that is its reference has no rewards, in training and on held-out pairs."""
+    """A policy that is its reference gets rewards of 0, in training and on held-out pairs."""
     clips, file = write_debug_clips(tmp_path / "clips"), tmp_path / "reference"
     lines = clips.read_text().splitlines()
     for name, some in (("train", lines[:5]), ("held_out", lines[5:])):
@@ -98,7 +98,7 @@ def test_random_frames_have_no_stored_reference(tmp_path: Path) -> None:
         dpo_objective(debug_config(**over))
 
 
-# What a record is found by
+# Keys of records
 
 
 @pytest.fixture
@@ -185,5 +185,5 @@ def test_a_key_is_of_the_pair_and_its_media(tmp_path: Path, run: Any, clip: str)
     shutil.copy(f"{clip}/0.png", f"{clip}/40.png")
     keys += [file.key(line), file.key(pair(clip)), file.key(pair(str(tmp_path / "none.mp4")))]
     assert len(set(keys)) == len(keys)
-    with pytest.raises(InputError, match="has no reference log-probabilities of the pair"):
+    with pytest.raises(InputError, match="lacks the reference log-probabilities of the pair"):
         file.of(line)

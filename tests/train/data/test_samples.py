@@ -53,7 +53,7 @@ def test_the_reference_is_the_answer_where_the_text_is_empty() -> None:
     assert last(answer("", reference="A cat sleeps.")) == ["A cat sleeps."]
     assert last(answer(None, reference="A cat sleeps.", video=None)) == ["A cat sleeps."]
     assert last(answer("Mine.", reference="Theirs.")) == ["Mine."]
-    # Multiple-choice benchmarks begin the answer, and refer to the rest of it.
+    # Multiple-choice benchmarks contain the start of the answer, and the rest as a reference.
     assert last(answer(" Answer: (") + answer("", reference="B")) == [" Answer: (", "B"]
 
 
@@ -107,14 +107,14 @@ def test_tags_that_fit() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<frame: 1-5> a <frame: 6-17> b", "<frame: 6-17> does not fit the 16 frames"),
+        ("<frame: 1-5> a <frame: 6-17> b", "<frame: 6-17> does not match the 16 frames"),
         ("<frame: 0-3> a", "<frame: 0-3> does not fit"),
         ("<frame: 5-3> a", "<frame: 5-3> does not fit"),
         ("<frame: 1-5> a <frame: 5-7> b", "<frame: 5-7> does not come after frame 5 .*of 16 frames"),
         ("<frame: 4> a <frame: 2> b", "<frame: 2> does not come after frame 4"),
-        ("<frame: 1 to 5> a", "'<frame: 1 to 5>' is no frame tag"),
-        ("<frame:1> a", "'<frame:1>' is no frame tag"),
-        ("<frame: 3 a", "'<frame: 3 a' is no frame tag"),
+        ("<frame: 1 to 5> a", "'<frame: 1 to 5>' is not a frame tag"),
+        ("<frame:1> a", "'<frame:1>' is not a frame tag"),
+        ("<frame: 3 a", "'<frame: 3 a' is not a frame tag"),
     ],
 )
 def test_tags_that_do_not(text: str, message: str) -> None:
@@ -125,10 +125,10 @@ def test_tags_that_do_not(text: str, message: str) -> None:
 def test_tags_are_checked_against_the_frames_of_the_video() -> None:
     line = chat("<frame: 1-8> He sits.")
     prepare(line, rng(), n_frames=8)
-    with pytest.raises(InputError, match="<frame: 1-8> does not fit the 7 frames"):
+    with pytest.raises(InputError, match="<frame: 1-8> does not match the 7 frames"):
         prepare(line, rng(), n_frames=7)
     listed = chat("<frame: 1-3> He sits.", visual=video(frame_indices=[0, 9]))
-    with pytest.raises(InputError, match="<frame: 1-3> does not fit the 2 frames"):
+    with pytest.raises(InputError, match="<frame: 1-3> does not match the 2 frames"):
         prepare(listed, rng(), n_frames=16)
     with pytest.raises(InputError, match="has 0 videos"):
         prepare(chat("<frame: 1>", visual={"type": "image", "image": {"image_file": "a.png"}}), rng())

@@ -1,4 +1,4 @@
-"""Where heads of an untrained model look, by the decoder's and the vision tower's own rotary embeddings."""
+"""Offsets that heads of an untrained model attend to, with the rotary embeddings of decoder and vision tower."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_a_head_looks_at_one_place_beside_its_query(offset: tuple[int, int, int]
 
 
 def test_the_decoder_of_micro(micro: Tarsier) -> None:
-    """Whatever the tokens are, its heads look where DECODER_OFFSETS says; those of later layers look nowhere."""
+    """For any tokens, heads attend to DECODER_OFFSETS; heads of later layers have no biases."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, GRID.shape[1], 192)), jnp.float32)
     tables = mrope_tables(jnp.asarray(GRID).T[None], H, THETA, SECTIONS)
     middle = GRID.T.tolist().index([3, 2, 2])

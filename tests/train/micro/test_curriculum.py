@@ -1,4 +1,4 @@
-"""A line of moving shapes is a seed; the clip and the talk about it are drawn when it is loaded."""
+"""A line of moving shapes is a seed; its clip and conversation are drawn on loading."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_a_seed_is_a_clip() -> None:
 
 
 def test_what_is_asked(processor: Processor) -> None:
-    """Descriptions, grounded ones, and descriptions beside up to two questions; answers are what is trained on."""
+    """Descriptions, grounded ones, and descriptions with up to two questions; answers are trained on."""
     asked = {VIDEO_PROMPT: 0, GROUNDED_PROMPT: 0, "question": 0}
     for seed in range(200):
         chat = sample(seed=seed)

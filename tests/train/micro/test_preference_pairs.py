@@ -96,7 +96,7 @@ def test_seeds_are_neither_trained_on_nor_held_out() -> None:
 
 @pytest.mark.parametrize("flags", [["--clips", "0"], ["--seed", "-1"], ["--temperature", "0"]])
 def test_bad_flags(tmp_path: Path, flags: list[str]) -> None:
-    with pytest.raises(InputError, match="--clips has to be at least 1"):
+    with pytest.raises(InputError, match="--clips must be at least 1"):
         preference_pairs.main(preference_pairs.parse(["--model", "x", "--output", str(tmp_path), *flags]))
 
 
