@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from train.micro.data import STAGES
 
 from eval.benchmarks.shapes import SHAPES, VARIANTS, video_source
 from eval.evaluation import predict

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tarsier_jax.errors import CheckpointError
-from train.checkpoints import Checkpoints, DataProgress
+from train.checkpoints import Checkpoints, DataProgress, _read_counts
 from train.state import TrainState
 
 
@@ -237,3 +237,8 @@ def test_values_that_are_not_finite_are_not_saved(workdir: Path) -> None:
     with pytest.raises(CheckpointError, match=r"At step 7 .*not finite, in params/decoder/norm/weight"):
         checkpoints.save(7, state, data(), DataProgress())
     assert checkpoints.latest() == 6
+
+
+def test_counts_of_earlier_versions() -> None:
+    former = {"samples": 5, "tokens": 90, "cut": 1, "bad": 2, "seen": 7, "state": {}}
+    assert _read_counts(former) == DataProgress(samples=5, tokens=90, num_truncated=1, num_bad=2, num_drawn=7)

@@ -63,9 +63,9 @@ def test_files_with_and_without_weights(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ("a.jsonl=x", "'a.jsonl=x' in config.data should be FILE or FILE=WEIGHT"),
-        ("a.jsonl=1,b.jsonl", "every file a weight above 0, or none"),
-        ("a.jsonl=0", "every file a weight above 0"),
-        ("a.jsonl=nan", "every file a weight above 0"),
+        ("a.jsonl=1,b.jsonl", "set a weight above 0 for every file, or for none"),
+        ("a.jsonl=0", "set a weight above 0 for every file"),
+        ("a.jsonl=nan", "set a weight above 0 for every file"),
         (" , ", "config.data.train is empty"),
     ],
 )

@@ -108,8 +108,8 @@ def test_tags_that_fit() -> None:
     ("text", "message"),
     [
         ("<frame: 1-5> a <frame: 6-17> b", "<frame: 6-17> does not match the 16 frames"),
-        ("<frame: 0-3> a", "<frame: 0-3> does not fit"),
-        ("<frame: 5-3> a", "<frame: 5-3> does not fit"),
+        ("<frame: 0-3> a", "<frame: 0-3> does not match"),
+        ("<frame: 5-3> a", "<frame: 5-3> does not match"),
         ("<frame: 1-5> a <frame: 5-7> b", "<frame: 5-7> does not come after frame 5 .*of 16 frames"),
         ("<frame: 4> a <frame: 2> b", "<frame: 2> does not come after frame 4"),
         ("<frame: 1 to 5> a", "'<frame: 1 to 5>' is not a frame tag"),
@@ -213,8 +213,8 @@ def test_every_turn_may_have_a_preference() -> None:
     [
         ("A cat.", "but has neither"),
         (answer("", chosen=None, rejected=None), "but has neither"),
-        (answer("", chosen="A cat."), 'no text "rejected", but None'),
-        (answer("", chosen=" ", rejected="A dog."), "no text \"chosen\", but ' '"),
+        (answer("", chosen="A cat."), 'needs a text "rejected", not None'),
+        (answer("", chosen=" ", rejected="A dog."), "needs a text \"chosen\", not ' '"),
         (answer("", chosen="A cat.", rejected="A cat."), "are equal"),
     ],
 )
