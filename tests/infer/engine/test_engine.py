@@ -24,12 +24,13 @@ from train.untrained import write_untrained
 
 SLOTS, TOKENS = 6, 24
 OPTIONS = SamplingOptions(TOKENS)
+TWO_LAYERS = {**MICRO, "text": {**MICRO["text"], "num_hidden_layers": 2}}
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tarsier, Processor]:
     """Its answers end at their limits only: no token is -1."""
-    model, processor = tarsier_jax.load(write_untrained(tmp_path_factory.mktemp("model") / "untrained", MICRO))
+    model, processor = tarsier_jax.load(write_untrained(tmp_path_factory.mktemp("model") / "untrained", TWO_LAYERS))
     return model, _with_eos(processor, -1)
 
 
