@@ -69,6 +69,7 @@ setup(
             "jax[tpu]",
             "torch==2.13.0",
             "pytest>=8",
+            "beartype>=0.20",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "pyright>=1.1.400",

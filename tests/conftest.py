@@ -20,6 +20,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# The shapes and types in the annotations of the model code are checked at run time.
+install_import_hook(["tarsier_jax.models", "tarsier_jax.generation"], "tests.typecheck.check")
 
 from tarsier_jax.files import warn
 

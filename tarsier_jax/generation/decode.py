@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection, Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
 from tarsier_jax.generation.sampling import Sampling, SamplingOptions, sample_tokens
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
+from tarsier_jax.typing import Array
 
 _BLOCK = 128  # the capacity for answers is a multiple of this: few values of max_new_tokens compile again
 

@@ -5,9 +5,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)

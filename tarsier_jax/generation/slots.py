@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.generation.decode import DecodeState, decode
@@ -24,6 +24,7 @@ from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch, HostOrDeviceArray
 from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh, fit_spec
+from tarsier_jax.typing import Array
 
 CACHE_AXES = (None, BATCH, None, HEADS, None)
 

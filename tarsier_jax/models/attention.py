@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from tarsier_jax.sharding import BATCH, HEADS, current_mesh, fit_spec
+from tarsier_jax.typing import Array
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 

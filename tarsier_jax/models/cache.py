@@ -1,13 +1,13 @@
 """The key-value cache of the decoder."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from tarsier_jax.config import TextConfig
+from tarsier_jax.typing import Array
 
 
 @jax.tree_util.register_dataclass
@@ -31,12 +31,12 @@ class KVCache:
     read_length: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
-    def empty(cls, config: TextConfig, batch: int, size: int, dtype: str) -> Self:
+    def empty(cls, config: TextConfig, batch: int, size: int, dtype: str) -> "KVCache":
         """Returns an empty cache of `batch` rows with `size` positions each."""
         shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
-    def fill(self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> Self:
+    def fill(self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "KVCache":
         """Writes the first T positions of one layer."""
         start = (layer, 0, 0, 0, 0)
         return dataclasses.replace(
@@ -54,7 +54,7 @@ class KVCache:
         k, v = (jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), sizes)[0] for x in (self.k, self.v))
         return k, v
 
-    def append(self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> Self:
+    def append(self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "KVCache":
         """Writes T tokens of one layer after the valid positions of each row. The caller updates `lengths` once.
 
         Tokens beyond the size of the cache are dropped.

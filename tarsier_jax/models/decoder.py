@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.models.attention import attend
@@ -13,6 +13,7 @@ from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.layers import Embedding, Linear, RMSNorm, apply_layers, stack_layers
 from tarsier_jax.models.rope import mrope_tables, rotate
 from tarsier_jax.sharding import BATCH, HEADS, constrain
+from tarsier_jax.typing import Array
 
 
 class Attention(nnx.Module):

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from tarsier_jax.typing import Array
 
 _normal = nnx.initializers.normal(0.02)
 

@@ -2,10 +2,11 @@
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.models.layers import LayerNorm, Linear
+from tarsier_jax.typing import Array
 
 
 class PatchMerger(nnx.Module):
@@ -19,7 +20,7 @@ class PatchMerger(nnx.Module):
         self.fc1 = Linear(width, width, bias=True, rngs=rngs, **dtypes)
         self.fc2 = Linear(width, vision.out_dim, bias=True, rngs=rngs, **dtypes)
 
-    def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F P/4 D"]:
+    def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F Pm D"]:
         F, P, E = x.shape
         # Patches are in block order: the four patches of a block are adjacent.
         x = self.norm(x).reshape(F, P // self.merge_factor, E * self.merge_factor)

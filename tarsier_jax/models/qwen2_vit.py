@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.models.attention import attend
@@ -18,6 +18,7 @@ from tarsier_jax.models.layers import LayerNorm, Linear, apply_layers, stack_lay
 from tarsier_jax.models.projector import PatchMerger
 from tarsier_jax.models.rope import rotate, vision_tables
 from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh
+from tarsier_jax.typing import Array
 
 _MAX_PATCHES = 8192  # patches that one device processes at once
 
@@ -103,7 +104,7 @@ class VisionTransformer(nnx.Module):
         self.blocks = stack_layers(lambda r: VisionBlock(config, r), vision.depth, rngs)
         self.merger = PatchMerger(config, rngs)
 
-    def __call__(self, patches: Float[Array, "F P C"], frame_hw: Int[Array, "F M 2"]) -> Float[Array, "F P/4 D"]:
+    def __call__(self, patches: Float[Array, "F P C"], frame_hw: Int[Array, "F M 2"]) -> Float[Array, "F Pm D"]:
         """Returns the features of merged patches.
 
         Args:

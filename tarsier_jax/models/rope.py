@@ -1,6 +1,6 @@
 """Rotary position embeddings: two axes (row, column) in the vision tower, three (time, row, column) in the decoder.
 
-A table contains one angle per pair of a head's values, H/2 in total. Hugging Face's tables repeat them once.
+A table contains one angle per pair of a head's values, Hh = H/2 in total. Hugging Face's tables repeat them once.
 
 Angles are always float32, because bfloat16 cannot represent position 257.
 """
@@ -8,7 +8,9 @@ Angles are always float32, because bfloat16 cannot represent position 257.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
+
+from tarsier_jax.typing import Array
 
 
 def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
@@ -23,7 +25,7 @@ def _cos_and_sin(angles: Array) -> tuple[Array, Array]:
 
 def mrope_tables(
     position_ids: Int[Array, "B S 3"], head_dim: int, theta: float, sections: tuple[int, ...]
-) -> tuple[Float[Array, "B S H/2"], Float[Array, "B S H/2"]]:
+) -> tuple[Float[Array, "B S Hh"], Float[Array, "B S Hh"]]:
     """Returns cos and sin of multimodal RoPE.
 
     The first sections[0] frequencies belong to time, the next sections to row, then column. Further sections repeat
@@ -32,23 +34,23 @@ def mrope_tables(
     Source: HF modeling_qwen2_vl.Qwen2VLRotaryEmbedding; Qwen2-VL report (arXiv 2409.12191), section 2.1.
     """
     axis = np.repeat(np.arange(len(sections)) % 3, sections)  # (H/2,), the axis of each frequency
-    positions = position_ids.astype(jnp.float32)[..., axis]  # (B, S, H/2)
+    positions = position_ids.astype(jnp.float32)[..., axis]  # (B, S, Hh)
     return _cos_and_sin(positions * inverse_frequencies(head_dim, theta))
 
 
 def vision_tables(
     coordinates: Int[Array, "F P 2"], head_dim: int, theta: float
-) -> tuple[Float[Array, "F P H/2"], Float[Array, "F P H/2"]]:
+) -> tuple[Float[Array, "F P Hh"], Float[Array, "F P Hh"]]:
     """Returns cos and sin for patches at (row, column); half of the frequencies belong to each axis.
 
     Source: HF modeling_qwen2_vl.Qwen2VLVisionRotaryEmbedding.
     """
     frequencies = inverse_frequencies(head_dim // 2, theta)  # (H/4,)
     angles = coordinates.astype(jnp.float32)[..., None] * frequencies  # (F, P, 2, H/4)
-    return _cos_and_sin(angles.reshape(*coordinates.shape[:-1], head_dim // 2))  # (F, P, H/2)
+    return _cos_and_sin(angles.reshape(*coordinates.shape[:-1], head_dim // 2))  # (F, P, Hh)
 
 
-def rotate(x: Float[Array, "B S N H"], cos: Float[Array, "B S H/2"], sin: Float[Array, "B S H/2"]) -> Array:
+def rotate(x: Float[Array, "B S N H"], cos: Float[Array, "B S Hh"], sin: Float[Array, "B S Hh"]) -> Array:
     """Rotates each pair (x[i], x[i + H/2]) by its angle, in float32, and returns x's dtype.
 
     Source: HF modeling_qwen2_vl.rotate_half.

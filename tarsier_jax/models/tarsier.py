@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.models.cache import KVCache
@@ -13,6 +13,7 @@ from tarsier_jax.models.layers import unstack_layers
 from tarsier_jax.models.qwen2_vit import VisionTransformer
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.sharding import BATCH, constrain
+from tarsier_jax.typing import Array
 
 
 class Tarsier(nnx.Module):
@@ -29,9 +30,7 @@ class Tarsier(nnx.Module):
             return self.decoder.embed(batch.input_ids).astype(self.config.dtype)
         return self.merge_vision_embeddings(batch, self.encode_frames(batch.patches, batch.frame_hw))
 
-    def encode_frames(
-        self, patches: Float[Array, "G F P C"], frame_hw: Int[Array, "G F M 2"]
-    ) -> Float[Array, "G F*P/4 D"]:
+    def encode_frames(self, patches: Float[Array, "G F P C"], frame_hw: Int[Array, "G F M 2"]) -> Float[Array, "G V D"]:
         """Returns the vision tower's features of each group's frames. HF get_image_features."""
         G, F, P, C = patches.shape
         features = self.vision(patches.reshape(G * F, P, C), frame_hw.reshape(G * F, -1, 2))
