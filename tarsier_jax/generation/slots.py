@@ -15,16 +15,16 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.generation.decode import DecodeState, decode
 from tarsier_jax.generation.sampling import Sampling, SamplingOptions
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
-from tarsier_jax.processing.batch import Batch, HostOrDeviceArray
+from tarsier_jax.processing.batch import Batch
 from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh, fit_spec
-from tarsier_jax.typing import Array
+from tarsier_jax.typing import Array, HostOrDeviceArray
 
 CACHE_AXES = (None, BATCH, None, HEADS, None)
 
@@ -49,19 +49,19 @@ class SlotAssignment:
         top_p: As in `Sampling`, float32.
     """
 
-    count: HostOrDeviceArray
-    row: HostOrDeviceArray
-    start: HostOrDeviceArray
-    slot: HostOrDeviceArray
-    length: HostOrDeviceArray
-    last_token: HostOrDeviceArray
-    last_position: HostOrDeviceArray
-    max_new_tokens: HostOrDeviceArray
-    seed: HostOrDeviceArray
-    top_k: HostOrDeviceArray
-    temperature: HostOrDeviceArray
-    top_p: HostOrDeviceArray
-    repetition_penalty: HostOrDeviceArray
+    count: Int[HostOrDeviceArray, " G"]
+    row: Int[HostOrDeviceArray, "G N"]
+    start: Int[HostOrDeviceArray, "G N"]
+    slot: Int[HostOrDeviceArray, "G N"]
+    length: Int[HostOrDeviceArray, "G N"]
+    last_token: Int[HostOrDeviceArray, "G N"]
+    last_position: Int[HostOrDeviceArray, "G N"]
+    max_new_tokens: Int[HostOrDeviceArray, "G N"]
+    seed: UInt[HostOrDeviceArray, "G N"]
+    top_k: Int[HostOrDeviceArray, "G N"]
+    temperature: Float[HostOrDeviceArray, "G N"]
+    top_p: Float[HostOrDeviceArray, "G N"]
+    repetition_penalty: Float[HostOrDeviceArray, "G N"]
 
     @classmethod
     def none(cls, groups: int, prompts: int) -> "SlotAssignment":

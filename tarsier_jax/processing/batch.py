@@ -3,13 +3,14 @@
 import bisect
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from tarsier_jax.config import ModelConfig, VisionConfig
 from tarsier_jax.errors import InputError
+from tarsier_jax.typing import HostOrDeviceArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,6 @@ class Example:
     frames: int = 0
 
 
-HostOrDeviceArray = Any  # numpy from `make_batch`, jax.Array on a device and under jit
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -60,14 +58,14 @@ class Batch:
             row is one sample.
     """
 
-    input_ids: HostOrDeviceArray
-    labels: HostOrDeviceArray
-    position_ids: HostOrDeviceArray
-    lengths: HostOrDeviceArray
-    patches: HostOrDeviceArray
-    frame_hw: HostOrDeviceArray
-    vision_token_index: HostOrDeviceArray
-    segment_ids: HostOrDeviceArray = None
+    input_ids: Int[HostOrDeviceArray, "B S"]
+    labels: Int[HostOrDeviceArray, "B S"]
+    position_ids: Int[HostOrDeviceArray, "B S 3"]
+    lengths: Int[HostOrDeviceArray, " B"]
+    patches: Float[HostOrDeviceArray, "G F P C"]
+    frame_hw: Int[HostOrDeviceArray, "G F M 2"]
+    vision_token_index: Int[HostOrDeviceArray, "B S"]
+    segment_ids: Int[HostOrDeviceArray, "B S"] = None
 
 
 def _every(*ranges: tuple[int, int, int]) -> tuple[int, ...]:
