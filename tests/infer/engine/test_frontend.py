@@ -16,7 +16,7 @@ from infer.engine.frontend import stable_text
 from tarsier_jax.api import answer
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
-from train.micro.checkpoint import MICRO
+from tests.infer.engine.test_engine import TWO_LAYERS
 from train.untrained import write_untrained
 
 OPTIONS = SamplingOptions(24)
@@ -26,7 +26,7 @@ QUESTIONS = [{"messages": [{"role": "user", "content": f"What comes after {'one 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """Its answers end at their limits only: no token is -1."""
-    model, processor = tarsier_jax.load(write_untrained(tmp_path_factory.mktemp("model") / "untrained", MICRO))
+    model, processor = tarsier_jax.load(write_untrained(tmp_path_factory.mktemp("model") / "untrained", TWO_LAYERS))
     processor = dataclasses.replace(processor, eos_token_ids=(-1,))
     config = fit_config(processor, 4, OPTIONS.max_new_tokens)
     return Engine(model, processor, dataclasses.replace(config, buckets=config.buckets[:1]))
