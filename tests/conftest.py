@@ -22,6 +22,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.typecheck  # noqa: F401  # the hook takes the checker by name and does not import its module
+
 # The shapes and types in the annotations of the model code are checked at run time.
 install_import_hook(["tarsier_jax.models", "tarsier_jax.generation"], "tests.typecheck.check")
 
