@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class SamplingOptions:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         ranges = (
@@ -44,7 +45,11 @@ class SamplingOptions:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps every token)"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is no penalty)"),
             ("seed", 0 <= self.seed < 2**31, f"from 0 to {2**31 - 1}"),
-            ("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty"),
+            (
+                "stop",
+                not isinstance(self.stop, str) and all(self.stop),
+                "a list or tuple of strings that are not empty",
+            ),
         )
         for name, good, rule in ranges:
             if not good:

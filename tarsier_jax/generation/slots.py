@@ -158,10 +158,7 @@ def prefill_into_slots(
 
     # The key of the first row in `generate_batch`: an answer equals that of a batch with one row.
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(prompts.seed.reshape(-1))
-    sampling = dataclasses.replace(
-        state.sampling,
-        **{name: put(getattr(state.sampling, name), getattr(prompts, name)) for name in _OPTIONS},
-    )
+    options = {name: put(getattr(state.sampling, name), getattr(prompts, name)) for name in _OPTIONS}
     return dataclasses.replace(
         state,
         tokens=put(state.tokens, -1),
@@ -172,7 +169,7 @@ def prefill_into_slots(
         done=put(state.done, False),
         seen_tokens=put(state.seen_tokens, _prompt_tokens(rows, prompts, V)),
         keys=put(state.keys, keys),
-        sampling=sampling,
+        sampling=dataclasses.replace(state.sampling, **options),
         cache=KVCache(k, v, put(state.cache.lengths, prompts.length)),
     )
 

@@ -134,6 +134,21 @@ def fit_budget(image: Image.Image, min_pixels: int, max_pixels: int, name: str =
     return _resize(image, height, width)
 
 
+def largest_frame(max_pixels: int, token_area: int) -> int:
+    """Returns the tokens of the largest frame within `max_pixels`, with sides rounded to whole tokens.
+
+    A side of h tokens is rounded from at least h - 1/2. Frames are at most four times as wide as high; a flatter frame
+    may have more tokens.
+
+    Args:
+        max_pixels: Area of a frame before its sides are rounded.
+        token_area: Area of a token, in pixels.
+    """
+    budget = max_pixels / token_area
+    sides = [(h, int(budget / (h - 0.5) + 0.5)) for h in range(1, math.isqrt(int(budget)) + 2)]
+    return max((h * w for h, w in sides if h <= w <= 4 * h), default=math.ceil(budget))
+
+
 def temporal_patches(frames: int, size: int, double: bool) -> int:
     """Returns the number of temporal patches: one per frame if `double`, else one per `size` frames."""
     return frames if double else -(-frames // size)

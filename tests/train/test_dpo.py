@@ -74,9 +74,7 @@ def test_answers_count_from_the_first_that_differs(
 def test_answers_that_are_cut_before_they_differ(processor: Processor) -> None:
     line = turns("What moves?", ("A red circle moves. It stops.", "A red circle moves. It grows."))
     short = processor.replace(max_seq_len=len(examples_of(processor, line)[0].input_ids) - 10)
-    with pytest.raises(
-        InputError, match=r'"chosen" and "rejected" are equal in the \d+ tokens that max_seq_len leaves'
-    ):
+    with pytest.raises(InputError, match=r'"chosen" and "rejected" are equal in the \d+ tokens within max_seq_len'):
         mask_shared(examples_of(short, line))
 
 

@@ -5,7 +5,6 @@ The set of rows of a batch therefore does not depend on the number of processes 
 """
 
 import dataclasses
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from tarsier_jax.config import VisionConfig
 from tarsier_jax.errors import InputError, reason_of
 from tarsier_jax.processing.batch import Batch
+from tarsier_jax.processing.image import largest_frame
 from tarsier_jax.processing.packing import Row, RowShape, Unit
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from train.checks import check, check_at_least
@@ -102,12 +102,12 @@ def fit_packing(data: DataConfig, options: ProcessorOptions, vision: VisionConfi
             f"config.data.patches_per_bin is {data.patches_per_bin}, but must be a multiple of {vision.merge_factor}, "
             "the patches that the model merges into one token."
         )
-    budget = options.max_pixels / (vision.patch_size * vision.spatial_merge_size) ** 2  # tokens per frame
+    token_area = (vision.patch_size * vision.spatial_merge_size) ** 2
+    budget = options.max_pixels / token_area  # tokens per frame
     patches = data.patches_per_bin
     if patches == -1:
-        patches = max(
-            _largest_frame(budget) * vision.merge_factor, 2 * _SMALLEST_FRAME
-        )  # enlarged sides are rounded up
+        frame = largest_frame(options.max_pixels, token_area) * vision.merge_factor
+        patches = max(frame, 2 * _SMALLEST_FRAME)  # enlarged sides are rounded up
         patches = -(-patches // 64) * 64 if patches > 512 else patches  # tiles of the accelerators' kernels
     bins = data.vision_bins
     if bins == -1:
@@ -117,16 +117,6 @@ def fit_packing(data: DataConfig, options: ProcessorOptions, vision: VisionConfi
     if per_bin == -1:
         per_bin = max(1, min(_MAX_FRAMES_PER_BIN, patches // _SMALLEST_FRAME))
     return dataclasses.replace(data, vision_bins=bins, patches_per_bin=patches, frames_per_bin=per_bin)
-
-
-def _largest_frame(budget: float) -> int:
-    """Returns the tokens of the largest frame within a budget, with sides rounded to whole merged patches.
-
-    A side of h is rounded from at least h - 1/2. Frames are at most four times as wide as high. A flatter frame may
-    exceed the bin; its sample is then bad, with the sizes as the reason.
-    """
-    sides = [(h, int(budget / (h - 0.5) + 0.5)) for h in range(1, math.isqrt(int(budget)) + 2)]
-    return max((h * w for h, w in sides if h <= w <= 4 * h), default=math.ceil(budget))
 
 
 @dataclasses.dataclass(frozen=True)

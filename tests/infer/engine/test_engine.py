@@ -24,7 +24,7 @@ from train.untrained import write_untrained
 
 SLOTS, TOKENS = 6, 24
 OPTIONS = SamplingOptions(TOKENS)
-TWO_LAYERS = {**MICRO, "text": {**MICRO["text"], "num_hidden_layers": 2}}
+TWO_LAYERS = dataclasses.replace(MICRO, text={**MICRO.text, "num_hidden_layers": 2})
 
 
 @pytest.fixture(scope="module")
