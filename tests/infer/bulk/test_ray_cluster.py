@@ -115,8 +115,8 @@ def test_what_an_actor_cannot_load(cluster: Any, source: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        (("--ray", "127.0.0.1:1"), r"no Ray cluster at 127\.0\.0\.1:1 \(.*refused\).*host and port"),
-        (("--ray", "somewhere"), r"no Ray cluster at somewhere \(no HOST:PORT\)"),
+        (("--ray", "127.0.0.1:1"), r"No Ray cluster answers at 127\.0\.0\.1:1 \(.*refused\).*host and port"),
+        (("--ray", "somewhere"), r"No Ray cluster answers at somewhere \(no HOST:PORT\)"),
         (("--ray", "auto", "--distributed"), "--ray and --distributed"),
         (("--ray", "auto", "--ray_actors", 0), "--ray_actors is 0; it must be at least 1"),
     ],
