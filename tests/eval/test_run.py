@@ -18,6 +18,7 @@ def flags(output: Path, *more: str) -> list[str]:
     return ["--benchmarks", "shapes", "shapes-qa", "--output", str(output), *more]
 
 
+@pytest.mark.slow
 def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that knows nothing scores nothing in descriptions. Started again, the program generates nothing."""
     model = write_untrained(tmp_path / "model", MICRO)

@@ -44,6 +44,7 @@ def write_lines(path: Path, lines: Sequence[Any]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_directory(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same captions that `infer.describe` gives one by one."""
     status, lines = run(clips, tmp_path / "out.jsonl")

@@ -47,6 +47,7 @@ def test_three_frames_train(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("bad_samples*"))
 
 
+@pytest.mark.slow
 def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips = write_debug_clips(tmp_path / "clips")
     lines = clips.read_text().splitlines()
