@@ -357,11 +357,11 @@ def _sft_step(bench: Bench) -> StepTiming:
 
 def measure_vision(bench: Bench) -> Iterator[Result]:
     model, rows, shapes = bench.model, bench.rows, bench.engine_config
-    step = shapes.step(0)
+    step, num_features = shapes.step(0), shapes.num_features(bench.config.vision)
     steps = jnp.int32(bench.workload.video[0] // step)
     with use_mesh_of(model):
         duration = time_calls(
-            lambda: encode_frames(model, rows.patches, rows.frame_hw, steps, step=step, num_features=shapes.features), 3
+            lambda: encode_frames(model, rows.patches, rows.frame_hw, steps, step=step, num_features=num_features), 3
         )
     sizes = frame_sizes(bench.clip).prod(axis=1).astype(int)
     work = Work(patches=int(sizes.sum()), patch_pairs=int((sizes**2).sum()))
@@ -374,9 +374,8 @@ def measure_prefill(bench: Bench) -> Iterator[Result]:
     tokens, state = len(bench.clip.input_ids), bench.empty_slots()
     prompts = SlotAssignment.none(bench.groups, shapes.buckets[0].samples)
     prompts.count[:], prompts.length[:, 0], prompts.max_new_tokens[:, 0] = 1, tokens, shapes.new_tokens
-    features = jax.random.normal(
-        jax.random.key(0), (bench.groups, shapes.features, config.text.hidden_size), config.dtype
-    )
+    shape = bench.groups, shapes.num_features(config.vision), config.text.hidden_size
+    features = jax.random.normal(jax.random.key(0), shape, config.dtype)
     prompts, features = bench.on_devices((prompts, features))
     batch = dataclasses.replace(rows, patches=None, frame_hw=None)
 

@@ -83,7 +83,7 @@ def programs(model: Tarsier, state: DecodeState, shape: EngineConfig, mesh: Mesh
     with jax.set_mesh(mesh):
         patches = array(G, row.bins, row.patches, config.vision.patch_dim, dtype=jnp.bfloat16)
         frames = array(G, row.bins, row.frames, 2)
-        step, features = shape.step(len(shape.buckets) - 1), shape.features
+        step, features = shape.step(len(shape.buckets) - 1), shape.num_features(config.vision)
         program = encode_frames.lower(model, patches, frames, number, step=step, num_features=features)
         yield "encode_frames", program, decoder + shard_bytes(state)
 

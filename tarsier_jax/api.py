@@ -98,7 +98,7 @@ def answer(
 
 
 def _to_generation(processor: Processor, answer: GeneratedTokens, options: SamplingOptions) -> Generation:
-    text, is_stopped = options.cut(processor.decode(answer.tokens))
+    text, is_stopped = options.truncate(processor.decode(answer.tokens))
     return Generation(text, answer.tokens, "stop" if is_stopped else answer.finish_reason)
 
 

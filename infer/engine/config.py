@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from tarsier_jax.config import VisionConfig
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.image import largest_frame, temporal_patches
 from tarsier_jax.processing.packing import RowShape
@@ -67,10 +68,9 @@ class EngineConfig:
         bins = self.buckets[bucket].bins
         return max(n for n in range(1, max(bins // _STEPS, 1) + 1) if bins % n == 0)
 
-    @property
-    def features(self) -> int:
-        """Number of visual tokens of a row, the same for all buckets."""
-        return max(row.bins * row.patches for row in self.buckets) // 4
+    def num_features(self, vision: VisionConfig) -> int:
+        """Returns the visual tokens of the largest row."""
+        return vision.num_tokens(max(row.bins * row.patches for row in self.buckets))
 
     def bucket_of(self, frame: int) -> int:
         """Returns the bucket whose bins are filled best by frames of this many patches."""

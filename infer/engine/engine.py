@@ -122,7 +122,7 @@ class Engine:
         """Returns the features of a prefill batch's frames."""
         with use_mesh_of(self.model):
             patches, frame_hw = self._on_device(batch.batch.patches), self._on_device(batch.batch.frame_hw)
-            sizes = {"step": batch.step, "num_features": self.config.features}
+            sizes = {"step": batch.step, "num_features": self.config.num_features(self.model.config.vision)}
             return encode_frames(self.model, patches, frame_hw, jnp.int32(batch.steps), **sizes)
 
     def _prefill(self, batch: PrefillBatch, features: jax.Array) -> None:
@@ -155,11 +155,11 @@ class Engine:
     def _decode(self, next_batch: tuple[PrefillBatch, Any] | None, source_ended: bool) -> tuple[jax.Array, jax.Array]:
         """Decodes until enough slots are free for the next batch. Returns which slots are done, and all tokens."""
         missing = sum(max(0, need - len(free)) for need, free in self._needs(next_batch[0])) if next_batch else 1
-        options = [running.request for running in self._running.values()]
+        requests = [running.request for running in self._running.values()]
         steps = self.config.new_tokens if next_batch or source_ended else _STEPS
-        if any(request.options.stop for request in options):
+        if any(request.options.stop for request in requests):
             steps = min(steps, _STEPS)
-        if any(request.on_tokens for request in options):
+        if any(request.on_tokens for request in requests):
             steps = _STREAM_EVERY
         cancelled = np.zeros(self.config.slots, bool)
         for (group, slot), running in self._running.items():
@@ -196,14 +196,14 @@ class Engine:
         request = running.request
         running.length = len(request.example.input_ids) + len(tokens)
         if request.options.stop:
-            running.is_stopped = request.options.cut(self.processor.decode(tokens))[1]
+            running.is_stopped = request.options.truncate(self.processor.decode(tokens))[1]
         if request.on_tokens and tokens[running.num_streamed :]:
             request.on_tokens(tokens[running.num_streamed :])
             running.num_streamed = len(tokens)
 
     def _complete(self, running: _Running, answer: GeneratedTokens) -> Completion:
         options, reason = running.request.options, answer.finish_reason
-        text, is_stopped = options.cut(self.processor.decode(answer.tokens))
+        text, is_stopped = options.truncate(self.processor.decode(answer.tokens))
         if is_stopped:
             reason = "stop"
         elif reason == "length" and len(answer.tokens) < options.max_new_tokens:

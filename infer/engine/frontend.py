@@ -34,6 +34,7 @@ class Submission:
 
     def __init__(self, sample: Any, options: SamplingOptions, decode: Callable[[list[int]], str], stream: bool):
         self.future: Future[_Result] = Future()
+        self.future.set_running_or_notify_cancel()  # a cancelled future could not take the engine's result
         self._sample, self._options, self._decode = sample, options, decode
         self._cancelled = threading.Event()
         self._tokens: queue.SimpleQueue[list[int] | None] | None = queue.SimpleQueue() if stream else None
@@ -247,7 +248,7 @@ def stable_text(text: str, options: SamplingOptions) -> str:
 
     An incomplete character and the beginning of a stop string at the end are left out.
     """
-    text, is_stopped = options.cut(text.rstrip(_INCOMPLETE))
+    text, is_stopped = options.truncate(text.rstrip(_INCOMPLETE))
     if is_stopped:
         return text
     for length in range(max(map(len, options.stop), default=0) - 1, 0, -1):

@@ -55,7 +55,7 @@ class SamplingOptions:
             if not good:
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be {rule}.")
 
-    def cut(self, text: str) -> tuple[str, bool]:
+    def truncate(self, text: str) -> tuple[str, bool]:
         """Returns the text up to the first stop string, and whether there is one."""
         ends = [text.find(string) for string in self.stop if string in text]
         return (text[: min(ends)].strip(), True) if ends else (text, False)

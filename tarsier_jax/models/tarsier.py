@@ -30,7 +30,9 @@ class Tarsier(nnx.Module):
             return self.decoder.embed(batch.input_ids).astype(self.config.dtype)
         return self.merge_vision_embeddings(batch, self.encode_frames(batch.patches, batch.frame_hw))
 
-    def encode_frames(self, patches: Float[Array, "G F P C"], frame_hw: Int[Array, "G F M 2"]) -> Float[Array, "G V D"]:
+    def encode_frames(
+        self, patches: Float[Array, "G F P C"], frame_hw: Int[Array, "G F M 2"]
+    ) -> Float[Array, "G features D"]:
         """Returns the vision tower's features of each group's frames. HF get_image_features."""
         G, F, P, C = patches.shape
         features = self.vision(patches.reshape(G * F, P, C), frame_hw.reshape(G * F, -1, 2))

@@ -133,6 +133,14 @@ def test_cancelled(engine: Engine, frontend: Frontend) -> None:
     assert [others[i].tokens for i in range(len(QUESTIONS))] == [tokens for _, tokens in expected_answers(engine)]
 
 
+def test_a_future_is_not_cancelled(engine: Engine, frontend: Frontend) -> None:
+    """asyncio cancels the futures that it waits for; the engine still sets the result, and answers others."""
+    submission = frontend.submit(QUESTIONS[0], OPTIONS)
+    assert not submission.future.cancel()
+    assert isinstance(submission.result(60), Completion)
+    assert isinstance(frontend.submit(QUESTIONS[1], OPTIONS).result(60), Completion)
+
+
 def test_errors_are_values(engine: Engine, frontend: Frontend) -> None:
     broken = {"messages": [{"role": "user", "content": [{"type": "video", "video": {"video_file": "absent.mp4"}}]}]}
     results = dict(frontend.answer_all(enumerate([broken, QUESTIONS[0]]), OPTIONS))
