@@ -1,78 +1,112 @@
-"""Answered samples, and files of them: JSON lines in the format of the original's predictions."""
+"""Answered samples, in both row formats of the original, and files of them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.jsonl import parse_json
+from tarsier_jax.processing.jsonl import check_line, parse_json
 
+# "messages" is the format of the original's Tarsier2 code, "text" that of its first version.
+RowFormat = Literal["messages", "text"]
 AnnotatedSample = Mapping[str, Any]
+ERROR = "<error>"  # the answer of a sample that could not be answered
+PLACEHOLDER = "<placeholder>"  # the path of a video in the annotations of the original
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """An answered sample.
+    """A sample with its answer.
 
     Attributes:
-        subset: `dataset` of the sample, such as "Shapes/backwards".
-        idx: Index of the sample in its subset.
+        dataset: `dataset` of the sample, such as "TVBench/Action Count".
+        idx: Index of the sample in its dataset.
         prompt: Texts of the user's turn, joined.
-        text: The answer.
-        reference: The expected answer.
+        question: The question without its instruction, if the row has one.
+        text: The answer; None if there is none.
+        references: The expected answers.
         extra_info: Further annotations, such as the events of the reference.
+        vid: The clip, of which several samples may ask.
+        row_format: Format of the row.
+        visuals: Frames that the model received, as `eval.run` records them.
     """
 
-    subset: str
+    dataset: str
     idx: Any
     prompt: str
-    text: str
-    reference: str
+    question: str | None
+    text: str | None
+    references: tuple[str, ...]
     extra_info: Mapping[str, Any]
+    vid: str
+    row_format: RowFormat = "messages"
+    visuals: Any = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.dataset}_{self.idx}"
+
+    @property
+    def reference(self) -> str:
+        return " | ".join(self.references)
+
+    @property
+    def is_missing(self) -> bool:
+        return self.text is None or self.text == ERROR
 
     @classmethod
-    def of(cls, sample: AnnotatedSample) -> Self:
-        """Reads a sample whose last turn contains the answer beside its reference.
+    def of(cls, row: AnnotatedSample) -> Self:
+        """Reads a row.
 
-        A text of the assistant without a reference is the prefill, which is no part of the answer.
+        In a row with `messages`, texts of the last turn without a reference are the prefill of the answer, and no part
+        of it.
+
+        Raises:
+            InputError: the row has neither format, or has no reference.
         """
-        user, assistant = (message["content"] for message in sample["messages"])
-        texts = [item for item in assistant if item.get("reference")]
-        return cls(
-            subset=sample["dataset"],
-            idx=sample["idx"],
-            prompt="".join(item["text"] for item in user if item["type"] == "text"),
-            text="".join(item["text"] for item in texts),
-            reference="".join(item["reference"] for item in texts),
-            extra_info=sample.get("extra_info") or {},
-        )
+        try:
+            fields = _of_text(row) if "text" in row else _of_messages(row)
+            dataset, idx, extra = row["dataset"], row["idx"], dict(row.get("extra_info") or {})
+            vid = str(row.get("vid", extra.get("vid", f"{dataset}_{idx}")))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"it is not a row of either format of the original ({_reason(error)})") from None
+        return cls(dataset=dataset, idx=idx, extra_info=extra, vid=vid, visuals=row.get("visuals"), **fields)
 
 
-def key_of(sample: AnnotatedSample) -> tuple[str, str]:
-    """Returns the subset and the index of a sample, which identify it."""
-    return sample["dataset"], str(sample["idx"])
+def _of_messages(row: AnnotatedSample) -> dict[str, Any]:
+    user = [item for message in row["messages"] if message["role"] == "user" for item in message["content"]]
+    assistant = [item for message in row["messages"] if message["role"] == "assistant" for item in message["content"]]
+    answers = [item for item in assistant if item.get("reference")]
+    texts = [item["text"] for item in answers]
+    return {
+        "prompt": "".join(item["text"] for item in user if item["type"] == "text"),
+        "question": None,
+        "text": None if any(text is None for text in texts) else "".join(texts),
+        "references": _joined_references([item["reference"] for item in answers]),
+        "row_format": "messages",
+    }
 
 
-def read_predictions(path: Path) -> dict[tuple[str, str], AnnotatedSample]:
-    """Returns the lines of an earlier run by key, and removes a line that a killed run left unfinished at the end.
-
-    Raises:
-        InputError: a line is not a prediction.
-    """
-    if not path.exists():
-        return {}
-    with path.open("r+b") as file:
-        data = file.read()
-        end = data.rfind(b"\n") + 1
-        file.truncate(end)
-    lines = data[:end].decode(errors="surrogateescape").split("\n")[:-1]
-    samples = (_parse(line, f"{path} line {number}") for number, line in enumerate(lines, 1))
-    return {key_of(sample): sample for sample in samples}
+def _joined_references(references: Sequence[Any]) -> tuple[str, ...]:
+    """Returns the references of a turn: its texts joined, or the texts of its one list."""
+    if len(references) == 1 and isinstance(references[0], list):
+        return tuple(map(str, references[0]))
+    return ("".join(references),) if references else ()
 
 
-def _parse(line: str, where: str) -> AnnotatedSample:
-    sample = parse_json(line, where)
-    if not isinstance(sample, Mapping) or not {"dataset", "idx", "messages"} <= sample.keys():
-        raise InputError(f"{where} is not a prediction. Choose another --output, or remove the file.")
-    return sample
+def _of_text(row: AnnotatedSample) -> dict[str, Any]:
+    text = row["text"]
+    response = text["response"]
+    references = tuple(map(str, response)) if isinstance(response, list) else (() if response is None else (response,))
+    return {
+        "prompt": text["prompt"],
+        "question": text.get("question"),
+        "text": text.get("prediction"),
+        "references": references,
+        "row_format": "text",
+    }
+
+
+def _reason(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)

@@ -1,40 +1,135 @@
-"""Scores per subset, and their table."""
+"""Scores of samples, tables of them, and the interface of a metric."""
 
-import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
-from eval.predictions import Prediction
+import numpy as np
+from prettytable import PrettyTable
+
+from eval.judges.judge import Judge
+from eval.predictions import Prediction, RowFormat
 
 OVERALL = "OVERALL"
+Status = Literal["scored", "unreadable", "judge failed", "missing"]
+STATUSES: tuple[Status, ...] = ("scored", "unreadable", "judge failed", "missing")
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
-    """The scores of a benchmark.
+class SampleScore:
+    """The score of one sample.
 
     Attributes:
-        rows: Per subset, and for `OVERALL` where the metric has one, values by column: shares from 0 to 1, and counts.
+        prediction: The sample with its answer.
+        status: "scored"; "unreadable" for an answer that the metric cannot read; "judge failed" for an answer without a
+            usable verdict; "missing" for a sample without an answer.
+        values: The original's values by name, such as {"accuracy": 1.0}; empty if the original leaves the sample out.
+        strict: The same values where an unreadable, failed or missing sample is wrong.
+        details: Further entries of the sample's record, such as the events and their verdicts.
     """
 
-    rows: Mapping[str, Mapping[str, float]]
-
-    def table(self, title: str) -> str:
-        """Returns one line per row below a heading, with shares to three decimals."""
-        columns = list(next(iter(self.rows.values()), {}))
-        width = max(map(len, (title, *self.rows)))
-        lines = [[title, *columns]]
-        lines += [[name, *(_cell(values[column]) for column in columns)] for name, values in self.rows.items()]
-        return "\n".join(f"{name:<{width}}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in lines)
+    prediction: Prediction
+    status: Status
+    values: Mapping[str, float]
+    strict: Mapping[str, float]
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def by_subset(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
-    """Groups predictions by subset, in the order in which the subsets first occur."""
-    groups: dict[str, list[Prediction]] = collections.defaultdict(list)
-    for prediction in predictions:
-        groups[prediction.subset].append(prediction)
-    return groups
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of cells as they are printed.
+
+    Attributes:
+        title: Heading.
+        columns: Names of the columns.
+        rows: Cells by row.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __str__(self) -> str:
+        table = PrettyTable(list(self.columns))
+        table.add_rows([list(row) for row in self.rows])
+        return str(table)
 
 
-def _cell(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
+@dataclasses.dataclass(frozen=True)
+class ScoreArrays:
+    """The values of the samples of a benchmark as arrays, N samples.
+
+    Attributes:
+        keys: "DATASET_IDX" per sample.
+        subsets: `dataset` per sample.
+        videos: The clip per sample.
+        row_format: Format of the predictions.
+        values: Arrays (N,) by name; nan for a sample that is left out.
+    """
+
+    keys: Sequence[str]
+    subsets: Sequence[str]
+    videos: Sequence[str]
+    row_format: RowFormat
+    values: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric.
+
+    Attributes:
+        value_names: Names of a sample's values.
+        figures: Returns the figures by name, the headline first, in the units that the original prints. Its arguments
+            are the samples and their weights (R, N); a figure has shape (R,). R > 1 serves the bootstrap.
+        score: Returns the scores of predictions, in their order, and None or a judge.
+        tables: Returns the original's tables of scored samples; its first argument is the dataset's name.
+        records: Returns the content of the original's record files by name; arguments as for `tables`.
+        needs_judge: Whether `score` needs a judge.
+    """
+
+    value_names: Sequence[str]
+    figures: Callable[[ScoreArrays, np.ndarray], dict[str, np.ndarray]]
+    score: Callable[[Sequence[Prediction], Judge | None], list[SampleScore]]
+    tables: Callable[[str, Sequence[SampleScore]], list[Table]]
+    records: Callable[[str, Sequence[SampleScore]], dict[str, str]]
+    needs_judge: bool = False
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the means (R,) of values (N,) with weights (R, N). A nan is left out; nan without any value."""
+    present = ~np.isnan(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (weights[:, present] @ values[present]) / weights[:, present].sum(axis=1)
+
+
+def exact_mean(values: Sequence[float]) -> float:
+    """Returns the mean of exact sums, which does not depend on the order; nan of nothing."""
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def rounded(value: float, digits: int) -> str:
+    """Returns a number as the original prints it: rounded half to even after scaling, without trailing zeros."""
+    return str(float(np.round(value, digits)))
+
+
+def group_by_subset(scores: Sequence[SampleScore]) -> dict[str, list[SampleScore]]:
+    """Groups scores by `dataset`, sorted by it."""
+    groups: dict[str, list[SampleScore]] = {}
+    for score in scores:
+        groups.setdefault(score.prediction.dataset, []).append(score)
+    return dict(sorted(groups.items()))
+
+
+def arrays_of(scores: Sequence[SampleScore], strict: bool = False) -> ScoreArrays:
+    """Returns the original's values of scores as arrays, or the strict ones."""
+    rows = [score.strict if strict else score.values for score in scores]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return ScoreArrays(
+        keys=[score.prediction.key for score in scores],
+        subsets=[score.prediction.dataset for score in scores],
+        videos=[score.prediction.vid for score in scores],
+        row_format=scores[0].prediction.row_format if scores else "messages",
+        values={name: np.array([row.get(name, math.nan) for row in rows]) for name in names},
+    )
