@@ -1,12 +1,10 @@
 """Answered samples, in both row formats of the original, and files of them."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.jsonl import check_line, parse_json
 
 # "messages" is the format of the original's Tarsier2 code, "text" that of its first version.
 RowFormat = Literal["messages", "text"]
@@ -70,7 +68,9 @@ class Prediction:
             dataset, idx, extra = row["dataset"], row["idx"], dict(row.get("extra_info") or {})
             vid = str(row.get("vid", extra.get("vid", f"{dataset}_{idx}")))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"it is not a row of either format of the original ({_reason(error)})") from None
+            raise InputError(f"is not a row of either format of the original ({_reason(error)}).") from None
+        if not "".join(fields["references"]).strip():
+            raise InputError(f"({dataset}, idx {idx}) has no reference.")
         return cls(dataset=dataset, idx=idx, extra_info=extra, vid=vid, visuals=row.get("visuals"), **fields)
 
 
@@ -110,3 +110,100 @@ def _of_text(row: AnnotatedSample) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     return f"no {error}" if isinstance(error, KeyError) else str(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """The predictions of one dataset in files.
+
+    Attributes:
+        rows: One prediction per sample, in the order of the files' names and their lines. The first row of a sample
+            counts, as in the original.
+        num_repeated: Number of later rows of the same samples, with the same answer.
+        num_conflicting: Number of later rows with another answer.
+        num_unanswered: Number of rows that look like rows of an annotation file: a placeholder for the video, and an
+            empty answer.
+    """
+
+    rows: Sequence[Prediction]
+    num_repeated: int = 0
+    num_conflicting: int = 0
+    num_unanswered: int = 0
+
+
+class PredictionFiles:
+    """Rows in one file, or in all files of a directory whose names end in ".jsonl".
+
+    Attributes:
+        path: The file or directory.
+        num_rows: Number of rows per dataset, the part of `dataset` before the first slash.
+
+    Raises:
+        InputError: there is no such file, or a line is not a row.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._rows: dict[str, list[tuple[str, AnnotatedSample]]] = {}
+        for file in _files(path):
+            for place, row in read_rows(file):
+                self._rows.setdefault(str(row["dataset"]).split("/")[0], []).append((place, row))
+        self.num_rows = {name: len(rows) for name, rows in self._rows.items()}
+
+    def of(self, dataset: str) -> Predictions:
+        """Returns the predictions of a dataset.
+
+        Raises:
+            InputError: a row has neither format or lacks a reference, or rows of both formats are mixed.
+        """
+        rows: dict[str, Prediction] = {}
+        num_repeated = num_conflicting = num_unanswered = 0
+        for place, row in self._rows.get(dataset, ()):
+            try:
+                prediction = Prediction.of(row)
+            except InputError as error:
+                raise InputError(f"{place} {error}") from None
+            first = rows.setdefault(prediction.key, prediction)
+            num_repeated += first is not prediction and first.text == prediction.text
+            num_conflicting += first is not prediction and first.text != prediction.text
+            num_unanswered += not prediction.text and PLACEHOLDER in str(row)
+        formats = {prediction.row_format for prediction in rows.values()}
+        if len(formats) > 1:
+            raise InputError(
+                f"{self.path} has rows of {dataset} in both formats of the original, which are scored by different "
+                "rules. Score them apart."
+            )
+        return Predictions(list(rows.values()), num_repeated, num_conflicting, num_unanswered)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"{path} does not exist. Pass a file of predictions, or a directory of .jsonl files.")
+    files = sorted(file for file in path.iterdir() if file.name.endswith(".jsonl") and file.is_file())
+    if not files:
+        raise InputError(f"{path} contains no .jsonl file. Pass the directory with the files of predictions.")
+    return files
+
+
+def read_rows(file: Path) -> Iterator[tuple[str, AnnotatedSample]]:
+    """Yields the rows of a file of JSON lines, with their place in errors, such as "a.jsonl line 3".
+
+    Blank lines are skipped. Only a line feed or carriage return ends a line.
+
+    Raises:
+        InputError: a line is not JSON, such as the last line of a killed run, or not a row with a `dataset` and `idx`.
+        OSError: the file cannot be read.
+    """
+    for number, line in enumerate(re.split("\r\n|\n|\r", decode_text(file, file.read_bytes())), 1):
+        if not line.removeprefix("\ufeff").strip():
+            continue
+        place = f"{file} line {number}"
+        try:
+            row = parse_json(line, place)
+        except InputError as error:
+            raise InputError(f"{error} If a run was killed while it wrote the line, remove the line.") from None
+        if not isinstance(row, Mapping) or not {"dataset", "idx"} <= row.keys():
+            raise InputError(f'{place} has no "dataset" and "idx", which every row of annotations or predictions has.')
+        yield place, row

@@ -1,11 +1,19 @@
 """Scores the predictions of a benchmark: figures as the original computes them, strict figures, and counts."""
 
+import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from eval.benchmarks.benchmark import Benchmark
-from eval.metrics.scores import SampleScore, Status, Table
+from eval.judges.judge import Judge
+from eval.metrics.scores import STATUSES, Metric, SampleScore, Status, Table, arrays_of
+from eval.predictions import ERROR, PLACEHOLDER, Prediction, Predictions
+from tarsier_jax import __version__
+from tarsier_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,3 +45,141 @@ class BenchmarkScores:
     audit: Mapping[str, int]
     notes: Sequence[str]
     settings: Mapping[str, Any]
+
+
+def score(
+    benchmark: Benchmark,
+    predictions: Predictions,
+    judge: Judge | None = None,
+    settings: Mapping[str, Any] | None = None,
+    expected: Sequence[Prediction] | None = None,
+    constant_answers: bool = False,
+) -> BenchmarkScores:
+    """Scores the predictions of a benchmark.
+
+    Args:
+        benchmark: The benchmark.
+        predictions: Its predictions.
+        judge: The judge of a metric that needs one.
+        settings: Settings of the model that the scores depend on.
+        expected: All samples of the benchmark. By default, their number follows from `benchmark.subsets`.
+        constant_answers: Compute the baseline of constant answers although a judge is paid for it.
+
+    Raises:
+        InputError: a row cannot be scored, no row has an answer, or the judge cannot be used.
+    """
+    rows, metric = predictions.rows, benchmark.metric
+    if rows and predictions.num_unanswered == len(rows):
+        raise InputError(
+            f"No row of {benchmark.dataset} has an answer, and the videos are {PLACEHOLDER!r}: these are annotations "
+            "instead of predictions. Pass the predictions of a model."
+        )
+    scores = metric.score([row for row in rows if row.text is not None], judge)
+    answered = {each.prediction.key for each in scores}
+    unanswered = [row for row in rows if row.key not in answered]
+    absent = _absent(benchmark, rows, expected)
+    zeros = dict.fromkeys(metric.value_names, 0.0)
+    scores += [SampleScore(each, "missing", {}, zeros) for each in (*unanswered, *absent)]
+    counts = collections.Counter(each.status for each in scores)
+    present = [each for each in scores if each.prediction.key in answered]
+    return BenchmarkScores(
+        benchmark=benchmark,
+        scores=scores,
+        tables=metric.tables(benchmark.dataset, present),
+        records=metric.records(benchmark.dataset, present) if present else {},
+        counts={status: counts[status] for status in STATUSES},
+        figures=figures_of(metric, scores),
+        strict_figures=figures_of(metric, scores, strict=True),
+        baselines=_baselines(benchmark, rows, judge, constant_answers),
+        audit=_audit(scores),
+        notes=_notes(benchmark, predictions, scores, expected),
+        settings={**(settings or {}), **({} if judge is None else judge.settings), "package_version": __version__},
+    )
+
+
+def figures_of(metric: Metric, scores: Sequence[SampleScore], strict: bool = False) -> dict[str, float]:
+    """Returns the figures of scores, without weights."""
+    arrays = arrays_of(scores, strict)
+    if any(name not in arrays.values for name in metric.value_names):
+        return {}
+    return {name: float(value[0]) for name, value in metric.figures(arrays, np.ones((1, len(scores)))).items()}
+
+
+def _absent(
+    benchmark: Benchmark, rows: Sequence[Prediction], expected: Sequence[Prediction] | None
+) -> list[Prediction]:
+    """Returns the samples of the benchmark that have no row; without `expected`, as numbers in place of samples."""
+    if expected is not None:
+        keys = {row.key for row in rows}
+        return [dataclasses.replace(each, text=None) for each in expected if each.key not in keys]
+    counts = collections.Counter(row.dataset for row in rows)
+    if not counts.keys() <= benchmark.subsets.keys():
+        return []
+    row_format = rows[0].row_format if rows else "messages"
+    return [
+        Prediction(subset, f"absent {i}", "", None, None, (), {}, f"{subset} absent {i}", row_format)
+        for subset, size in benchmark.subsets.items()
+        for i in range(size - counts[subset])
+    ]
+
+
+def _baselines(
+    benchmark: Benchmark, rows: Sequence[Prediction], judge: Judge | None, paid: bool
+) -> dict[str, dict[str, float]]:
+    """Returns the figures of the best constant answer."""
+    metric = benchmark.metric
+    if not rows or (metric.needs_judge and benchmark.judge is None and not paid):
+        return {}
+    results = {}
+    for answer in metric.constant_answers(rows):
+        scores = metric.score([dataclasses.replace(row, text=answer) for row in rows], judge)
+        results[f"constant answer {answer!r}"] = figures_of(metric, scores)
+    headline = {name: next(iter(figures.values()), math.nan) for name, figures in results.items()}
+    best = [name for name in results if headline[name] == max(headline.values())][:1]
+    return {name: results[name] for name in best}
+
+
+def _audit(scores: Sequence[SampleScore]) -> dict[str, int]:
+    """Returns how often the letter of the original's rule and that of a strict reader differ."""
+    letters = [each.details for each in scores if "letter" in each.details]
+    if not letters:
+        return {}
+    return {
+        "answers": len(letters),
+        "readers disagree": sum(each["letter"] != each["strict_letter"] for each in letters),
+        "only the original's rule reads a letter": sum(
+            each["strict_letter"] is None and each["letter"] is not None for each in letters
+        ),
+        "only the strict reader reads a letter": sum(
+            each["letter"] is None and each["strict_letter"] is not None for each in letters
+        ),
+    }
+
+
+def _notes(
+    benchmark: Benchmark,
+    predictions: Predictions,
+    scores: Sequence[SampleScore],
+    expected: Sequence[Prediction] | None,
+) -> list[str]:
+    """Returns sentences about rows that are left out, repeated, or scored in a special way."""
+    rows = predictions.rows
+    keys = {row.key for row in rows if expected is None} or {each.key for each in expected or ()}
+    notes = [
+        (predictions.num_repeated, "rows repeat a sample with the same answer. They are ignored."),
+        (predictions.num_conflicting, "rows repeat a sample with another answer. The first row counts."),
+        (
+            sum(row.text == ERROR for row in rows),
+            f"answers are {ERROR}. They count as missing; the comparable figure scores them as text, as the original.",
+        ),
+        (sum(row.key not in keys for row in rows), "rows are not in the annotation file. They are scored."),
+    ]
+    sentences = [f"{count} {text}" for count, text in notes if count]
+    if rows and not any(row.text for row in rows):
+        sentences.append("No row has an answer. Check that these are predictions.")
+    subsets = {row.dataset for row in rows}
+    if expected is None and not subsets <= benchmark.subsets.keys():
+        sentences.append("The size of the benchmark is not known: missing samples are not counted without annotations.")
+    elif absent := benchmark.subsets.keys() - subsets:
+        sentences.append(f"No row is of {', '.join(sorted(absent))}: the figures are of {len(subsets)} subsets.")
+    return sentences + benchmark.metric.notes(scores)

@@ -1,7 +1,7 @@
 """The tasks of judges, and their answers."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 Relationship = Literal["entailment", "neutral", "contradiction"]
 
@@ -52,10 +52,13 @@ class EventEntailment:
     Attributes:
         description: The description.
         events: The events.
+        is_caption: Whether the only event is a whole caption, in place of an empty list. Then the answer may also be
+            an empty list.
     """
 
     description: str
     events: tuple[str, ...]
+    is_caption: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""Metrics: functions of predictions and a judge that return `Scores`.
+"""Metrics, each a record of functions: scores of samples, figures, tables, and the original's record files."""
 
-A judge is a function of one prediction, which applies rules, such as `eval.shapes.judge`, or calls a language model.
-"""
+from eval.metrics.autodq import AUTODQ
+from eval.metrics.cider import CIDER
+from eval.metrics.letters import LETTERS, LETTERS_FLAT, letters_metric
+from eval.metrics.open_qa import OPEN_QA
+from eval.metrics.video_mme import VIDEO_MME
 
-from eval.metrics.accuracy import accuracy
-from eval.metrics.events import event_f1
-from eval.metrics.scores import Scores
-
-__all__ = ["Scores", "accuracy", "event_f1"]
+__all__ = ["AUTODQ", "CIDER", "LETTERS", "LETTERS_FLAT", "OPEN_QA", "VIDEO_MME", "letters_metric"]

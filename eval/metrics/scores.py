@@ -1,8 +1,9 @@
 """Scores of samples, tables of them, and the interface of a metric."""
 
+import collections
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -86,6 +87,9 @@ class Metric:
         score: Returns the scores of predictions, in their order, and None or a judge.
         tables: Returns the original's tables of scored samples; its first argument is the dataset's name.
         records: Returns the content of the original's record files by name; arguments as for `tables`.
+        constant_answers: Returns answers that a model without a video could always give, such as the letters of
+            options. The best of them is a baseline.
+        notes: Returns sentences about scores that the original computes in a special way, or not at all.
         needs_judge: Whether `score` needs a judge.
     """
 
@@ -94,6 +98,8 @@ class Metric:
     score: Callable[[Sequence[Prediction], Judge | None], list[SampleScore]]
     tables: Callable[[str, Sequence[SampleScore]], list[Table]]
     records: Callable[[str, Sequence[SampleScore]], dict[str, str]]
+    constant_answers: Callable[[Sequence[Prediction]], list[str]]
+    notes: Callable[[Sequence[SampleScore]], list[str]] = lambda scores: []
     needs_judge: bool = False
 
 
@@ -102,6 +108,28 @@ def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     present = ~np.isnan(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (weights[:, present] @ values[present]) / weights[:, present].sum(axis=1)
+
+
+def macro_mean(arrays: ScoreArrays, name: str, weights: np.ndarray) -> np.ndarray:
+    """Returns the means (R,) of the weighted means of subsets. A subset without a value is left out."""
+    means = []
+    for subset in dict.fromkeys(arrays.subsets):
+        members = np.array([other == subset for other in arrays.subsets])
+        means.append(weighted_mean(arrays.values[name][members], weights[:, members]))
+    with np.errstate(invalid="ignore"):
+        table = np.array(means)  # (subsets, R)
+        present = ~np.isnan(table)
+        return np.where(present, table, 0).sum(axis=0) / present.sum(axis=0)
+
+
+def status_of(prediction: Prediction, otherwise: Status = "scored") -> Status:
+    """Returns "missing" for a sample without an answer, else `otherwise`."""
+    return "missing" if prediction.is_missing else otherwise
+
+
+def most_common(texts: Iterable[str]) -> list[str]:
+    """Returns the distinct texts, the most frequent one first."""
+    return [text for text, _ in collections.Counter(texts).most_common()]
 
 
 def exact_mean(values: Sequence[float]) -> float:

@@ -59,7 +59,7 @@ def read_lines(path: Path) -> Iterator[str]:
         InputError: the text is in another encoding.
         OSError: the file cannot be read.
     """
-    text = _decode(path, path.read_bytes())
+    text = decode_text(path, path.read_bytes())
     lines = [line for line in text.split("\n") if line.removeprefix(_BOM).strip()]
     whole = _whole_value(text) if lines and not _is_whole_line(lines[0]) else None
     if whole is not None:
@@ -101,7 +101,16 @@ def _with_nulls(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _decode(path: Path, data: bytes) -> str:
+def decode_text(path: Path, data: bytes) -> str:
+    """Returns the text of a file in UTF-8, UTF-16 or UTF-32.
+
+    Args:
+        path: Name of the file in errors.
+        data: Its content.
+
+    Raises:
+        InputError: the text is in another encoding.
+    """
     encoding = json.detect_encoding(data[:4])
     try:
         return data.decode(encoding)
