@@ -1,10 +1,13 @@
 """Answered samples, in both row formats of the original, and files of them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.jsonl import decode_text, parse_json
 
 # "messages" is the format of the original's Tarsier2 code, "text" that of its first version.
 RowFormat = Literal["messages", "text"]
@@ -69,7 +72,7 @@ class Prediction:
             vid = str(row.get("vid", extra.get("vid", f"{dataset}_{idx}")))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"is not a row of either format of the original ({_reason(error)}).") from None
-        if not "".join(fields["references"]).strip():
+        if not fields["references"]:
             raise InputError(f"({dataset}, idx {idx}) has no reference.")
         return cls(dataset=dataset, idx=idx, extra_info=extra, vid=vid, visuals=row.get("visuals"), **fields)
 

@@ -96,7 +96,7 @@ def score_letters(
 
 
 def _score(prediction: Prediction, letter: str | None, reference: str) -> SampleScore:
-    if not reference:
+    if not reference and prediction.row_format == "messages":
         raise InputError(f"{prediction.key} has the reference {prediction.reference!r}, which contains no letter.")
     is_correct = float(letter == reference)
     return SampleScore(
@@ -178,9 +178,12 @@ def constant_letters(predictions: Sequence[Prediction]) -> list[str]:
 
 def notes(scores: Sequence[SampleScore]) -> list[str]:
     groups = group_by_subset([score for score in scores if score.status != "missing"])
+    sentences = []
     if unread := [name for name, group in groups.items() if not _accuracies(group)]:
-        return [f"No answer is valid in {', '.join(unread)}. The original omits the row."]
-    return []
+        sentences.append(f"No answer is valid in {', '.join(unread)}. The original omits the row.")
+    if empty := [score.prediction.key for score in scores if score.prediction.references == ("",)]:
+        sentences.append(f"{len(empty)} references are empty, such as that of {empty[0]}: every answer is wrong.")
+    return sentences
 
 
 def letters_metric(answer: ReadAnswer = read_answer, reference: ReadReference = read_reference) -> Metric:

@@ -1,7 +1,7 @@
 """Video-MME: accuracy by duration and domain (the original's evaluate_video_mme.py).
 
-An invalid answer removes all questions of its video from the tables. Digits are read from 1, and a reference is
-compared as it is.
+An invalid answer removes all questions of its video from the tables, and so does a duration that is not short, medium
+or long. Digits are read from 1, and a reference is compared as it is.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,13 @@ _ALL = "entire dataset"
 
 
 def score_questions(predictions: Sequence[Prediction], judge: Judge | None = None) -> list[SampleScore]:
-    """Returns whether each answer is right; the questions of a video with an invalid answer have no value."""
+    """Returns whether each answer is right; the questions of a video that the tables leave out have no value."""
     letters = [letter_of(prediction.text or "", first_digit=1) for prediction in predictions]
     first: dict[str, Prediction] = {}
     for prediction in predictions:
         first.setdefault(_video(prediction), prediction)
-    incomplete = {_video(each) for each, letter in zip(predictions, letters, strict=True) if letter is None}
+    omitted = {_video(each) for each, letter in zip(predictions, letters, strict=True) if letter is None}
+    omitted |= {name for name, each in first.items() if each.extra_info.get("duration") not in _DURATIONS}
     scores = []
     for prediction, letter in zip(predictions, letters, strict=True):
         value = {"accuracy": float(letter == prediction.reference)}
@@ -43,7 +44,7 @@ def score_questions(predictions: Sequence[Prediction], judge: Judge | None = Non
             **{key: first[video].extra_info.get(key) for key in ("duration", "domain")},
         }
         status = status_of(prediction, "unreadable" if letter is None else "scored")
-        scores.append(SampleScore(prediction, status, {} if video in incomplete else value, value, details))
+        scores.append(SampleScore(prediction, status, {} if video in omitted else value, value, details))
     return scores
 
 
@@ -57,10 +58,7 @@ def figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def tables(dataset: str, scores: Sequence[SampleScore]) -> list[Table]:
-    """Returns the accuracy per domain for each duration and the entire dataset.
-
-    A duration that is not short, medium or long counts in the entire dataset only.
-    """
+    """Returns the accuracy per domain for each duration and the entire dataset."""
     columns = [_column(scores, duration) for duration in (*_DURATIONS, None)]
     names = [*_DOMAINS, "Overall"]
     rows = [[name, *(column[name] for column in columns)] for name in names]
@@ -91,6 +89,19 @@ def records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
     return {f"{dataset}_eval_result.txt": "\n".join(blocks) + "\n"}
 
 
+def notes(scores: Sequence[SampleScore]) -> list[str]:
+    unknown = [s for s in scores if s.status != "missing" and s.details["duration"] not in _DURATIONS]
+    omitted = sum(not score.values and score.status == "scored" for score in scores) - len(unknown)
+    sentences = []
+    if omitted:
+        sentences.append(
+            f"{omitted} readable answers are left out because another answer about their video is invalid."
+        )
+    if unknown:
+        sentences.append(f"{len(unknown)} questions are left out because the duration of their video is unknown.")
+    return sentences
+
+
 VIDEO_MME = Metric(
     value_names=("accuracy",),
     figures=figures,
@@ -98,4 +109,5 @@ VIDEO_MME = Metric(
     tables=tables,
     records=records,
     constant_answers=constant_letters,
+    notes=notes,
 )
