@@ -98,7 +98,7 @@ def notes(scores: Sequence[SampleScore]) -> list[str]:
             f"{omitted} readable answers are left out because another answer about their video is invalid."
         )
     if unknown:
-        sentences.append(f"{len(unknown)} questions are left out because the duration of their video is unknown.")
+        sentences.append(f"{len(unknown)} questions are left out: the duration of their video is unknown.")
     return sentences
 
 
