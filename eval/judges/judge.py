@@ -16,10 +16,19 @@ class Task(Protocol[AnswerT_co]):
     """A question to a judge; see `eval.judges.tasks`.
 
     Attributes:
+        prompt: Name of the prompt; see `eval.judges.prompts`.
+        placeholders: Placeholders of the prompt.
         attempts: Number of requests, the first included, that the original makes until a reply can be read.
     """
 
+    prompt: ClassVar[str]
+    placeholders: ClassVar[tuple[str, ...]]
     attempts: ClassVar[int]
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        """Text per placeholder."""
+        ...
 
     def read(self, reply: str) -> AnswerT_co:
         """Reads the reply of a language model. Raises ValueError if the original does not accept it."""
