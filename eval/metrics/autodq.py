@@ -5,7 +5,7 @@ precision the share of the prediction's events that the reference entails. A neu
 share of an empty list is 1. F1 is that of mean recall and mean precision; OVERALL is the mean of subsets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,22 +51,25 @@ def score_descriptions(predictions: Sequence[Prediction], judge: Judge | None) -
 def _score(prediction: Prediction, judge: Judge) -> SampleScore:
     reference, description = prediction.reference.lower(), (prediction.text or "").lower()
     details: dict[str, Any] = {"gt": reference, "pred": description}
+    zeros = {"recall": 0.0, "precision": 0.0}
     try:
         reference_events = prediction.extra_info.get("events")
         if not isinstance(reference_events, list):
             reference_events = extract(judge, reference)
         predicted_events = extract(judge, description)
-        recall, details["events_gt"] = entailed_share(judge, description, reference_events, reference)
-        precision, details["events_pred"] = entailed_share(judge, reference, predicted_events, description)
+        recall, reference_verdicts = entailed_share(judge, description, reference_events, reference)
+        precision, predicted_verdicts = entailed_share(judge, reference, predicted_events, description)
     except JudgeError as error:
-        failed = {"recall": 0.0, "precision": 0.0}
         status = status_of(prediction, "judge failed")
-        return SampleScore(prediction, status, {}, failed, {**details, "judge_error": str(error)})
-    details["hit_num_recall"] = _hits(details["events_gt"], reference_events)
-    details["hit_num_precision"] = _hits(details["events_pred"], predicted_events)
+        return SampleScore(prediction, status, {}, zeros, {**details, "judge_error": str(error)})
+    details |= {
+        "events_gt": [_record(verdict) for verdict in reference_verdicts],
+        "hit_num_recall": _hits(reference_verdicts, reference_events),
+        "events_pred": [_record(verdict) for verdict in predicted_verdicts],
+        "hit_num_precision": _hits(predicted_verdicts, predicted_events),
+    }
     values = {"recall": recall, "precision": precision}
-    strict = {"recall": 0.0, "precision": 0.0} if prediction.is_missing else values
-    return SampleScore(prediction, status_of(prediction), values, strict, details)
+    return SampleScore(prediction, status_of(prediction), values, zeros if prediction.is_missing else values, details)
 
 
 def extract(judge: Judge, caption: str) -> list[str]:
@@ -76,35 +79,31 @@ def extract(judge: Judge, caption: str) -> list[str]:
 
 def entailed_share(
     judge: Judge, description: str, events: Sequence[str], caption: str
-) -> tuple[float, list[dict[str, Any]]]:
+) -> tuple[float, list[EventVerdict]]:
     """Returns the share of the events that the description entails, and the verdicts.
 
     Args:
         judge: The judge.
         description: The description.
         events: The events.
-        caption: The text that the events come from. It is judged in place of an empty list, whose share is 1.
+        caption: The text that the events come from. It is judged in place of an empty list; the share is 1 then.
 
     Raises:
         JudgeError: there is no verdict.
     """
-    if events:
-        verdicts = judge.answer(EventEntailment(description, tuple(events)))
-        share = sum(verdict.relationship == "entailment" for verdict in verdicts) / len(events)
-    else:
-        caption = caption.replace("\n", " ")
-        verdicts = judge.answer(EventEntailment(description, (caption,), is_caption=True))
-        share = 1.0
-    return share, [_record(verdict) for verdict in verdicts]
+    verdicts = judge.answer(EventEntailment(description, tuple(events), caption))
+    num_entailed = sum(verdict.relationship == "entailment" for verdict in verdicts)
+    return num_entailed / len(events) if events else 1.0, verdicts
 
 
 def _record(verdict: EventVerdict) -> dict[str, Any]:
-    return {"event": verdict.event, "relationship": verdict.relationship, "reason": verdict.reason}
+    fields = {"event": verdict.event, "relationship": verdict.relationship, "reason": verdict.reason}
+    return dict(verdict.item) or fields
 
 
-def _hits(verdicts: Sequence[Mapping[str, Any]], events: Sequence[str]) -> str:
-    num_entailed = sum(verdict["relationship"].strip().lower() == "entailment" for verdict in verdicts)
-    return f"hit: {num_entailed if events else 0} / {len(events)}"
+def _hits(verdicts: Sequence[EventVerdict], events: Sequence[str]) -> str:
+    num_entailed = sum(verdict.relationship == "entailment" for verdict in verdicts) if events else 0
+    return f"hit: {num_entailed} / {len(events)}"
 
 
 def figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
