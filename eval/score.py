@@ -1,17 +1,18 @@
 """Scores predictions: `python -m eval.score --predictions DIR --benchmarks NAME ... [--output DIR] [--judge URL]`.
 
-DIR is a directory of .jsonl files or one file, written by eval.run, infer.caption or either version of the original.
+DIR is a directory of .jsonl files, or one file, written by eval.run, infer.caption or either version of the original.
 Tables are printed. OUTPUT/eval_records receives the original's record files, and NAME.json, NAME_samples.jsonl and
-NAME.png per benchmark; OUTPUT/report.html is the score sheet.
+NAME.png per benchmark; OUTPUT/report.html is the score sheet. The exit status is 1 if a benchmark cannot be scored.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from eval.benchmarks import Benchmark, add_benchmarks_flag
-from eval.benchmarks.annotations import read_annotations
+from eval.benchmarks import Benchmark, add_benchmarks_flag, select
+from eval.benchmarks.annotations import load_annotations
 from eval.judges import add_judge_flags, judge_of
 from eval.judges.judge import Judge
 from eval.predictions import Prediction, PredictionFiles
@@ -19,7 +20,10 @@ from eval.report import screen_text, write_report
 from eval.scoring import BenchmarkScores, score
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path, locked
+from tarsier_jax.processing.jsonl import parse_json
 from tarsier_jax.programs import run
+
+_NO_SETTINGS = {"model": "unknown (no settings.json beside the predictions)"}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,8 +33,83 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--predictions", required=True, type=local_path, help="directory of .jsonl files, or one file")
     add_benchmarks_flag(parser)
     parser.add_argument(
-        "--annotations", type=local_path, help="directory of annotation files, which show missing samples"
+        "--annotations", type=local_path, help="directory of annotation files, which show the missing samples"
     )
     parser.add_argument("--output", type=local_path, help="directory (default: that of the predictions)")
     add_judge_flags(parser)
     return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    files = PredictionFiles(args.predictions)
+    directory = args.predictions if args.predictions.is_dir() else args.predictions.parent
+    benchmarks = with_rows(select(args.benchmarks), files)
+    judge = judge_of(args) if any(needs_judge(benchmark) for benchmark in benchmarks) else None
+    settings, results, num_failed = settings_of(directory), [], 0
+    output = args.output or directory
+    with locked(output, inside=True):
+        for benchmark in benchmarks:
+            try:
+                results.append(score_files(benchmark, files, judge, settings, args.annotations))
+            except InputError as error:  # the other benchmarks can be scored
+                print(f"error: {benchmark.name}: {error}", file=sys.stderr)
+                num_failed += 1
+                continue
+            print(screen_text(results[-1]), flush=True)
+        write_report(output, results)
+    print(f"{len(results)} benchmarks, {num_failed} failed. The score sheet is {output / 'report.html'}.")
+    return 1 if num_failed else 0
+
+
+def with_rows(benchmarks: list[Benchmark], files: PredictionFiles) -> list[Benchmark]:
+    """Returns the benchmarks that have rows, and prints the names of the others and of other datasets.
+
+    Raises:
+        InputError: no benchmark has a row.
+    """
+    chosen = [benchmark for benchmark in benchmarks if benchmark.dataset in files.num_rows]
+    others = {name: count for name, count in files.num_rows.items() if name not in {each.dataset for each in chosen}}
+    found = ", ".join(f"{name} ({count} rows)" for name, count in others.items())
+    if not chosen:
+        names = ", ".join(benchmark.dataset for benchmark in benchmarks)
+        raise InputError(f"{files.path} has no row of {names}. It has rows of {found or 'nothing'}.")
+    for benchmark in benchmarks:
+        if benchmark not in chosen:
+            print(f"{benchmark.name}: {files.path} has no row of {benchmark.dataset}.")
+    if others:
+        print(f"Rows of other datasets are ignored: {found}.")
+    return chosen
+
+
+def needs_judge(benchmark: Benchmark) -> bool:
+    return benchmark.metric.needs_judge and benchmark.judge is None
+
+
+def score_files(
+    benchmark: Benchmark,
+    files: PredictionFiles,
+    judge: Judge | None,
+    settings: Mapping[str, Any],
+    annotations: Path | None,
+) -> BenchmarkScores:
+    """Scores the rows of a benchmark.
+
+    Raises:
+        InputError: a row cannot be scored, or the metric needs a judge and there is none.
+    """
+    if needs_judge(benchmark) and judge is None:
+        raise InputError("the metric needs a judge. Pass --judge URL, the base URL of an OpenAI-compatible server.")
+    expected = None
+    if annotations is not None or callable(benchmark.annotations):
+        expected = [Prediction.of(row) for row in load_annotations(benchmark, annotations)]
+    return score(benchmark, files.of(benchmark.dataset), benchmark.judge or judge, settings, expected)
+
+
+def settings_of(predictions: Path) -> dict[str, Any]:
+    """Returns the settings that eval.run stored beside the directory of its predictions."""
+    path = predictions.resolve().parent / "settings.json"
+    return parse_json(path.read_text(encoding="utf-8"), str(path)) if path.exists() else _NO_SETTINGS
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(parse())))

@@ -1,8 +1,8 @@
 """Asks a judge about many predictions at once, with progress."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TypeVar, cast
 
 from tqdm import tqdm
 
@@ -17,14 +17,27 @@ def map_predictions(
 ) -> list[ResultT]:
     """Applies a function that uses the judge to all predictions, `judge.concurrency` at once; returns the results.
 
-    The first exception ends the calls that have not started, and is raised.
+    The first exception is raised, and no further call starts.
     """
-    executor = ThreadPoolExecutor(judge.concurrency)
-    try:
-        futures = [executor.submit(function, prediction) for prediction in predictions]
+    errors: list[BaseException] = []
+
+    def call(prediction: Prediction) -> ResultT | None:
+        if errors:
+            return None
+        try:
+            return function(prediction)
+        except BaseException as error:
+            errors.append(error)
+            return None
+
+    with ThreadPoolExecutor(judge.concurrency) as executor:
+        futures = [executor.submit(call, prediction) for prediction in predictions]
         with tqdm(total=len(futures), desc=description, unit="sample", disable=not futures) as bar:
-            for future in futures:
-                future.add_done_callback(lambda _: bar.update())
-            return [future.result() for future in futures]
-    finally:
-        executor.shutdown(cancel_futures=True)
+            try:
+                for _ in as_completed(futures):
+                    bar.update()
+            except BaseException as error:  # such as Ctrl-C
+                errors.append(error)
+    if errors:
+        raise errors[0]
+    return [cast(ResultT, future.result()) for future in futures]
