@@ -1,7 +1,7 @@
 """The record of a benchmark."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ class Benchmark:
         dataset: Part of a row's `dataset` before the first slash.
         metric: The metric.
         annotations: Name of the annotation file in --annotations, or a function that generates the samples.
-        video: Path of a video in --data_root with the fields of a row, such as "TVBench/{vid}", or a function of a
-            sample and a directory for media that returns the source of a video item.
+        video: Path of a video in --data_root, such as "TVBench/{vid}" (see `eval.benchmarks.videos`), or a function of
+            a sample and a directory for media that returns the source of a video item.
         subsets: Number of samples per `dataset` of the complete benchmark; empty if it is not known.
-        prompt: Prompt of a row without one.
-        prefill: Beginning of the answer, for a row without one.
+        prompt: Prompt of a row without a text of the user.
+        prefill: Beginning of the answer for a row without one.
         n_frames: Frames per video.
         max_new_tokens: Limit of an answer.
         judge: The benchmark's own judge, which needs no --judge.
@@ -42,3 +42,7 @@ class Benchmark:
     n_frames: int = 16
     max_new_tokens: int = 512
     judge: Judge | None = None
+
+    def expected_counts(self, datasets: Collection[str]) -> Mapping[str, int]:
+        """Returns `subsets`, or nothing if `datasets` has others: the two row formats name some subsets differently."""
+        return self.subsets if set(datasets) <= self.subsets.keys() else {}

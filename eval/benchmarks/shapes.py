@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from eval.benchmarks.benchmark import Benchmark
-from eval.metrics import accuracy, event_f1
-from eval.predictions import AnnotatedSample, Prediction
+from eval.metrics import AUTODQ, SHAPES_LETTERS
+from eval.predictions import AnnotatedSample
 from eval.shapes.annotations import annotation, question_annotation
 from eval.shapes.clips import HELD_OUT, FrameSize, draw_clip_scene
-from eval.shapes.judge import score_description
-from eval.shapes.questions import letter_in, sample_question
+from eval.shapes.judge import RulesJudge
+from eval.shapes.questions import sample_question
 from eval.shapes.render import render_scene, write_clip
 from eval.shapes.world import Scene, reverse
 
@@ -91,30 +91,21 @@ def video_source(sample: AnnotatedSample, media: Path) -> Mapping[str, Any]:
     return show(render_scene(scene, *size), media / str(sample["vid"]))
 
 
-def judge_events(prediction: Prediction) -> tuple[float, float]:
-    """Returns recall and precision of the events in a description."""
-    return score_description(prediction.text, prediction.extra_info["events"])
-
-
-def judge_choice(prediction: Prediction) -> bool | None:
-    """Returns whether the answer chooses the right option, or None if it chooses none."""
-    letter = letter_in(prediction.text)
-    return letter == letter_in(prediction.reference) if letter else None
-
-
 SHAPES = Benchmark(
     name="shapes",
+    dataset="Shapes",
+    metric=AUTODQ,
     annotations=functools.partial(description_samples, HELD_OUT, _CLIPS),
-    video_source=video_source,
-    metric=event_f1,
-    judge=judge_events,
+    video=video_source,
+    subsets=dict.fromkeys(VARIANTS, _CLIPS),
     max_new_tokens=_MAX_NEW_TOKENS,
+    judge=RulesJudge(),
 )
 SHAPES_QA = Benchmark(
     name="shapes-qa",
+    dataset="ShapesQA",
+    metric=SHAPES_LETTERS,
     annotations=functools.partial(question_samples, HELD_OUT, _CLIPS),
-    video_source=video_source,
-    metric=accuracy,
-    judge=judge_choice,
+    video=video_source,
     max_new_tokens=_MAX_NEW_TOKENS,
 )
