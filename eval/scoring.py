@@ -113,12 +113,10 @@ def _absent(
         keys = {row.key for row in rows}
         return [dataclasses.replace(each, text=None) for each in expected if each.key not in keys]
     counts = collections.Counter(row.dataset for row in rows)
-    if not counts.keys() <= benchmark.subsets.keys():
-        return []
     row_format = rows[0].row_format if rows else "messages"
     return [
         Prediction(subset, f"absent {i}", "", None, None, (), {}, f"{subset} absent {i}", row_format)
-        for subset, size in benchmark.subsets.items()
+        for subset, size in benchmark.expected_counts(counts.keys()).items()
         for i in range(size - counts[subset])
     ]
 
@@ -178,8 +176,9 @@ def _notes(
     if rows and not any(row.text for row in rows):
         sentences.append("No row has an answer. Check that these are predictions.")
     subsets = {row.dataset for row in rows}
-    if expected is None and not subsets <= benchmark.subsets.keys():
+    sizes = benchmark.expected_counts(subsets)
+    if expected is None and not sizes:
         sentences.append("The size of the benchmark is not known: missing samples are not counted without annotations.")
-    elif absent := benchmark.subsets.keys() - subsets:
+    if absent := sizes.keys() - subsets:
         sentences.append(f"No row is of {', '.join(sorted(absent))}: the figures are of {len(subsets)} subsets.")
     return sentences + benchmark.metric.notes(scores)

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from eval.benchmarks.benchmark import Benchmark
-from eval.metrics import AUTODQ, SHAPES_LETTERS
+from eval.metrics import AUTODQ, letters_metric
 from eval.predictions import AnnotatedSample
 from eval.shapes.annotations import annotation, question_annotation
 from eval.shapes.clips import HELD_OUT, FrameSize, draw_clip_scene
 from eval.shapes.judge import RulesJudge
-from eval.shapes.questions import sample_question
+from eval.shapes.questions import letter_in, sample_question
 from eval.shapes.render import render_scene, write_clip
 from eval.shapes.world import Scene, reverse
 
@@ -104,7 +104,8 @@ SHAPES = Benchmark(
 SHAPES_QA = Benchmark(
     name="shapes-qa",
     dataset="ShapesQA",
-    metric=SHAPES_LETTERS,
+    # An answer is the text of an option and then its letter.
+    metric=letters_metric(lambda row: letter_in(row.text or "") or None, lambda row: letter_in(row.reference)),
     annotations=functools.partial(question_samples, HELD_OUT, _CLIPS),
     video=video_source,
     max_new_tokens=_MAX_NEW_TOKENS,
