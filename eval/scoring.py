@@ -100,7 +100,7 @@ def score(
 def figures_of(metric: Metric, scores: Sequence[SampleScore], strict: bool = False) -> dict[str, float]:
     """Returns the figures of scores, without weights."""
     arrays = arrays_of(scores, strict)
-    if any(name not in arrays.values for name in metric.value_names):
+    if not scores:
         return {}
     return {name: float(value[0]) for name, value in metric.figures(arrays, np.ones((1, len(scores)))).items()}
 

@@ -153,7 +153,7 @@ def group_by_subset(scores: Sequence[SampleScore]) -> dict[str, list[SampleScore
 def arrays_of(scores: Sequence[SampleScore], strict: bool = False) -> ScoreArrays:
     """Returns the original's values of scores as arrays, or the strict ones."""
     rows = [score.strict if strict else score.values for score in scores]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = dict.fromkeys(name for score in scores for name in score.strict)  # which every sample has
     return ScoreArrays(
         keys=[score.prediction.key for score in scores],
         subsets=[score.prediction.dataset for score in scores],

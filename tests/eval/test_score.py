@@ -56,7 +56,7 @@ def test_records_and_samples_equal_the_original(case: Path, tmp_path: Path, caps
 def check_samples(case: Path, output: Path) -> None:
     """Checks every sample's figures against those of the original."""
     records = [record for stored in read_run(output).values() for record in stored.samples]
-    samples = {record["idx"]: record for record in records if record["status"] != "missing"}
+    samples = {record["idx"]: record for record in records if record["prediction"] is not None}
     lines = (case / "expected" / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     for expected in map(json.loads, lines):
         record = samples.pop(expected["idx"])
