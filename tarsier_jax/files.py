@@ -240,5 +240,5 @@ def cache_directory(name: str) -> Path | None:
             raise PermissionError(errno.EACCES, f"{directory} is not writable")
         return directory
     except OSError as error:
-        warn(f"every run compiles, without a cache ({error.strerror}). Set XDG_CACHE_HOME to a writable directory.")
+        warn(f"the cache of {name} files is not used ({error.strerror}). Set XDG_CACHE_HOME to a writable directory.")
         return None

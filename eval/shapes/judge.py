@@ -7,10 +7,12 @@ parsed is one event that matches nothing. Case, articles, commas, the final peri
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from eval.metrics.events import mean_event_scores
-from eval.shapes.words import ALONE, OF_TWO, WITH, name_after
+from eval.judges.judge import Task
+from eval.judges.tasks import AnswerComparison, AnswerVerdict, EventEntailment, EventExtraction, EventVerdict
+from eval.shapes.words import ALONE, OF_TWO, WITH, name_after, plain
 from eval.shapes.world import COLOURS, SHAPE_KINDS, Fact
 from tarsier_jax.errors import InputError
 
@@ -86,15 +88,15 @@ def events_of(text: str) -> list[Fact]:
     return reader.events
 
 
-def count_matches(described: Sequence[Fact], reference: Sequence[Fact]) -> int:
-    """Returns the length of the longest common subsequence; UNREAD events match nothing."""
-    row = [0] * (len(reference) + 1)
+def match_events(described: Sequence[Fact], reference: Sequence[Fact]) -> tuple[int, ...]:
+    """Returns the positions in `reference` of a longest common subsequence; UNREAD events match nothing."""
+    row: list[tuple[int, ...]] = [()] * (len(reference) + 1)
     for fact in described:
         before = row
-        row = [0]
+        row = [()]
         for j, other in enumerate(reference):
             same = fact == other and fact.verb != UNREAD
-            row.append(before[j] + 1 if same else max(before[j + 1], row[j]))
+            row.append((*before[j], j) if same else max(before[j + 1], row[j], key=len))
     return row[-1]
 
 
@@ -102,7 +104,7 @@ def score_description(description: str, reference_events: Sequence[str]) -> tupl
     """Returns recall and precision, 0 to 1; the share of an empty list is 1, as in AutoDQ."""
     described = events_of(description)
     reference = [fact for event in reference_events for fact in events_of(event)]
-    matches = count_matches(described, reference)
+    matches = len(match_events(described, reference))
     return matches / len(reference) if reference else 1.0, matches / len(described) if described else 1.0
 
 
@@ -117,4 +119,42 @@ def corpus_scores(descriptions: Sequence[str], references: Sequence[Sequence[str
             f"There are {len(descriptions)} descriptions and {len(references)} lists of events. Pass equally many."
         )
     scores = [score_description(text, events) for text, events in zip(descriptions, references, strict=True)]
-    return mean_event_scores(scores)
+    recall, precision = (sum(values) / len(scores) for values in zip(*scores, strict=True))
+    total = recall + precision
+    return {"f1": 2 * recall * precision / total if total else 0.0, "recall": recall, "precision": precision}
+
+
+class RulesJudge:
+    """Answers the tasks of language models by the rules of this module, about moving shapes only."""
+
+    name: ClassVar[str] = "rules"
+    settings: Mapping[str, Any] = {"judge": name}
+    concurrency = 1
+
+    def answer(self, task: Task[Any]) -> Any:
+        """Answers a task; see `eval.judges.judge.Judge`."""
+        match task:
+            case EventExtraction():
+                return [fact.detail if fact.verb == UNREAD else plain(fact) for fact in events_of(task.caption)]
+            case EventEntailment():
+                return _event_verdicts(task.description, task.events)
+            case AnswerComparison():
+                same = _words(task.answer) == _words(task.prediction)
+                return AnswerVerdict("yes", 5.0) if same else AnswerVerdict("no", 0.0)
+        raise TypeError(f"{type(task).__name__} is no task of this judge")
+
+
+def _event_verdicts(description: str, events: Sequence[str]) -> list[EventVerdict]:
+    """Returns "entailment" for the events of a longest common subsequence with the description."""
+    facts = [(i, fact) for i, event in enumerate(events) for fact in events_of(event)]
+    matches = match_events(events_of(description), [fact for _, fact in facts])
+    others = {i for position, (i, _) in enumerate(facts) if position not in matches}
+    parsed = {i for i, _ in facts}
+    return [
+        EventVerdict(event, "entailment" if i in parsed - others else "contradiction", "")
+        for i, event in enumerate(events)
+    ]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
