@@ -53,7 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
-            self.server.requests.append((self.path, dict(self.headers.items()), body))
+            self.server.requests.append((self.path, self.headers, body))
             replies = self.server.replies
             status, content, headers, delay = replies.pop(0) if len(replies) > 1 else replies[0]
         time.sleep(delay)

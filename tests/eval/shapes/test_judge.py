@@ -1,8 +1,12 @@
 """The judge parses every phrase, and every kind of mistake has its cost."""
 
+import numpy as np
 import pytest
 
-from eval.shapes.judge import UNREAD, corpus_scores, events_of, match_events, score_description
+from eval.judges.tasks import AnswerComparison, AnswerVerdict, EventEntailment, EventExtraction
+from eval.shapes.clips import draw_clip_scene
+from eval.shapes.describe import describe, event_sentences
+from eval.shapes.judge import UNREAD, RulesJudge, corpus_scores, events_of, match_events, score_description
 from eval.shapes.world import Fact
 from tarsier_jax.errors import InputError
 
@@ -91,3 +95,56 @@ def test_corpus() -> None:
         corpus_scores([], [])
     with pytest.raises(InputError, match="2 descriptions and 1 lists"):
         corpus_scores(["", ""], [EVENTS])
+
+
+def task_scores(description: str, reference: str, reference_events: list[str]) -> tuple[float, float]:
+    """Returns recall and precision as the metric computes them from tasks (`eval.metrics.autodq`)."""
+    judge, shares = RulesJudge(), []
+    description, reference = description.lower(), reference.lower()
+    events = judge.answer(EventExtraction(description.replace('"', "'")))
+    for text, items, caption in ((description, reference_events, reference), (reference, events, description)):
+        verdicts = judge.answer(EventEntailment(text, tuple(items), caption))
+        entailed = [verdict for verdict in verdicts if verdict.relationship == "entailment"]
+        shares.append(len(entailed) / len(items) if items else 1.0)
+    return shares[0], shares[1]
+
+
+JUNK = ["", "Blah, blah.", "It jumps.", 'Moves to the "left" and then dances', "<frame: 2> <frame", "Le chat dort!?"]
+
+
+def alter(sentences: list[str], rng: np.random.Generator) -> str:
+    """Returns sentences in random order, repeated, omitted, and with text that cannot be parsed."""
+    indices = rng.integers(len(sentences), size=rng.integers(0, 9))
+    texts = [*(sentences[i] for i in indices), *rng.choice(JUNK, size=rng.integers(0, 3))]
+    return " ".join(rng.permutation(texts)) if texts else ""
+
+
+def test_the_tasks_have_the_scores_of_descriptions() -> None:
+    pairs = []
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        scene, other = (draw_clip_scene(rng)[0] for _ in range(2))
+        events = event_sentences(scene)
+        descriptions = [
+            describe(scene, rng),
+            describe(other),
+            alter([*events, *event_sentences(other)], rng),
+            alter([describe(scene, rng), *JUNK], rng),
+        ]
+        pairs += [(text, describe(scene), events) for text in descriptions]
+        pairs += [(JUNK[seed % len(JUNK)], "", [])]
+    scores = [task_scores(*pair) for pair in pairs]
+    assert scores == [score_description(description, events) for description, _, events in pairs]
+    assert len({score for score in scores}) > 50
+
+
+def test_verdicts() -> None:
+    judge = RulesJudge()
+    verdicts = judge.answer(EventEntailment(EVENTS[1], (*EVENTS[:2], "Rubbish.", "")))
+    names = [verdict.relationship for verdict in verdicts]
+    assert names == ["contradiction", "entailment", "contradiction", "contradiction"]
+    assert [verdict.event for verdict in verdicts] == [*EVENTS[:2], "Rubbish.", ""]
+    assert judge.answer(EventExtraction("A red circle slides left. Rubbish!")) == [EVENTS[0], "rubbish"]
+    assert judge.answer(AnswerComparison("who?", "A man", "a man.")) == AnswerVerdict("yes", 5.0)
+    assert judge.answer(AnswerComparison("who?", "A man", "a boy")) == AnswerVerdict("no", 0.0)
+    assert judge.settings == {"judge": "rules"}
