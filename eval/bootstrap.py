@@ -88,9 +88,9 @@ def compare(metric: Metric, first: ScoreArrays, second: ScoreArrays) -> Differen
 def shared_samples(first: ScoreArrays, second: ScoreArrays) -> tuple[ScoreArrays, ScoreArrays]:
     """Returns the samples with values in both runs, in the order of the first, with the subsets and videos of it."""
     positions = {key: i for i, key in enumerate(second.keys)}
-    scored = _has_values(first), _has_values(second)
+    has_values = _has_values(first), _has_values(second)
     pairs = [(i, positions[key]) for i, key in enumerate(first.keys) if key in positions]
-    pairs = np.array([(i, j) for i, j in pairs if scored[0][i] and scored[1][j]], dtype=int).reshape(-1, 2)
+    pairs = np.array([(i, j) for i, j in pairs if has_values[0][i] and has_values[1][j]], dtype=int).reshape(-1, 2)
     first, second = select(first, pairs[:, 0]), select(second, pairs[:, 1])
     return first, dataclasses.replace(second, subsets=first.subsets, videos=first.videos)
 

@@ -124,9 +124,9 @@ def screen_text(result: BenchmarkScores) -> str:
 def _figure_table(result: BenchmarkScores) -> PrettyTable:
     """Returns the comparable figures, the strict ones and those of baselines."""
     table = PrettyTable([result.benchmark.name, "Comparable", "Strict", *result.baselines])
-    for name, value in result.figures.items():
+    for name, strict in result.strict_figures.items():
         baselines = [figures.get(name, math.nan) for figures in result.baselines.values()]
-        values = [value, result.strict_figures[name], *baselines]
+        values = [result.figures.get(name, math.nan), strict, *baselines]
         table.add_row([name, *(figure_text(each, digits_of(name)) for each in values)])
     return table
 

@@ -21,7 +21,14 @@ def _not_called(*args: Any) -> Any:
     raise AssertionError
 
 
-METRIC = Metric(value_names=("accuracy",), figures=accuracy, score=_not_called, tables=_not_called, records=_not_called)
+METRIC = Metric(
+    value_names=("accuracy",),
+    figures=accuracy,
+    score=_not_called,
+    tables=_not_called,
+    records=_not_called,
+    constant_answers=_not_called,
+)
 
 
 def sample_score(
