@@ -24,6 +24,7 @@ class Estimate:
     Attributes:
         subset: A `dataset`, or OVERALL.
         num_samples: Number of samples.
+        num_scored: Number of samples that the figures are computed from.
         figures: The original's figures by name, the headline first.
         intervals: Their 95% intervals; nan for fewer than two videos.
         strict_figures: The figures where unreadable, failed and missing samples are wrong.
@@ -31,6 +32,7 @@ class Estimate:
 
     subset: str
     num_samples: int
+    num_scored: int
     figures: Mapping[str, float]
     intervals: Mapping[str, Interval]
     strict_figures: Mapping[str, float]
@@ -68,6 +70,7 @@ def _estimate_group(metric: Metric, subset: str, values: ScoreArrays, strict: Sc
     return Estimate(
         subset=subset,
         num_samples=len(values.keys),
+        num_scored=int(_has_values(values).sum()),
         figures=point_figures(metric, values),
         intervals=intervals_of(draw_figures(metric, values), values),
         strict_figures=point_figures(metric, strict),

@@ -157,6 +157,7 @@ def reference_estimates(rows: Sequence[Mapping[str, str]], subsets: Sequence[str
         Estimate(
             subset=names[row["Task"]],
             num_samples=int(row["Success"]) + int(row["Failed"]),
+            num_scored=int(row["Success"]),
             figures={name: float(value) for name, value in row.items() if name not in _COUNTS},
             intervals={},
             strict_figures={},

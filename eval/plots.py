@@ -28,7 +28,7 @@ def plot_scores(title: str, estimates: Sequence[Estimate]) -> bytes:
     values = [each.figures[name] for each in estimates]
     strict = [each.strict_figures[name] for each in estimates]
     intervals = [each.intervals[name] for each in estimates]
-    figure, axes = _new_figure(title, name, [(each.subset, each.num_samples) for each in estimates], 1)
+    figure, axes = _new_figure(title, name, estimates, 1)
     rows = _row_positions([each.subset for each in estimates])
     colours = [_OVERALL_BAR if each.subset == OVERALL else _BAR for each in estimates]
     axes.barh(rows, [0.0 if math.isnan(value) else value for value in values], height=0.62, color=colours)
@@ -48,9 +48,9 @@ def plot_runs(title: str, figure_name: str, runs: Mapping[str, Sequence[Estimate
     Args:
         runs: Estimates by name of the run. Subsets are shown in the order in which they first occur, OVERALL last.
     """
-    samples = {each.subset: each.num_samples for run in runs.values() for each in reversed(run)}
-    subsets = sorted(samples, key=lambda subset: (subset == OVERALL, subset))
-    figure, axes = _new_figure(title, figure_name, [(subset, samples[subset]) for subset in subsets], len(runs))
+    labels = {each.subset: each for run in reversed(runs.values()) for each in run}
+    subsets = sorted(labels, key=lambda subset: (subset == OVERALL, subset))
+    figure, axes = _new_figure(title, figure_name, [labels[subset] for subset in subsets], len(runs))
     rows = _row_positions(subsets)
     largest = 0.0
     for k, (name, estimates) in enumerate(runs.items()):
@@ -73,17 +73,23 @@ def plot_runs(title: str, figure_name: str, runs: Mapping[str, Sequence[Estimate
     return _png(figure)
 
 
-def _new_figure(title: str, name: str, subsets: Sequence[tuple[str, int]], lines: int) -> tuple[Figure, Axes]:
-    """Returns a figure with one labelled row per subset, each of up to `lines` points."""
-    height = _FRAME_HEIGHT + _ROW_HEIGHT * len(subsets) * max(1.0, 0.5 * lines) + 0.06 * lines
+def _new_figure(title: str, name: str, estimates: Sequence[Estimate], lines: int) -> tuple[Figure, Axes]:
+    """Returns a figure with one labelled row per estimate, each of up to `lines` points."""
+    height = _FRAME_HEIGHT + _ROW_HEIGHT * len(estimates) * max(1.0, 0.5 * lines) + 0.06 * lines
     figure = Figure(figsize=(_WIDTH, height), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontweight="bold", fontsize=12, pad=10, parse_math=False)
     axes.set_xlabel(f"{name} ({_unit(name)})", fontsize=10, parse_math=False)
-    names = subset_names([subset for subset, _ in subsets])
-    labels = [f"{_shorten(label)}  (n = {count:,})" for label, (_, count) in zip(names, subsets, strict=True)]
-    axes.set_yticks(_row_positions([subset for subset, _ in subsets]), labels, fontsize=9.5, parse_math=False)
+    subsets = [each.subset for each in estimates]
+    labels = [_label(each, subset) for each, subset in zip(estimates, subset_names(subsets), strict=True)]
+    axes.set_yticks(_row_positions(subsets), labels, fontsize=9.5, parse_math=False)
     return figure, axes
+
+
+def _label(estimate: Estimate, subset: str) -> str:
+    is_whole = estimate.num_scored == estimate.num_samples
+    samples = f"{estimate.num_scored:,}" + ("" if is_whole else f" of {estimate.num_samples:,}")
+    return f"{_shorten(subset)}  (n = {samples})"
 
 
 def _row_positions(subsets: Sequence[str]) -> list[float]:
@@ -114,7 +120,7 @@ def _finish(axes: Axes, name: str, rows: Sequence[float], texts: Sequence[str], 
     axes.set_ylim(rows[-1] + 0.6, -0.6)
     for row, text in zip(rows, texts, strict=True):
         colour = _MUTED if text == NO_VALUE else _INK
-        place = {"xy": (1.015, row), "xycoords": axes.get_yaxis_transform(), "annotation_clip": False}
+        place = {"xy": (1.02, row), "xycoords": axes.get_yaxis_transform(), "annotation_clip": False}
         axes.annotate(text, **place, va="center", fontsize=9.5, color=colour, family="monospace")
     axes.grid(axis="x", color="#E3E3E3", linewidth=0.8)
     axes.set_axisbelow(True)
