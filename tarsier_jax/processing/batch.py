@@ -14,6 +14,19 @@ from tarsier_jax.typing import HostOrDeviceArray
 
 
 @dataclasses.dataclass(frozen=True)
+class FrameSelection:
+    """The frames of an image or video in an example.
+
+    Attributes:
+        indices: Indices of the frames in the clip.
+        times: Times of the frames in seconds from the first frame of the clip; None for frames without times.
+    """
+
+    indices: tuple[int, ...]
+    times: tuple[float, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Example:
     """One sample, unpadded.
 
@@ -25,6 +38,7 @@ class Example:
         position_ids: int32 (3, S), the M-RoPE ids.
         num_truncated: Number of text tokens beyond max_seq_len that were dropped.
         frames: Number of frames and images. A temporal patch may contain two of them.
+        selections: The frames of each image and video, in the order of `grid_thw`.
     """
 
     input_ids: np.ndarray
@@ -34,6 +48,7 @@ class Example:
     position_ids: np.ndarray
     num_truncated: int = 0
     frames: int = 0
+    selections: tuple[FrameSelection, ...] = ()
 
 
 @jax.tree_util.register_dataclass

@@ -137,7 +137,8 @@ class Processor:
         )
         frames = sum(visual.count for visual in visuals)
         cut = len(input_ids) - n
-        return Example(input_ids[:n], labels[:n], pixel_values, grid_thw, position_ids, cut, frames)
+        selections = tuple(visual.selection for visual in visuals)
+        return Example(input_ids[:n], labels[:n], pixel_values, grid_thw, position_ids, cut, frames, selections)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Pads examples to buckets; see `make_batch`."""

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.batch import FrameSelection
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.frame_sampling import allocate_frames, select_frames
 from tarsier_jax.processing.perturb import PERTURBATIONS, perturb
@@ -66,6 +67,11 @@ class Visual:
     @property
     def count(self) -> int:
         return len(self.indices) + self.blanks
+
+    @property
+    def selection(self) -> FrameSelection:
+        times = None if self.clip.times is None else tuple(self.clip.times[self.indices].tolist())
+        return FrameSelection(tuple(self.indices), times)
 
     def frames(self) -> Iterator[Image.Image]:
         """Decodes the frames one by one.

@@ -9,6 +9,7 @@ from PIL import Image
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.processing.processor import Processor, ProcessorOptions, load_processor, media_sample
+from tarsier_jax.processing.video import open_clip
 from tests.processing.conftest import formula_frame, user, video_item, write_json
 
 PROMPT = "Describe the video in detail."
@@ -25,10 +26,20 @@ def test_an_example(processor: Processor, mp4: Path) -> None:
     )
     assert (example.labels == -100).all()
     assert example.position_ids.shape == (3, len(example.input_ids))
-    dtypes = {
-        name: str(value.dtype) for name, value in vars(example).items() if name not in ("num_truncated", "frames")
-    }
+    dtypes = {name: str(value.dtype) for name, value in vars(example).items() if isinstance(value, np.ndarray)}
+    assert vars(example).keys() - dtypes.keys() == {"num_truncated", "frames", "selections"}
     assert dtypes == {name: "float32" if name == "pixel_values" else "int32" for name in dtypes}
+
+
+def test_an_example_names_its_frames(processor: Processor, mp4: Path) -> None:
+    item = {"type": "image", "image": {"video_file": str(mp4), "frame_indices": 2}}
+    frames = [formula_frame(56, 56, i) for i in range(2)]
+    (clip,) = processor.replace(n_frames=3)(media_sample(mp4)).selections
+    still, video = processor(user(item, video_item(*frames), PROMPT)).selections
+    times = open_clip(mp4).times
+    assert times is not None and clip.indices[0] == 0 and clip.indices[-1] == len(times) - 1
+    assert clip.times == tuple(times[list(clip.indices)]) and still.times == (times[2],)
+    assert (still.indices, video.indices, video.times) == ((2,), (0, 1), None)
 
 
 def test_grids_are_the_originals(processor: Processor, tables: dict) -> None:
