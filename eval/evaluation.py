@@ -1,93 +1,282 @@
-"""Answers the samples of benchmarks with the engine, and scores the answers."""
+"""Answers the samples of benchmarks with an engine, and scores the answers.
+
+Predictions are stored row by row in the original's format, so an interrupted run resumes. Each row also has
+`visuals`, the frames that the model received, or `error`, the reason why the sample has no answer.
+"""
 
 import contextlib
+import dataclasses
+import functools
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
+import numpy as np
 from tqdm import tqdm
 
 from eval.benchmarks import Benchmark
-from eval.metrics import Scores
-from eval.predictions import AnnotatedSample, Prediction, key_of, read_predictions
-from infer.bulk.inputs import with_prediction
+from eval.benchmarks.annotations import (
+    first_videos,
+    load_annotations,
+    messages_of,
+    videos_of,
+    with_answer,
+    with_videos,
+)
+from eval.benchmarks.videos import find_videos
+from eval.judges.judge import Judge
+from eval.predictions import ERROR, AnnotatedSample, Prediction, Predictions, read_rows
+from eval.scoring import BenchmarkScores, score
 from infer.bulk.outputs import LineWriter
-from infer.engine import Engine, Frontend, RequestError, fit_config
-from tarsier_jax.errors import InputError
+from infer.engine import Completion, Engine, Frontend, RequestError, fit_config
+from tarsier_jax.api import model_mesh
+from tarsier_jax.files import atomic_write
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Example
+from tarsier_jax.processing.jsonl import to_json
 from tarsier_jax.processing.processor import Processor
 
-_SLOTS = 32
+SLOTS = 32
+_USUAL_TEXT = 256  # tokens of text that an engine permits beside the frames
+_BYTES_PER_TOKEN = 2  # of text, at least
+
+# Returns the video that a model receives in place of one, of which it received frames with these indices.
+View = Callable[[Mapping[str, Any], Sequence[int]], Mapping[str, Any] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkInput:
+    """The input of a run for one benchmark.
+
+    Attributes:
+        benchmark: The benchmark, with the run's frames and tokens.
+        annotations: All samples of the benchmark.
+        samples: The samples of the run.
+        rows: The samples of the run whose videos exist, with their paths.
+        missing: Paths of the other videos.
+    """
+
+    benchmark: Benchmark
+    annotations: Sequence[AnnotatedSample]
+    samples: Sequence[AnnotatedSample]
+    rows: Sequence[AnnotatedSample]
+    missing: Sequence[Path]
+
+    @classmethod
+    def load(
+        cls,
+        benchmark: Benchmark,
+        annotations: Path | None = None,
+        data_root: Path | None = None,
+        limit: int | None = None,
+    ) -> Self:
+        """Reads the annotations and finds the videos.
+
+        Args:
+            benchmark: The benchmark.
+            annotations: Directory with the annotation file.
+            data_root: Directory with the videos.
+            limit: Only samples of the first `limit` videos.
+
+        Raises:
+            InputError: see `load_annotations` and `find_videos`.
+        """
+        rows = load_annotations(benchmark, annotations)
+        samples = first_videos(rows, limit)
+        return cls(benchmark, rows, samples, *find_videos(benchmark, samples, data_root))
+
+
+class Engines:
+    """Builds engines of one model when they are first used. Only the last one stays in memory.
+
+    Args:
+        load: Returns the model and the processor. It is called when the first engine is built.
+        slots: Number of answers in progress at once.
+    """
+
+    def __init__(self, load: Callable[[], tuple[Tarsier, Processor]], slots: int = SLOTS):
+        self._load, self._slots = functools.cache(load), slots
+        self._engine: Engine | None = None
+        self._shape: tuple[int, int, int] | None = None
+
+    def fit(self, benchmark: Benchmark, rows: Sequence[AnnotatedSample]) -> Engine:
+        """Returns an engine for the frames, the prompts and the answers of a benchmark."""
+        longest = max(len(Prediction.of(row).prompt.encode()) for row in rows)
+        extra_text = max(0, longest // _BYTES_PER_TOKEN - _USUAL_TEXT)
+        shape = (benchmark.n_frames, benchmark.max_new_tokens, extra_text)
+        if self._engine is None or self._shape != shape:
+            self._engine = None  # its memory must be free before the next engine is built
+            self._engine, self._shape = self._build(*shape), shape
+        return self._engine
+
+    def _build(self, n_frames: int, max_new_tokens: int, extra_text: int) -> Engine:
+        model, processor = self._load()
+        processor, mesh = processor.replace(n_frames=n_frames), model_mesh(model)
+        groups = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        config = fit_config(processor, self._slots, max_new_tokens, groups)
+        if extra_text:
+            prompt_tokens = min(config.prompt_tokens + extra_text, processor.options.max_seq_len)
+            config = fit_config(processor, self._slots, max_new_tokens, groups, prompt_tokens)
+        return Engine(model, processor, config)
 
 
 def evaluate(
-    model: Tarsier, processor: Processor, benchmarks: Sequence[Benchmark], output: Path, limit: int | None = None
-) -> Iterator[tuple[Benchmark, Scores]]:
-    """Yields each benchmark with its scores.
+    engines: Engines,
+    source: BenchmarkInput,
+    output: Path,
+    judge: Judge | None = None,
+    settings: Mapping[str, Any] | None = None,
+    baselines: bool = False,
+) -> BenchmarkScores:
+    """Answers the samples of a benchmark that have no answer yet, and scores all of them.
 
     Args:
-        output: Directory with the predictions, one file per benchmark. Samples that have an answer there are skipped.
-        limit: Only samples of the first `limit` videos per benchmark.
+        engines: Engines of the model.
+        source: The samples.
+        output: Directory of the run. Predictions are in predictions/NAME.jsonl.
+        judge: The judge of a metric that needs one; `benchmark.judge` takes precedence.
+        settings: Settings of the run, for the report.
+        baselines: Also answer the samples with one frame, with shuffled frames, and without a video; the predictions
+            are in baselines/BASELINE/NAME.jsonl, and their figures are among the baselines of the scores.
 
     Raises:
-        InputError: a sample cannot be answered, or a file of predictions cannot be read.
+        InputError: the predictions of an earlier run cannot be read, or the answers cannot be scored.
+        EngineError: the engine failed.
     """
-    engine = Engine(model, processor, fit_config(processor, _SLOTS, max(each.max_new_tokens for each in benchmarks)))
-    for benchmark in benchmarks:
-        predictions = predict(engine, benchmark, output / f"{benchmark.name}.jsonl", limit)
-        yield benchmark, benchmark.metric(predictions, benchmark.judge)
+    benchmark, name = source.benchmark, f"{source.benchmark.name}.jsonl"
+    expected = [Prediction.of(sample) for sample in source.samples]
+
+    def score_rows(rows: Sequence[AnnotatedSample]) -> BenchmarkScores:
+        predictions = Predictions([Prediction.of(row) for row in rows])
+        return score(benchmark, predictions, benchmark.judge or judge, settings, expected)
+
+    rows = answer(engines, benchmark, source.rows, output / "predictions" / name)
+    scores, figures = score_rows(rows), {}
+    if baselines:
+        answered = [row for row in rows if "visuals" in row]
+        for baseline, view in BASELINES.items():
+            path = output / "baselines" / baseline / name
+            figures[baseline] = score_rows(answer(engines, benchmark, answered, path, view)).figures
+    return dataclasses.replace(scores, baselines={**scores.baselines, **figures})
 
 
-def predict(engine: Engine, benchmark: Benchmark, path: Path, limit: int | None = None) -> list[Prediction]:
-    """Answers the samples that have no line in the file `path` and appends their lines; returns all predictions.
+def answer(
+    engines: Engines, benchmark: Benchmark, rows: Sequence[AnnotatedSample], path: Path, view: View | None = None
+) -> list[AnnotatedSample]:
+    """Answers the rows that have no answer in the file `path`, and appends them; returns all rows with answers.
+
+    A sample that cannot be answered has the answer "<error>", and the reason as `error`. The next call tries it again.
+
+    Args:
+        engines: Engines of the model.
+        benchmark: The benchmark of the rows.
+        rows: Rows with the paths of their videos.
+        path: File of the predictions.
+        view: Changes the videos. The rows must have the `visuals` of an answer.
 
     Raises:
-        InputError: a sample cannot be answered. The other answers are stored first.
+        InputError: `path` is not a file of predictions.
+        EngineError: the engine failed.
     """
-    samples = first_videos(benchmark.annotations(), limit)
-    lines = read_predictions(path)
-    missing = [sample for sample in samples if key_of(sample) not in lines]
-    errors = []
-    with tempfile.TemporaryDirectory() as media, contextlib.closing(LineWriter(path)) as writer:
-        results = _answers(engine, benchmark, missing, Path(media))
-        for i, answer in tqdm(results, desc=benchmark.name, total=len(missing), unit="sample"):
-            if isinstance(answer, RequestError):
-                errors.append(answer.reason)
-                continue
-            line = with_prediction(missing[i], answer)
-            writer.write(line)
-            lines[key_of(line)] = line
-    if errors:
-        raise InputError(
-            f"{benchmark.name}: {len(errors)} of {len(samples)} samples have no answer. The first reason: {errors[0]} "
-            f"The other answers are stored in {path}. Correct the samples and run again."
-        )
-    return [Prediction.of(lines[key_of(sample)]) for sample in samples]
+    stored = read_answers(path)
+    missing = [row for row in rows if _key(row) not in stored]
+    if missing:
+        engine = engines.fit(benchmark, missing)
+        with tempfile.TemporaryDirectory() as media, contextlib.closing(LineWriter(path)) as writer:
+            prepare = functools.partial(_prepare, engine.processor, benchmark, Path(media), view)
+            with Frontend(engine, prepare=prepare) as frontend:
+                results = frontend.answer_all(enumerate(missing), SamplingOptions(benchmark.max_new_tokens))
+                for i, result in tqdm(results, desc=path.stem, total=len(missing), unit="sample"):
+                    line = _answered(missing[i], result, engine.processor)
+                    writer.write(line)
+                    stored[_key(line)] = line
+    return [stored[_key(row)] for row in rows]
 
 
-def first_videos(samples: Iterable[AnnotatedSample], limit: int | None) -> list[AnnotatedSample]:
-    """Returns the samples of the first `limit` videos; all samples if `limit` is None."""
-    samples = list(samples)
-    videos = set(list(dict.fromkeys(sample["vid"] for sample in samples))[:limit])
-    return [sample for sample in samples if sample["vid"] in videos]
+def read_answers(path: Path) -> dict[str, AnnotatedSample]:
+    """Returns the answered rows of an earlier run by key, and removes all others from the file.
+
+    The others are samples that could not be answered, and a last line that a killed run left incomplete.
+
+    Raises:
+        InputError: a line is not a prediction.
+    """
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    if complete != content:
+        _replace(path, complete)
+    rows = [row for _, row in read_rows(path)]
+    answered = {_key(row): row for row in rows if not Prediction.of(row).is_missing}
+    if len(answered) < len(rows):
+        _replace(path, "".join(f"{to_json(row)}\n" for row in answered.values()).encode())
+    return answered
 
 
-def _answers(
-    engine: Engine, benchmark: Benchmark, samples: Sequence[AnnotatedSample], media: Path
-) -> Iterator[tuple[int, str | RequestError]]:
-    """Yields the position of a sample and its answer, or the reason why it has none, in the order of completion."""
-
-    def prepare(sample: AnnotatedSample) -> Example:
-        return engine.processor(_with_video(sample, benchmark.video_source(sample, media)))
-
-    with Frontend(engine, prepare=prepare) as frontend:
-        for number, result in frontend.answer_all(enumerate(samples), SamplingOptions(benchmark.max_new_tokens)):
-            yield number, result if isinstance(result, RequestError) else result.text
+def _replace(path: Path, content: bytes) -> None:
+    with atomic_write(path) as partial:
+        partial.write_bytes(content)
 
 
-def _with_video(sample: AnnotatedSample, source: object) -> AnnotatedSample:
-    user, *rest = sample["messages"]
-    content = [{**item, "video": source} if item["type"] == "video" else item for item in user["content"]]
-    return {**sample, "messages": [{**user, "content": content}, *rest]}
+def _key(row: AnnotatedSample) -> str:
+    return Prediction.of(row).key
+
+
+def _prepare(
+    processor: Processor, benchmark: Benchmark, media: Path, view: View | None, row: AnnotatedSample
+) -> Example:
+    messages = messages_of(benchmark, row)
+    videos: list[Mapping[str, Any] | None] = list(videos_of(messages))
+    if callable(benchmark.video):
+        videos = [benchmark.video(row, media)] * len(videos)
+    if view is not None:
+        pairs = zip(videos, row["visuals"], strict=True)
+        videos = [view(video or {}, visual["frame_indices"]) for video, visual in pairs]
+    return processor({"messages": with_videos(messages, videos)})
+
+
+def _answered(row: AnnotatedSample, result: Completion | RequestError, processor: Processor) -> dict[str, Any]:
+    if isinstance(result, RequestError):
+        return {**with_answer(row, ERROR), "error": result.reason}
+    return {**with_answer(row, result.text), "visuals": _visuals(result.request.example, processor)}
+
+
+def _visuals(example: Example, processor: Processor) -> list[dict[str, Any]]:
+    """Returns the frames of each video as the model received them: indices, times in seconds, and size in pixels."""
+    size = processor.config.vision.patch_size
+    return [
+        {
+            "frame_indices": list(selection.indices),
+            "times": None if selection.times is None else [round(time, 3) for time in selection.times],
+            "width": int(width) * size,
+            "height": int(height) * size,
+        }
+        for selection, (_, height, width) in zip(example.selections, example.grid_thw, strict=True)
+    ]
+
+
+def _one_frame(video: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+    return _with_frames(video, [indices[len(indices) // 2]])
+
+
+def _shuffled_frames(video: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+    return _with_frames(video, np.random.default_rng(0).permutation(indices).tolist())
+
+
+def _no_video(video: Mapping[str, Any], indices: Sequence[int]) -> None:
+    return None
+
+
+def _with_frames(video: Mapping[str, Any], indices: list[int]) -> dict[str, Any]:
+    """Returns a video with these frames, without other keys that select frames."""
+    return {**{key: video[key] for key in ("video_file", "frames") if key in video}, "frame_indices": indices}
+
+
+BASELINES: Mapping[str, View] = {
+    "one_frame": _one_frame,
+    "shuffled_frames": _shuffled_frames,
+    "no_video": _no_video,
+}

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     files = PredictionFiles(args.predictions)
     directory = args.predictions if args.predictions.is_dir() else args.predictions.parent
     benchmarks = with_rows(select(args.benchmarks), files)
-    judge = judge_of(args) if any(needs_judge(benchmark) for benchmark in benchmarks) else None
+    judge = judge_of(args) if any(benchmark.needs_judge for benchmark in benchmarks) else None
     settings, results, num_failed = settings_of(directory), [], 0
     output = args.output or directory
     with locked(output, inside=True):
@@ -81,10 +81,6 @@ def with_rows(benchmarks: list[Benchmark], files: PredictionFiles) -> list[Bench
     return chosen
 
 
-def needs_judge(benchmark: Benchmark) -> bool:
-    return benchmark.metric.needs_judge and benchmark.judge is None
-
-
 def score_files(
     benchmark: Benchmark,
     files: PredictionFiles,
@@ -97,7 +93,7 @@ def score_files(
     Raises:
         InputError: a row cannot be scored, or the metric needs a judge and there is none.
     """
-    if needs_judge(benchmark) and judge is None:
+    if benchmark.needs_judge and judge is None:
         raise InputError("the metric needs a judge. Pass --judge URL, the base URL of an OpenAI-compatible server.")
     expected = None
     if annotations is not None or callable(benchmark.annotations):

@@ -6,15 +6,14 @@ answer.
 """
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from eval.benchmarks.benchmark import Benchmark
-from eval.predictions import AnnotatedSample, Prediction
+from eval.predictions import AnnotatedSample, Prediction, read_rows
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import warn
-from tarsier_jax.processing.jsonl import check_line, parse_json
 
 _TIMES = ("start_time", "end_time")  # of a row with `text`
 
@@ -156,34 +155,11 @@ def _read_file(benchmark: Benchmark, path: Path) -> list[AnnotatedSample]:
     return [row for _, row in rows]
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, AnnotatedSample]]:
-    """Yields the place and the content of each row of a file of JSON lines.
-
-    Raises:
-        InputError: a line is not a JSON object.
-        OSError: the file cannot be read.
-    """
-    first = True
-    # Only line feeds end a row: others, such as U+2028, may be characters of a text.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        check_line(str(path), number, line, first)
-        first, place = False, f"{path} line {number}"
-        try:
-            row = parse_json(line.decode(), place)
-        except InputError as error:
-            raise InputError(f"{error} Copy the file again, or remove the line.") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{place} is not a JSON object. Remove the line.")
-        yield place, row
-
-
 def _check_row(benchmark: Benchmark, place: str, row: AnnotatedSample) -> Prediction:
     try:
         prediction = Prediction.of(row)
     except InputError as error:
-        raise InputError(f"{place}: {error}. Copy the file again, or remove the line.") from None
+        raise InputError(f"{place} {error} Copy the file again, or remove the line.") from None
     if (name := str(prediction.dataset).split("/")[0]) != benchmark.dataset:
         raise InputError(f"{place} is a row of {name}, not of {benchmark.dataset}. Use the file of {benchmark.name}.")
     if not any(prediction.references):

@@ -43,6 +43,11 @@ class Benchmark:
     max_new_tokens: int = 512
     judge: Judge | None = None
 
+    @property
+    def needs_judge(self) -> bool:
+        """Whether the scores need the judge of --judge."""
+        return self.metric.needs_judge and self.judge is None
+
     def expected_counts(self, datasets: Collection[str]) -> Mapping[str, int]:
         """Returns `subsets`, or nothing if `datasets` has others: the two row formats name some subsets differently."""
         return self.subsets if set(datasets) <= self.subsets.keys() else {}

@@ -4,6 +4,7 @@ Every clip is described in six ways: as it is, from an mp4 file, at sizes and le
 backwards (judged against the reversed events), as one frame, and with its frames in random order.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from eval.predictions import AnnotatedSample
 from eval.shapes.annotations import annotation, question_annotation
 from eval.shapes.clips import HELD_OUT, FrameSize, draw_clip_scene
 from eval.shapes.judge import RulesJudge
-from eval.shapes.questions import letter_in, sample_question
+from eval.shapes.questions import LETTERS, letter_in, sample_question
 from eval.shapes.render import render_scene, write_clip
 from eval.shapes.world import Scene, reverse
 
@@ -91,6 +92,11 @@ def video_source(sample: AnnotatedSample, media: Path) -> Mapping[str, Any]:
     return show(render_scene(scene, *size), media / str(sample["vid"]))
 
 
+# An answer is the text of an option and then its letter, so the original's rule would read another letter.
+_LETTERS = dataclasses.replace(
+    letters_metric(lambda row: letter_in(row.text or "") or None, lambda row: letter_in(row.reference)),
+    constant_answers=lambda rows: list(LETTERS),
+)
 SHAPES = Benchmark(
     name="shapes",
     dataset="Shapes",
@@ -104,8 +110,7 @@ SHAPES = Benchmark(
 SHAPES_QA = Benchmark(
     name="shapes-qa",
     dataset="ShapesQA",
-    # An answer is the text of an option and then its letter.
-    metric=letters_metric(lambda row: letter_in(row.text or "") or None, lambda row: letter_in(row.reference)),
+    metric=_LETTERS,
     annotations=functools.partial(question_samples, HELD_OUT, _CLIPS),
     video=video_source,
     max_new_tokens=_MAX_NEW_TOKENS,

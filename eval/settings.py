@@ -1,0 +1,85 @@
+"""The settings of a run: everything that its predictions depend on, stored beside them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks.annotations import messages_of
+from eval.evaluation import BenchmarkInput
+from eval.predictions import Prediction
+from eval.texts import flatten
+from tarsier_jax.errors import InputError
+from tarsier_jax.processing.jsonl import parse_json
+
+_DIGITS = 16  # of a digest
+_BENCHMARKS = "benchmarks"  # key of the settings of single benchmarks
+
+
+def fingerprint(directory: Path) -> str:
+    """Returns a digest of the names and contents of a checkpoint's files, without documents and hidden files."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and _is_content(file.relative_to(directory)))
+    with ThreadPoolExecutor() as threads:
+        digests = list(threads.map(_digest, files))
+    names = [file.relative_to(directory).as_posix() for file in files]
+    return _short_digest(json.dumps(list(zip(names, digests, strict=True))))
+
+
+def benchmark_settings(source: BenchmarkInput) -> dict[str, Any]:
+    """Returns the settings of a benchmark: frames, tokens, the prompt, and a digest of all samples."""
+    benchmark = source.benchmark
+    prompts, samples = {}, []
+    for row in source.annotations:
+        messages, prediction = messages_of(benchmark, row), Prediction.of(row)
+        text = "".join(item["text"] for message in messages for item in message["content"] if item["type"] == "text")
+        prompts[text] = None
+        samples.append([prediction.key, messages, prediction.references, prediction.extra_info])
+    return {
+        "n_frames": benchmark.n_frames,
+        "max_new_tokens": benchmark.max_new_tokens,
+        "prompt": next(iter(prompts)) if len(prompts) == 1 else f"{len(prompts)} prompts",
+        "prefill": benchmark.prefill,
+        "annotations": _short_digest(json.dumps(samples)),
+    }
+
+
+def merge_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a run, and of other benchmarks that earlier runs stored in `path`.
+
+    Raises:
+        InputError: `path` contains another value of a setting.
+    """
+    stored = parse_json(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
+    earlier, current = flatten(stored), flatten(settings)
+    differences = [
+        f"{name} was {earlier[name]!r:.100} and is {current[name]!r:.100}"
+        for name in current
+        if earlier.get(name, current[name]) != current[name]
+    ]
+    if differences:
+        raise InputError(
+            f"{path.parent} contains predictions with other settings: {'; '.join(differences)}. Choose another "
+            "--output, or remove the directory."
+        )
+    return {**settings, _BENCHMARKS: {**stored.get(_BENCHMARKS, {}), **settings[_BENCHMARKS]}}
+
+
+def settings_for(settings: Mapping[str, Any], benchmark: str) -> dict[str, Any]:
+    """Returns the settings that the scores of one benchmark depend on."""
+    common = {name: value for name, value in settings.items() if name != _BENCHMARKS}
+    return {**common, **settings.get(_BENCHMARKS, {}).get(benchmark, {})}
+
+
+def _is_content(path: Path) -> bool:
+    return path.suffix != ".md" and not any(part.startswith(".") for part in path.parts)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
