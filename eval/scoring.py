@@ -93,7 +93,11 @@ def score(
         baselines=_baselines(benchmark, rows, judge, constant_answers),
         audit=_audit(scores),
         notes=_notes(benchmark, predictions, scores, expected),
-        settings={**(settings or {}), **({} if judge is None else judge.settings), "package_version": __version__},
+        settings={
+            **(settings or {}),
+            **({} if judge is None else {"judge": judge.settings}),
+            "package_version": __version__,
+        },
     )
 
 

@@ -97,7 +97,7 @@ def test_the_parser_audit_counts_disagreements() -> None:
 def test_settings_contain_those_of_the_model_and_the_judge() -> None:
     benchmark = dataclasses.replace(LETTER_BENCHMARK, metric=AUTODQ)
     settings = score(benchmark, Predictions(rows("a.")), sentence_judge(), {"model": "m"}).settings
-    assert settings["model"] == "m" and settings["judge"] == "fake" and settings["package_version"]
+    assert settings["model"] == "m" and settings["judge"] == {"judge": "fake"} and settings["package_version"]
 
 
 def test_annotations_are_not_predictions() -> None:
