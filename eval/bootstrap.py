@@ -111,13 +111,12 @@ def select(arrays: ScoreArrays, index: np.ndarray) -> ScoreArrays:
 
 def point_figures(metric: Metric, arrays: ScoreArrays) -> dict[str, float]:
     """Returns the figures with every sample once."""
-    figures = metric.figures(_with_all_values(metric, arrays), np.ones((1, len(arrays.keys))))
+    figures = metric.figures(arrays, np.ones((1, len(arrays.keys))))
     return {name: float(values[0]) for name, values in figures.items()}
 
 
 def draw_figures(metric: Metric, arrays: ScoreArrays) -> dict[str, np.ndarray]:
     """Returns the figures (NUM_DRAWS,) of random draws of videos with replacement; the seed is fixed."""
-    arrays = _with_all_values(metric, arrays)
     chunks = [metric.figures(arrays, weights) for weights in _draw_weights(arrays.videos)]
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
@@ -149,12 +148,6 @@ def _draw_weights(videos: Sequence[str]) -> Iterator[np.ndarray]:
 
 def _has_values(arrays: ScoreArrays) -> np.ndarray:
     return np.any([~np.isnan(values) for values in arrays.values.values()] or [[False] * len(arrays.keys)], axis=0)
-
-
-def _with_all_values(metric: Metric, arrays: ScoreArrays) -> ScoreArrays:
-    """Adds values that no sample has."""
-    missing = {name: np.full(len(arrays.keys), np.nan) for name in metric.value_names}
-    return dataclasses.replace(arrays, values={**missing, **arrays.values})
 
 
 def _subtract(second: Mapping, first: Mapping) -> dict:

@@ -48,7 +48,7 @@ def plot_runs(title: str, figure_name: str, runs: Mapping[str, Sequence[Estimate
     Args:
         runs: Estimates by name of the run. Subsets are shown in the order in which they first occur, OVERALL last.
     """
-    labels = {each.subset: each for run in reversed(runs.values()) for each in run}
+    labels = {each.subset: each for run in reversed([*runs.values()]) for each in run}
     subsets = sorted(labels, key=lambda subset: (subset == OVERALL, subset))
     figure, axes = _new_figure(title, figure_name, [labels[subset] for subset in subsets], len(runs))
     rows = _row_positions(subsets)

@@ -45,7 +45,7 @@ class StoredScores:
     def arrays(self, strict: bool = False) -> ScoreArrays:
         """Returns the original's values of the samples, or the strict ones."""
         rows = [sample["strict" if strict else "values"] for sample in self.samples]
-        names = dict.fromkeys(name for row in rows for name in row)
+        names = dict.fromkeys(name for sample in self.samples for name in sample["strict"])  # which every sample has
         return ScoreArrays(
             keys=[sample["idx"] for sample in self.samples],
             subsets=[sample["dataset"] for sample in self.samples],

@@ -120,7 +120,7 @@ def test_every_published_figure_has_a_name_of_the_metric() -> None:
 
 
 def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.compare.BENCHMARKS", [benchmark_scores([]).benchmark])
+    monkeypatch.setattr("eval.compare.BENCHMARKS", [benchmark_scores(_answers(1, 1)).benchmark])
     runs = [str(_write(tmp_path / name, _answers(20, num_correct))) for name, num_correct in (("a", 5), ("b|c", 15))]
     main(parse([*runs, "--output", str(tmp_path / "out")]))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json", "compare.md", "quiz.png"]
