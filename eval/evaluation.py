@@ -209,9 +209,13 @@ def read_answers(path: Path) -> dict[str, AnnotatedSample]:
     complete = content[: content.rfind(b"\n") + 1]
     if complete != content:
         _replace(path, complete)
-    rows = [row for _, row in read_rows(path)]
-    answered = {_key(row): row for row in rows if not Prediction.of(row).is_missing}
-    if len(answered) < len(rows):
+    num_rows, answered = 0, {}
+    for place, row in read_rows(path):
+        prediction = prediction_at(place, row)
+        num_rows += 1
+        if not prediction.is_missing:
+            answered[prediction.key] = row
+    if len(answered) < num_rows:
         _replace(path, "".join(f"{to_json(row)}\n" for row in answered.values()).encode())
     return answered
 

@@ -146,7 +146,7 @@ def run_settings(args: argparse.Namespace, sources: Sequence[BenchmarkInput]) ->
         "platform": jax.default_backend(),
         "package_version": tarsier_jax.__version__,
         "jax_version": jax.__version__,
-        "benchmarks": {source.benchmark.name: benchmark_settings(source) for source in sources},
+        "benchmarks": {each.benchmark.name: benchmark_settings(each.benchmark, each.annotations) for each in sources},
     }
 
 

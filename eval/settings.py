@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from eval.benchmarks.annotations import messages_of
-from eval.evaluation import BenchmarkInput
-from eval.predictions import Prediction
+from eval.benchmarks.benchmark import Benchmark
+from eval.predictions import AnnotatedSample, Prediction
 from eval.texts import flatten
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.jsonl import parse_json
@@ -27,11 +27,10 @@ def fingerprint(directory: Path) -> str:
     return _short_digest(json.dumps(list(zip(names, digests, strict=True))))
 
 
-def benchmark_settings(source: BenchmarkInput) -> dict[str, Any]:
-    """Returns the settings of a benchmark: frames, tokens, the prompt, and a digest of all samples."""
-    benchmark = source.benchmark
+def benchmark_settings(benchmark: Benchmark, rows: Sequence[AnnotatedSample]) -> dict[str, Any]:
+    """Returns the settings of a benchmark: frames, tokens, the prompt, and a digest of all its samples, `rows`."""
     prompts, samples = {}, []
-    for row in source.annotations:
+    for row in rows:
         messages, prediction = messages_of(benchmark, row), Prediction.of(row)
         text = "".join(item["text"] for message in messages for item in message["content"] if item["type"] == "text")
         prompts[text] = None
