@@ -18,6 +18,7 @@ from eval.judges.judge import Judge
 from eval.predictions import Prediction, PredictionFiles
 from eval.report import screen_text, write_report
 from eval.scoring import BenchmarkScores, score
+from eval.settings import settings_for
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path, locked
 from tarsier_jax.processing.jsonl import parse_json
@@ -50,7 +51,8 @@ def main(args: argparse.Namespace) -> int:
     with locked(output, inside=True):
         for benchmark in benchmarks:
             try:
-                results.append(score_files(benchmark, files, judge, settings, args.annotations))
+                own_settings = settings_for(settings, benchmark.name)
+                results.append(score_files(benchmark, files, judge, own_settings, args.annotations))
             except InputError as error:  # the other benchmarks can be scored
                 print(f"error: {benchmark.name}: {error}", file=sys.stderr)
                 num_failed += 1

@@ -10,6 +10,7 @@ import numpy as np
 
 from eval.benchmarks.benchmark import Benchmark
 from eval.judges.judge import Judge
+from eval.judges.usage import MeteredJudge, estimate
 from eval.metrics.scores import STATUSES, Metric, SampleScore, Status, Table, arrays_of
 from eval.predictions import ERROR, PLACEHOLDER, Prediction, Predictions
 from tarsier_jax import __version__
@@ -69,12 +70,17 @@ def score(
         InputError: a row cannot be scored, no row has an answer, or the judge cannot be used.
     """
     rows, metric = predictions.rows, benchmark.metric
+    judge = judge if metric.needs_judge else None
     if rows and predictions.num_unanswered == len(rows):
         raise InputError(
             f"No row of {benchmark.dataset} has an answer, and the videos are {PLACEHOLDER!r}: these are annotations "
             "instead of predictions. Pass the predictions of a model."
         )
-    scores = metric.score([row for row in rows if row.text is not None], judge)
+    answers = [row for row in rows if row.text is not None]
+    if isinstance(judge, MeteredJudge):
+        usage = estimate(lambda estimator: metric.score(answers, estimator), judge)
+        print(f"{benchmark.name}: the judge needs about {usage.summary(judge.prices)}.", flush=True)
+    scores = metric.score(answers, judge)
     answered = {each.prediction.key for each in scores}
     unanswered = [row for row in rows if row.key not in answered]
     absent = _absent(benchmark, rows, expected)
@@ -92,7 +98,7 @@ def score(
         strict_figures=figures_of(metric, scores, strict=True),
         baselines=_baselines(benchmark, rows, judge, constant_answers),
         audit=_audit(scores),
-        notes=_notes(benchmark, predictions, scores, expected),
+        notes=[*_notes(benchmark, predictions, scores, expected), *_usage(judge)],
         settings={
             **(settings or {}),
             **({} if judge is None else {"judge": judge.settings}),
@@ -107,6 +113,10 @@ def figures_of(metric: Metric, scores: Sequence[SampleScore], strict: bool = Fal
     if not scores:
         return {}
     return {name: float(value[0]) for name, value in metric.figures(arrays, np.ones((1, len(scores)))).items()}
+
+
+def _usage(judge: Judge | None) -> list[str]:
+    return [f"The judge: {judge.pop_usage().summary(judge.prices)}."] if isinstance(judge, MeteredJudge) else []
 
 
 def _absent(
@@ -167,16 +177,15 @@ def _notes(
     """Returns sentences about rows that are left out, repeated, or scored in a special way."""
     rows = predictions.rows
     keys = {row.key for row in rows if expected is None} or {each.key for each in expected or ()}
-    notes = [
-        (predictions.num_repeated, "rows repeat a sample with the same answer. They are ignored."),
-        (predictions.num_conflicting, "rows repeat a sample with another answer. The first row counts."),
-        (
-            sum(row.text == ERROR for row in rows),
-            f"answers are {ERROR}. They count as missing; the comparable figure scores them as text, as the original.",
+    counts = {
+        "Repeated rows with the same answer, ignored": predictions.num_repeated,
+        "Repeated rows with another answer (the first row counts)": predictions.num_conflicting,
+        f"Answers {ERROR} (missing; the comparable figure scores them as text, as the original does)": sum(
+            row.text == ERROR for row in rows
         ),
-        (sum(row.key not in keys for row in rows), "rows are not in the annotation file. They are scored."),
-    ]
-    sentences = [f"{count} {text}" for count, text in notes if count]
+        "Rows that are not in the annotation file, scored": sum(row.key not in keys for row in rows),
+    }
+    sentences = [f"{text}: {count}." for text, count in counts.items() if count]
     if rows and not any(row.text for row in rows):
         sentences.append("No row has an answer. Check that these are predictions.")
     subsets = {row.dataset for row in rows}

@@ -1,8 +1,8 @@
 """Finds the videos of samples in a directory, without downloading any.
 
 A row that names a file uses it, relative to the directory. Otherwise the path is that of the benchmark's record, such
-as TVBench/action_antonym/1.avi for the `vid` "action_antonym/1.avi". If there is no such file, it is the file in the
-same directory with the same stem and another ending.
+as TVBench/action_antonym/1.avi for the `vid` "action_antonym/1.avi", or that path without the name of the benchmark. If
+there is no such file, it is the file in the same directory with the same stem and another ending.
 """
 
 import functools
@@ -51,14 +51,21 @@ def _source(
     if file != PLACEHOLDER:
         return data_root / file
     path = data_root / default
-    if path.exists():
-        return path
+    paths = [path, data_root.joinpath(*Path(default).parts[1:])]  # the second in a directory of one benchmark
+    files = [each for each in paths if each.exists()] or [
+        file for each in paths for file in _same_stem(each, files_by_stem)
+    ]
+    return files[0] if files else path
+
+
+def _same_stem(path: Path, files_by_stem: Callable[[Path], Mapping[str, Sequence[Path]]]) -> Sequence[Path]:
+    """Returns the media file in the directory of `path` with its stem, if there is one. Raises InputError for two."""
     stem = path.stem if path.suffix.lower() in MEDIA_SUFFIXES else path.name
-    candidates = files_by_stem(path.parent).get(stem, [])
-    if len(candidates) > 1:
-        names = ", ".join(candidate.name for candidate in candidates)
+    files = files_by_stem(path.parent).get(stem, [])
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
         raise InputError(f"{path} does not exist, and {names} could replace it. Keep one of them.")
-    return candidates[0] if candidates else path
+    return files
 
 
 def _files_by_stem(directory: Path) -> dict[str, list[Path]]:

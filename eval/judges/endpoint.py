@@ -236,6 +236,7 @@ class EndpointJudge:
     Attributes:
         settings: URL, model, temperature, requests per task, hash of the prompts, and version of the openai package.
         concurrency: Number of requests at once.
+        prices: Prices of tokens, if they are known.
 
     Raises:
         InputError: the server cannot be reached, or refuses the key.
@@ -244,6 +245,7 @@ class EndpointJudge:
     def __init__(self, options: EndpointOptions, prompts: Prompts, cache: ReplyCache) -> None:
         self.options = options
         self.concurrency = options.concurrency
+        self.prices = options.prices
         self._counter = UsageCounter()
         self._endpoint = Endpoint(options, self._counter)
         self._prompts = prompts

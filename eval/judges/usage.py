@@ -5,7 +5,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from eval.judges.cache import Reply
 from eval.judges.judge import Judge, Task
@@ -106,8 +106,19 @@ def count_tokens(messages: list[Message]) -> int:
     return -(-sum(len(message["content"]) for message in messages) // CHARACTERS_PER_TOKEN)
 
 
-class CachingJudge(Judge, Protocol):
-    """A judge that stores its replies."""
+@runtime_checkable
+class MeteredJudge(Judge, Protocol):
+    """A judge that stores its replies, and counts tokens.
+
+    Attributes:
+        prices: Prices of tokens; None if they are not known.
+    """
+
+    prices: Prices | None
+
+    def pop_usage(self) -> Usage:
+        """Returns the usage since the last call."""
+        ...
 
     def messages(self, task: Task[Any]) -> list[Message]:
         """Returns the messages of a request."""
@@ -118,7 +129,7 @@ class CachingJudge(Judge, Protocol):
         ...
 
 
-def estimate(score: Callable[[Judge], object], judge: CachingJudge) -> Usage:
+def estimate(score: Callable[[Judge], object], judge: MeteredJudge) -> Usage:
     """Estimates the requests and tokens that a metric needs, without a request.
 
     Stored replies cost nothing. The other replies are guesses: events are the sentences of a caption, and a verdict has
@@ -137,7 +148,7 @@ def estimate(score: Callable[[Judge], object], judge: CachingJudge) -> Usage:
 class _Estimator:
     """A judge that answers from the cache, or guesses."""
 
-    def __init__(self, judge: CachingJudge) -> None:
+    def __init__(self, judge: MeteredJudge) -> None:
         self.settings: Mapping[str, Any] = judge.settings
         self.concurrency = 1
         self.counter = UsageCounter()

@@ -141,7 +141,7 @@ def _means(scores: Sequence[SampleScore]) -> tuple[float, float]:
 
 
 def _cells(recall: float, precision: float) -> tuple[str, str, str]:
-    f1 = float(f1_score(np.float64(recall), np.float64(precision)))
+    f1 = float(f1_score(np.array(recall), np.array(precision)))
     return rounded(f1, 3), rounded(recall, 3), rounded(precision, 3)
 
 

@@ -149,7 +149,7 @@ def records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
 def notes(scores: Sequence[SampleScore]) -> list[str]:
     texts = [text for score in scores for text in (score.prediction.text or "", *score.prediction.references)]
     if count := sum(_SHIFTS.search(text) is not None for text in texts):
-        return [f"{count} texts contain a line break, which becomes a space. The original shifts all later captions."]
+        return [f"Texts with a line break, which becomes a space (the original shifts all later captions): {count}."]
     return []
 
 

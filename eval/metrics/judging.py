@@ -32,7 +32,8 @@ def map_predictions(
 
     with ThreadPoolExecutor(judge.concurrency) as executor:
         futures = [executor.submit(call, prediction) for prediction in predictions]
-        with tqdm(total=len(futures), desc=description, unit="sample", disable=not futures) as bar:
+        is_instant = judge.concurrency == 1  # rules, or an estimate
+        with tqdm(total=len(futures), desc=description, unit="sample", disable=is_instant) as bar:
             try:
                 for _ in as_completed(futures):
                     bar.update()

@@ -182,7 +182,7 @@ def notes(scores: Sequence[SampleScore]) -> list[str]:
     if unread := [name for name, group in groups.items() if not _accuracies(group)]:
         sentences.append(f"No answer is valid in {', '.join(unread)}. The original omits the row.")
     if empty := [score.prediction.key for score in scores if score.prediction.references == ("",)]:
-        sentences.append(f"{len(empty)} references are empty, such as that of {empty[0]}: every answer is wrong.")
+        sentences.append(f"Empty references, to which every answer is wrong: {len(empty)}, such as {empty[0]}.")
     return sentences
 
 

@@ -94,9 +94,9 @@ def notes(scores: Sequence[SampleScore]) -> list[str]:
     omitted = sum(not score.values and score.status == "scored" for score in scores) - len(unknown)
     sentences = []
     if omitted:
-        sentences.append(f"{omitted} readable answers are left out: another answer about their video is invalid.")
+        sentences.append(f"Readable answers left out because another answer about their video is invalid: {omitted}.")
     if unknown:
-        sentences.append(f"{len(unknown)} questions are left out: the duration of their video is unknown.")
+        sentences.append(f"Questions left out because the duration of their video is unknown: {len(unknown)}.")
     return sentences
 
 

@@ -109,7 +109,7 @@ OUTCOMES = {
     "DREAM without counts for the buckets": (0, "A sample has no n_subjects or n_shots or n_events"),
     "DREAM, every sample fails": (0, "1 judge failed"),
     "no text in the answer": (0, "0 scored"),
-    "duplicates with other answers": (0, "2 rows repeat a sample with another answer. The first row counts"),
+    "duplicates with other answers": (0, "Repeated rows with another answer (the first row counts): 2."),
 }
 
 

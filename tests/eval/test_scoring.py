@@ -35,7 +35,7 @@ def test_counts_add_up_and_the_strict_figure_counts_the_rest_as_wrong() -> None:
     assert result.figures == {"Accuracy": pytest.approx(200 / 3)}
     assert result.strict_figures == {"Accuracy": pytest.approx(100 * 2 / 6)}
     assert result.tables[0].rows[-1] == ["OVERALL", "66.7", "3", "2"]  # of the rows that the original sees
-    assert "1 answers are <error>" in result.notes[0]
+    assert result.notes[0].startswith("Answers <error> (missing;") and result.notes[0].endswith(": 1.")
 
 
 def test_samples_of_the_annotations_without_a_row_are_missing() -> None:
@@ -43,7 +43,7 @@ def test_samples_of_the_annotations_without_a_row_are_missing() -> None:
     result = score(LETTER_BENCHMARK, Predictions(rows("A", "B")), expected=expected)
     assert result.counts["missing"] == 1 and result.scores[-1].prediction.key == "TVBench/One_2"
     extra = score(LETTER_BENCHMARK, Predictions(rows("A", "B", "A", "A")), expected=expected)
-    assert extra.counts["missing"] == 0 and "1 rows are not in the annotation file. They are scored." in extra.notes
+    assert extra.counts["missing"] == 0 and "Rows that are not in the annotation file, scored: 1." in extra.notes
 
 
 def test_a_row_without_an_answer_is_missing_and_leaves_the_tables() -> None:
@@ -64,8 +64,8 @@ def test_an_absent_subset_is_named() -> None:
 
 def test_repeated_rows_are_named() -> None:
     notes = score(LETTER_BENCHMARK, Predictions(rows("A"), num_repeated=2, num_conflicting=3)).notes
-    assert notes[0].startswith("2 rows repeat a sample with the same answer")
-    assert notes[1].startswith("3 rows repeat a sample with another answer. The first row counts")
+    assert notes[0] == "Repeated rows with the same answer, ignored: 2."
+    assert notes[1] == "Repeated rows with another answer (the first row counts): 3."
 
 
 def test_the_best_constant_answer_is_a_baseline() -> None:

@@ -26,13 +26,15 @@ def test_an_invalid_answer_removes_its_video() -> None:
     assert overall(scores) == ["Overall", "50.0%", "0.0%", "0.0%", "50.0%"]
     assert [each.status for each in scores] == ["scored", "unreadable", "scored", "scored"]
     assert sum(each.strict["accuracy"] for each in scores) == 2
-    assert VIDEO_MME.notes(scores) == ["1 readable answers are left out: another answer about their video is invalid."]
+    assert VIDEO_MME.notes(scores) == [
+        "Readable answers left out because another answer about their video is invalid: 1."
+    ]
 
 
 def test_an_unknown_duration_is_left_out_and_counted() -> None:
     scores = score(question(0, "1", "A", duration="feature"), question(1, "2", "B", duration="long"))
     assert overall(scores) == ["Overall", "0.0%", "0.0%", "0.0%", "0.0%"]
-    assert VIDEO_MME.notes(scores) == ["1 questions are left out: the duration of their video is unknown."]
+    assert VIDEO_MME.notes(scores) == ["Questions left out because the duration of their video is unknown: 1."]
 
 
 def test_digits_start_at_one_and_references_are_compared_as_they_are() -> None:
