@@ -31,6 +31,7 @@ class Prediction:
         vid: The clip, of which several samples may ask.
         row_format: Format of the row.
         visuals: Frames that the model received, as `eval.run` records them.
+        error: Reason why there is no answer, as `eval.run` records it.
     """
 
     dataset: str
@@ -43,6 +44,7 @@ class Prediction:
     vid: str
     row_format: RowFormat = "messages"
     visuals: Any = None
+    error: Any = None
 
     @property
     def key(self) -> str:
@@ -74,7 +76,8 @@ class Prediction:
             raise InputError(f"is not a row of either format of the original ({_reason(error)}).") from None
         if not fields["references"]:
             raise InputError(f"({dataset}, idx {idx}) has no reference.")
-        return cls(dataset=dataset, idx=idx, extra_info=extra, vid=vid, visuals=row.get("visuals"), **fields)
+        fields |= {"visuals": row.get("visuals"), "error": row.get("error")}
+        return cls(dataset=dataset, idx=idx, extra_info=extra, vid=vid, **fields)
 
 
 def _of_messages(row: AnnotatedSample) -> dict[str, Any]:

@@ -182,6 +182,7 @@ def _sample_record(score: SampleScore) -> dict[str, Any]:
         "strict": score.strict,
         "prompt": prediction.prompt,
         "prediction": prediction.text,
+        "error": prediction.error,
         "references": prediction.references,
         "visuals": prediction.visuals,
         "details": score.details,

@@ -59,6 +59,18 @@ def test_texts_of_any_kind_survive(tmp_path: Path) -> None:
     assert sample["prediction"] == text and sample["references"] == [text, "b"] and sample["vid"] == "1.mp4"
 
 
+def test_frames_and_errors_are_recorded(tmp_path: Path) -> None:
+    visuals = [{"frame_indices": [0, 8], "times": [0.0, 0.4], "width": 56, "height": 84}]
+    scores = [
+        sample_score(1, 1.0, visuals=visuals),
+        sample_score(2, 0.0, status="missing", text=None, error="2.mp4 is missing."),
+    ]
+    write_report(tmp_path, [benchmark_scores(scores)])
+    first, second = read_run(tmp_path)["quiz"].samples
+    assert first["visuals"] == visuals and first["error"] is None
+    assert second["prediction"] is None and second["error"] == "2.mp4 is missing."
+
+
 def test_a_benchmark_without_a_score(tmp_path: Path) -> None:
     result = benchmark_scores([sample_score(i, 0.0, status="missing", text=None) for i in range(3)], tables=[])
     write_report(tmp_path, [result])
