@@ -104,11 +104,11 @@ def _read(directory: Path, name: str) -> StoredScores:
     path, samples = directory / f"{name}.json", directory / f"{name}{_SUFFIX}"
     try:
         summary = parse_json(path.read_text(encoding="utf-8"), str(path))
-        lines = samples.read_bytes().decode("utf-8").split("\n")  # a caption may contain U+2028, which is no end
+        lines = samples.read_bytes().decode("utf-8").split("\n")  # captions may contain U+2028
         records = [parse_json(line, f"{samples} line {i}") for i, line in enumerate(lines, 1) if line]
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{directory} has no complete scores of {name}: {error}. Score the predictions again."
+            f"The scores of {name} in {directory} are incomplete: {error}. Score the predictions again."
         ) from None
     if not {"row_format", "settings", "total"} <= summary.keys() or len(records) != summary["total"]:
         raise InputError(f"{path} and {samples.name} are not of one run. Score the predictions again.")

@@ -76,6 +76,14 @@ def test_other_settings_are_visible(tmp_path: Path) -> None:
     assert "**Warning:** The figures are not comparable" in text and "| frames " in text
 
 
+def test_other_versions_are_no_other_judge(tmp_path: Path) -> None:
+    first, second = (
+        _write(tmp_path / name, _answers(4, 2), judge={"model": "a", "openai": name}) for name in ("1.0", "2.0")
+    )
+    comparison = _compare(first, second)
+    assert not comparison.warnings and comparison.settings["judge.openai"] == ["1.0", "2.0"]
+
+
 def test_other_rows_and_prompts_are_visible(tmp_path: Path) -> None:
     first = _write(tmp_path / "a", _answers(10, 5))
     rows = _write(tmp_path / "b", _answers(10, 5, row_format="text"))
