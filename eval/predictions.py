@@ -143,6 +143,7 @@ class PredictionFiles:
     Attributes:
         path: The file or directory.
         num_rows: Number of rows per dataset, the part of `dataset` before the first slash.
+        num_failed: Number of lines that infer.caption wrote for samples without an answer, which name no dataset.
 
     Raises:
         InputError: there is no such file, or a line is not a row.
@@ -150,9 +151,13 @@ class PredictionFiles:
 
     def __init__(self, path: Path):
         self.path = path
+        self.num_failed = 0
         self._rows: dict[str, list[tuple[str, AnnotatedSample]]] = {}
         for file in _files(path):
             for place, row in read_rows(file):
+                if "dataset" not in row:
+                    self.num_failed += 1
+                    continue
                 self._rows.setdefault(str(row["dataset"]).split("/")[0], []).append((place, row))
         self.num_rows = {name: len(rows) for name, rows in self._rows.items()}
 
@@ -210,6 +215,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, AnnotatedSample]]:
             row = parse_json(line, place)
         except InputError as error:
             raise InputError(f"{error} If a run was killed while it wrote the line, remove the line.") from None
-        if not isinstance(row, Mapping) or not {"dataset", "idx"} <= row.keys():
+        keys = {"error", "input"} if isinstance(row, Mapping) and "dataset" not in row else {"dataset", "idx"}
+        if not isinstance(row, Mapping) or not keys <= row.keys():
             raise InputError(f'{place} has no "dataset" and "idx", which every row of annotations or predictions has.')
         yield place, row

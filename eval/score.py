@@ -78,6 +78,8 @@ def with_rows(benchmarks: list[Benchmark], files: PredictionFiles) -> list[Bench
     for benchmark in benchmarks:
         if benchmark not in chosen:
             print(f"{benchmark.name}: {files.path} has no row of {benchmark.dataset}.")
+    if files.num_failed:
+        print(f"Lines of infer.caption without an answer: {files.num_failed}. Their samples count as missing.")
     if others:
         print(f"Rows of other datasets are ignored: {found}.")
     return chosen

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from eval.predictions import Prediction, PredictionFiles, read_rows
+from infer.bulk.inputs import with_prediction
 from tarsier_jax.errors import InputError
 from tests.eval.rows import row
 
@@ -75,6 +76,14 @@ def test_a_byte_order_mark_separators_in_texts_and_blank_lines(tmp_path: Path) -
     path = write(tmp_path / "a.jsonl", row("VATEX-test", 1, "a\u2028b\x85c", "x"), "", row("VATEX-test", 2, "", "x"))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert [each.text for each in PredictionFiles(path).of("VATEX-test").rows] == ["a\u2028b\x85c", ""]
+
+
+def test_lines_of_infer_caption(tmp_path: Path) -> None:
+    failure = {"idx": 2, "input": "clips.jsonl line 3", "error": "2.mp4 is empty."}
+    files = PredictionFiles(
+        write(tmp_path / "a.jsonl", with_prediction(row("VATEX-test", 1, "", "x"), "a dog"), failure)
+    )
+    assert files.num_failed == 1 and [each.text for each in files.of("VATEX-test").rows] == ["a dog"]
 
 
 def test_not_a_number_is_read(tmp_path: Path) -> None:
