@@ -106,7 +106,7 @@ def _hits(verdicts: Sequence[EventVerdict], events: Sequence[str]) -> str:
     return f"hit: {num_entailed} / {len(events)}"
 
 
-def figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
+def _figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Returns F1, recall and precision, each 0 to 1: means of the means of subsets, and F1 of the two."""
     recall, precision = (macro_mean(arrays, name, weights) for name in ("recall", "precision"))
     return {"F1 Score": f1_score(recall, precision), "Action Recall": recall, "Action Precision": precision}
@@ -118,7 +118,7 @@ def f1_score(recall: np.ndarray, precision: np.ndarray) -> np.ndarray:
         return 2 * recall * precision / (recall + precision)
 
 
-def tables(dataset: str, scores: Sequence[SampleScore]) -> list[Table]:
+def _tables(dataset: str, scores: Sequence[SampleScore]) -> list[Table]:
     """Returns the summary and the tables of buckets. A subset without a success has a row of nan.
 
     A table of buckets is left out if a sample lacks its number of subjects, shots or events.
@@ -164,9 +164,9 @@ def _bucket_tables(dataset: str, name: str, scores: Sequence[SampleScore]) -> li
     return [Table(f"{dataset} Evaluation Split by Bucket {name}", ["Score", *buckets], rows)]
 
 
-def records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
+def _records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
     """Returns the original's two files. The first also contains the tables of buckets, which the original prints."""
-    summary, *buckets = tables(dataset, scores)
+    summary, *buckets = _tables(dataset, scores)
     result = "\n".join([f"{summary}", *(f"\n{table.title}\n{table}" for table in buckets)])
     groups = group_by_subset([score for score in scores if score.values]).values()
     infos = [_info(score) for group in groups for score in group]
@@ -178,7 +178,7 @@ def _info(score: SampleScore) -> str:
     return to_json({"idx": score.prediction.key, **{name: score.details[name] for name in names}}) + "\n"
 
 
-def notes(scores: Sequence[SampleScore]) -> list[str]:
+def _notes(scores: Sequence[SampleScore]) -> list[str]:
     tables_by_bucket = {name: _bucket_tables("", name, scores) for name in _BUCKETS}
     keys = [_BUCKETS[name][0] for name, bucket_tables in tables_by_bucket.items() if not bucket_tables]
     if not keys:
@@ -188,11 +188,11 @@ def notes(scores: Sequence[SampleScore]) -> list[str]:
 
 AUTODQ = Metric(
     value_names=("recall", "precision"),
-    figures=figures,
+    figures=_figures,
     score=score_descriptions,
-    tables=tables,
-    records=records,
+    tables=_tables,
+    records=_records,
     constant_answers=lambda predictions: most_common(each.reference for each in predictions)[:1],
-    notes=notes,
+    notes=_notes,
     needs_judge=True,
 )

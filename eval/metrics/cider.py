@@ -128,25 +128,25 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
     return [float(score) for score in scores]
 
 
-def figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
+def _figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Returns 100 times the mean, 0 to 1000."""
     return {"CIDEr": 100 * weighted_mean(arrays.values["cider"], weights)}
 
 
-def tables(dataset: str, scores: Sequence[SampleScore]) -> list[Table]:
+def _tables(dataset: str, scores: Sequence[SampleScore]) -> list[Table]:
     """Returns a table of one row."""
     values = [score.values["cider"] for score in scores if score.values]
     row = [dataset, rounded(100 * exact_mean(values), 1), str(len(values))]
     return [Table("Evaluation Summary", ["Dataset", "CIDEr score", "Success"], [row])]
 
 
-def records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
-    _, value, num_successful = tables(dataset, scores)[0].rows[0]
+def _records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
+    _, value, num_successful = _tables(dataset, scores)[0].rows[0]
     text = f"Dataset: {dataset}\tMetric: CIDEr\n#Successful Results: {num_successful}\nCIDEr score: {value}\n"
     return {f"{dataset}_eval_result.txt": text}
 
 
-def notes(scores: Sequence[SampleScore]) -> list[str]:
+def _notes(scores: Sequence[SampleScore]) -> list[str]:
     texts = [text for score in scores for text in (score.prediction.text or "", *score.prediction.references)]
     if count := sum(_SHIFTS.search(text) is not None for text in texts):
         return [f"Texts with a line break, which becomes a space (the original shifts all later captions): {count}."]
@@ -155,10 +155,10 @@ def notes(scores: Sequence[SampleScore]) -> list[str]:
 
 CIDER = Metric(
     value_names=("cider",),
-    figures=figures,
+    figures=_figures,
     score=score_captions,
-    tables=tables,
-    records=records,
+    tables=_tables,
+    records=_records,
     constant_answers=lambda predictions: most_common(text for each in predictions for text in each.references)[:1],
-    notes=notes,
+    notes=_notes,
 )

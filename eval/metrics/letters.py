@@ -1,7 +1,7 @@
 """Multiple choice: the letter of an answer by the original's rule, and accuracy per subtask (its evaluate_qa_mc.py).
 
 Invalid answers leave the denominator. The Tarsier2 code averages over all valid answers, the first version over
-subtasks, and the two read digits and references differently; the format of the rows tells which code wrote them.
+subtasks, and the two read digits and references differently. The format of the rows shows which code wrote them.
 """
 
 import dataclasses
@@ -129,10 +129,10 @@ def subtask_tables(dataset: str, scores: Sequence[SampleScore]) -> list[Table]:
     for score in scores:
         groups.setdefault(score.prediction.dataset, []).append(score)
     is_v1 = bool(scores) and scores[0].prediction.row_format == "text"
-    named = sorted(((_task_name(name, is_v1), group) for name, group in groups.items()), key=lambda pair: pair[0])
-    means = [mean for _, group in named if (mean := exact_mean(_accuracies(group))) == mean]
+    tasks = sorted(((_task_name(name, is_v1), group) for name, group in groups.items()), key=lambda pair: pair[0])
+    means = [mean for _, group in tasks if (mean := exact_mean(_accuracies(group))) == mean]
     overall = exact_mean(means) if is_v1 else exact_mean(_accuracies(scores))
-    rows = [_row(name, exact_mean(_accuracies(group)), group) for name, group in named]
+    rows = [_row(name, exact_mean(_accuracies(group)), group) for name, group in tasks]
     columns = ["Task", "Accuracy", "Success", "Failed"]
     return [Table("Evaluation Summary", columns, [*rows, _row(OVERALL, overall, scores)])]
 
@@ -176,7 +176,7 @@ def constant_letters(predictions: Sequence[Prediction]) -> list[str]:
     return most_common(prediction.reference for prediction in predictions)
 
 
-def notes(scores: Sequence[SampleScore]) -> list[str]:
+def _notes(scores: Sequence[SampleScore]) -> list[str]:
     groups = group_by_subset([score for score in scores if score.status != "missing"])
     sentences = []
     if unread := [name for name, group in groups.items() if not _accuracies(group)]:
@@ -200,7 +200,7 @@ def letters_metric(answer: ReadAnswer = read_answer, reference: ReadReference = 
         tables=subtask_tables,
         records=subtask_records,
         constant_answers=constant_letters,
-        notes=notes,
+        notes=_notes,
     )
 
 

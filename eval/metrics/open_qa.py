@@ -43,7 +43,7 @@ def score_answers(predictions: Sequence[Prediction], judge: Judge | None) -> lis
     return map_predictions(compare, predictions, judge, "judging answers")
 
 
-def figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
+def _figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the share of right answers in percent, and the mean score."""
     return {
         "Accuracy": 100 * weighted_mean(arrays.values["accuracy"], weights),
@@ -51,7 +51,7 @@ def figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def tables(dataset: str, scores: Sequence[SampleScore]) -> list[Table]:
+def _tables(dataset: str, scores: Sequence[SampleScore]) -> list[Table]:
     """Returns a table of one row."""
     values = [score.values for score in scores if score.values]
     accuracy = rounded(100 * exact_mean([value["accuracy"] for value in values]), 1)
@@ -61,8 +61,8 @@ def tables(dataset: str, scores: Sequence[SampleScore]) -> list[Table]:
     return [Table("Evaluation Summary", columns, [row])]
 
 
-def records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
-    _, accuracy, mean_score, num_successful, num_failed = tables(dataset, scores)[0].rows[0]
+def _records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
+    _, accuracy, mean_score, num_successful, num_failed = _tables(dataset, scores)[0].rows[0]
     text = (
         f"Dataset: {dataset}\tMetric: GPT Accuracy\n#Successful Results: {num_successful}\n"
         f"#Failed Results: {num_failed}\nAccuracy: {accuracy}\nAverage Score: {mean_score}\n"
@@ -70,18 +70,18 @@ def records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
     return {f"{dataset}_eval_result.txt": text}
 
 
-def notes(scores: Sequence[SampleScore]) -> list[str]:
+def _notes(scores: Sequence[SampleScore]) -> list[str]:
     has_question = all(score.prediction.question is not None for score in scores if score.status != "missing")
     return [] if has_question else ["Rows have no question: the judge receives the prompt. The original stops."]
 
 
 OPEN_QA = Metric(
     value_names=("accuracy", "score"),
-    figures=figures,
+    figures=_figures,
     score=score_answers,
-    tables=tables,
-    records=records,
+    tables=_tables,
+    records=_records,
     constant_answers=lambda predictions: most_common(each.reference for each in predictions)[:1],
-    notes=notes,
+    notes=_notes,
     needs_judge=True,
 )

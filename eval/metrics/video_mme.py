@@ -52,12 +52,12 @@ def _video(prediction: Prediction) -> str:
     return str(prediction.extra_info.get("vid", prediction.vid))
 
 
-def figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
+def _figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the accuracy in percent over all questions of complete videos."""
     return {"Overall": flat_figures(arrays, weights)["Accuracy"]}
 
 
-def tables(dataset: str, scores: Sequence[SampleScore]) -> list[Table]:
+def _tables(dataset: str, scores: Sequence[SampleScore]) -> list[Table]:
     """Returns the accuracy per domain for each duration and the entire dataset."""
     columns = [_column(scores, duration) for duration in (*_DURATIONS, None)]
     names = [*_DOMAINS, "Overall"]
@@ -76,9 +76,9 @@ def _percent(scores: Sequence[SampleScore]) -> str:
     return f"{100 * correct / len(scores) if scores else 0:.1f}%"
 
 
-def records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
+def _records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
     """Returns the original's file: one block per duration, with a blank before each percentage."""
-    (table,) = tables(dataset, scores)
+    (table,) = _tables(dataset, scores)
     blocks = []
     for i, name in enumerate(table.columns[1:], 1):
         heading = f"Evaluation on the {name}" if name == _ALL else f"Evaluation on video Type: {name}"
@@ -89,7 +89,7 @@ def records(dataset: str, scores: Sequence[SampleScore]) -> dict[str, str]:
     return {f"{dataset}_eval_result.txt": "\n".join(blocks) + "\n"}
 
 
-def notes(scores: Sequence[SampleScore]) -> list[str]:
+def _notes(scores: Sequence[SampleScore]) -> list[str]:
     unknown = [s for s in scores if s.status != "missing" and s.details["duration"] not in _DURATIONS]
     omitted = sum(not score.values and score.status == "scored" for score in scores) - len(unknown)
     sentences = []
@@ -102,10 +102,10 @@ def notes(scores: Sequence[SampleScore]) -> list[str]:
 
 VIDEO_MME = Metric(
     value_names=("accuracy",),
-    figures=figures,
+    figures=_figures,
     score=score_questions,
-    tables=tables,
-    records=records,
+    tables=_tables,
+    records=_records,
     constant_answers=constant_letters,
-    notes=notes,
+    notes=_notes,
 )
