@@ -69,20 +69,20 @@ def with_rows(benchmarks: list[Benchmark], files: PredictionFiles) -> list[Bench
     Raises:
         InputError: no benchmark has a row.
     """
-    chosen = [benchmark for benchmark in benchmarks if benchmark.dataset in files.num_rows]
-    others = {name: count for name, count in files.num_rows.items() if name not in {each.dataset for each in chosen}}
-    found = ", ".join(f"{name} ({count} rows)" for name, count in others.items())
-    if not chosen:
+    selection = [benchmark for benchmark in benchmarks if benchmark.dataset in files.num_rows]
+    datasets = {benchmark.dataset for benchmark in selection}
+    others = ", ".join(f"{name} ({count} rows)" for name, count in files.num_rows.items() if name not in datasets)
+    if not selection:
         names = ", ".join(benchmark.dataset for benchmark in benchmarks)
-        raise InputError(f"{files.path} has no row of {names}. It has rows of {found or 'nothing'}.")
+        raise InputError(f"{files.path} contains no row of {names}. Its rows are of {others or 'no dataset'}.")
     for benchmark in benchmarks:
-        if benchmark not in chosen:
-            print(f"{benchmark.name}: {files.path} has no row of {benchmark.dataset}.")
+        if benchmark not in selection:
+            print(f"{benchmark.name}: {files.path} contains no row of {benchmark.dataset}.")
     if files.num_failed:
         print(f"Lines of infer.caption without an answer: {files.num_failed}. Their samples count as missing.")
     if others:
-        print(f"Rows of other datasets are ignored: {found}.")
-    return chosen
+        print(f"Rows of other datasets are ignored: {others}.")
+    return selection
 
 
 def score_files(

@@ -69,34 +69,21 @@ def score(
     Raises:
         InputError: a row cannot be scored, no row has an answer, or the judge cannot be used.
     """
-    rows, metric = predictions.rows, benchmark.metric
+    metric, dataset = benchmark.metric, benchmark.dataset
     judge = judge if metric.needs_judge else None
-    if rows and predictions.num_unanswered == len(rows):
-        raise InputError(
-            f"No row of {benchmark.dataset} has an answer, and the videos are {PLACEHOLDER!r}: these are annotations "
-            "instead of predictions. Pass the predictions of a model."
-        )
-    answers = [row for row in rows if row.text is not None]
-    if isinstance(judge, MeteredJudge):
-        usage = estimate(lambda estimator: metric.score(answers, estimator), judge)
-        print(f"{benchmark.name}: the judge needs about {usage.summary(judge.prices)}.", flush=True)
-    scores = metric.score(answers, judge)
-    answered = {each.prediction.key for each in scores}
-    unanswered = [row for row in rows if row.key not in answered]
-    absent = _absent(benchmark, rows, expected)
-    zeros = dict.fromkeys(metric.value_names, 0.0)
-    scores += [SampleScore(each, "missing", {}, zeros) for each in (*unanswered, *absent)]
+    _check_answers(dataset, predictions)
+    present = _score_answers(benchmark, [row for row in predictions.rows if row.text is not None], judge)
+    scores = [*present, *_missing(benchmark, predictions.rows, present, expected)]
     counts = collections.Counter(each.status for each in scores)
-    present = [each for each in scores if each.prediction.key in answered]
     return BenchmarkScores(
         benchmark=benchmark,
         scores=scores,
-        tables=metric.tables(benchmark.dataset, present),
-        records=metric.records(benchmark.dataset, present) if present else {},
+        tables=metric.tables(dataset, present),
+        records=metric.records(dataset, present) if present else {},
         counts={status: counts[status] for status in STATUSES},
         figures=figures_of(metric, scores),
         strict_figures=figures_of(metric, scores, strict=True),
-        baselines=_baselines(benchmark, rows, judge, constant_answers),
+        baselines=_baselines(benchmark, predictions.rows, judge, constant_answers),
         audit=_audit(scores),
         notes=[*_notes(benchmark, predictions, scores, expected), *_usage(judge)],
         settings={
@@ -107,11 +94,41 @@ def score(
     )
 
 
+def _check_answers(dataset: str, predictions: Predictions) -> None:
+    if predictions.rows and predictions.num_unanswered == len(predictions.rows):
+        raise InputError(
+            f"No row of {dataset} has an answer, and the videos are {PLACEHOLDER!r}: these are annotations instead of "
+            "predictions. Pass the predictions of a model."
+        )
+
+
+def _score_answers(benchmark: Benchmark, answers: Sequence[Prediction], judge: Judge | None) -> list[SampleScore]:
+    """Scores answers, and prints an estimate of the judge's work first."""
+    metric = benchmark.metric
+    if isinstance(judge, MeteredJudge):
+        usage = estimate(lambda estimator: metric.score(answers, estimator), judge)
+        print(f"{benchmark.name}: the judge needs about {usage.summary(judge.prices)}.", flush=True)
+    return metric.score(answers, judge)
+
+
+def _missing(
+    benchmark: Benchmark,
+    rows: Sequence[Prediction],
+    present: Sequence[SampleScore],
+    expected: Sequence[Prediction] | None,
+) -> list[SampleScore]:
+    """Returns the scores of the samples without an answer: rows without one, and samples without a row."""
+    keys = {each.prediction.key for each in present}
+    unanswered = [row for row in rows if row.key not in keys]
+    zeros = dict.fromkeys(benchmark.metric.value_names, 0.0)
+    return [SampleScore(each, "missing", {}, zeros) for each in (*unanswered, *_absent(benchmark, rows, expected))]
+
+
 def figures_of(metric: Metric, scores: Sequence[SampleScore], strict: bool = False) -> dict[str, float]:
     """Returns the figures of scores, without weights."""
-    arrays = arrays_of(scores, strict)
     if not scores:
         return {}
+    arrays = arrays_of(scores, strict)
     return {name: float(value[0]) for name, value in metric.figures(arrays, np.ones((1, len(scores)))).items()}
 
 
@@ -136,11 +153,11 @@ def _absent(
 
 
 def _baselines(
-    benchmark: Benchmark, rows: Sequence[Prediction], judge: Judge | None, paid: bool
+    benchmark: Benchmark, rows: Sequence[Prediction], judge: Judge | None, always: bool
 ) -> dict[str, dict[str, float]]:
     """Returns the figures of the best constant answer."""
     metric = benchmark.metric
-    if not rows or (metric.needs_judge and benchmark.judge is None and not paid):
+    if not rows or (metric.needs_judge and benchmark.judge is None and not always):
         return {}
     results = {}
     for answer in metric.constant_answers(rows):

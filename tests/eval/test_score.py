@@ -100,7 +100,7 @@ OUTCOMES = {
     "a cut last line": (1, "p.jsonl line 2 is not JSON"),
     "rows of v1 under the Tarsier2 code": (0, "| Next-QA-val-multi_choice |  100.0   |    1    |   0    |"),
     "rows of Tarsier2 under the v1 code": (0, "| Next-QA-val-multi_choice |  100.0   |    1    |   0    |"),
-    "no rows of the benchmark": (1, "has no row of MVBench. It has rows of TVBench (1 rows)"),
+    "no rows of the benchmark": (1, "contains no row of MVBench. Its rows are of TVBench (1 rows)"),
     "open question under the Tarsier2 code": (0, "Rows have no question: the judge receives the prompt"),
     "several references under the Tarsier2 code": (0, "1 scored"),
     "Video-MME without idx in extra_info, Tarsier2 code": (0, "100.0%"),
