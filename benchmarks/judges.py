@@ -61,7 +61,7 @@ def make_table(predictions: Sequence[Prediction], faults: float, hang: float) ->
         faults: Share of the replies that come after a fault: status 429 or 500, malformed JSON, or a hang.
         hang: Seconds of a hang.
     """
-    rng, rows = np.random.default_rng(0), []
+    rng, fault_rng, rows = np.random.default_rng(0), np.random.default_rng(1), []
     for prediction in predictions:
         description, reference = (prediction.text or "").lower(), prediction.reference.lower()
         events = prediction.extra_info["events"]
@@ -72,7 +72,7 @@ def make_table(predictions: Sequence[Prediction], faults: float, hang: float) ->
             "precision": ([reference, *extracted], _verdicts(extracted, rng)),
         }
         for name, (needs, reply) in replies.items():
-            first = [_fault(rng, hang)] if rng.random() < faults else []
+            first = [_fault(fault_rng, hang)] if fault_rng.random() < faults else []
             rows.append(
                 {"name": f"{prediction.key} {name}", "needs": needs, "replies": [*first, {"text": json.dumps(reply)}]}
             )
@@ -95,7 +95,8 @@ def scripted_judge(table: dict[str, Any], delay: float, directory: Path) -> Iter
     path = directory / "table.json"
     path.write_text(json.dumps(table), encoding="utf-8")
     command = [sys.executable, str(SCRIPT), str(path), "--delay", str(delay)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # The judge prints a traceback when a client has closed its connection.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
         yield process.stdout.readline().strip()

@@ -87,6 +87,10 @@ class ReplyCache:
                 "or choose another --judge_cache on a local disk with free space."
             ) from None
 
+    def __len__(self) -> int:
+        with self._lock, self._errors():
+            return self._database.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
+
     def get(self, key: str) -> Reply | None:
         """Returns the reply of a key, or None."""
         with self._lock, self._errors():
