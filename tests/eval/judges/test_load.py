@@ -1,4 +1,4 @@
-"""1,000 samples against a judge with faults, and a run that is killed: nothing is lost, and nothing is paid for twice."""
+"""1,000 samples against a judge with faults, and a run that is killed: no reply is lost, and none is paid for twice."""
 
 import subprocess
 import sys
