@@ -37,10 +37,10 @@ def select(names: Sequence[str]) -> list[Benchmark]:
     return list({benchmark.name: benchmark for name in names for benchmark in _lookup(name)}.values())
 
 
-def add_benchmarks_flag(parser: argparse.ArgumentParser) -> None:
+def add_benchmarks_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds --benchmarks, a list of names for `select`. An unknown name ends the program with exit status 2."""
     parser.add_argument(
-        "--benchmarks", nargs="+", required=True, type=_known_name, metavar="NAME", help=", ".join(_BY_NAME)
+        "--benchmarks", nargs="+", required=required, type=_known_name, metavar="NAME", help=", ".join(_BY_NAME)
     )
 
 

@@ -29,8 +29,7 @@ def score_answers(predictions: Sequence[Prediction], judge: Judge | None) -> lis
     assert judge is not None
 
     def compare(prediction: Prediction) -> SampleScore:
-        question = prediction.prompt if prediction.question is None else prediction.question
-        task = AnswerComparison(question, prediction.reference.lower(), (prediction.text or "").lower())
+        task = answer_task(prediction)
         try:
             verdict = judge.answer(task)
         except JudgeError as error:
@@ -38,9 +37,15 @@ def score_answers(predictions: Sequence[Prediction], judge: Judge | None) -> lis
             status = status_of(prediction, "judge failed")
             return SampleScore(prediction, status, {}, failed, {"judge_error": str(error)})
         values = {"accuracy": float(verdict.pred == "yes"), "score": float(verdict.score)}
-        return SampleScore(prediction, status_of(prediction), values, values, {"question": question})
+        return SampleScore(prediction, status_of(prediction), values, values, {"question": task.question})
 
     return map_predictions(compare, predictions, judge, "judging answers")
+
+
+def answer_task(prediction: Prediction) -> AnswerComparison:
+    """Returns the task of a judge."""
+    question = prediction.prompt if prediction.question is None else prediction.question
+    return AnswerComparison(question, prediction.reference.lower(), (prediction.text or "").lower())
 
 
 def _figures(arrays: ScoreArrays, weights: np.ndarray) -> dict[str, np.ndarray]:
