@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from eval.predictions import Prediction
 
 # Positive and negative verdicts of a pair of judges, per kind of verdict.
 Verdicts = Mapping[str, Sequence[tuple[bool, bool]]]
-PAIRS = ("both yes", "only A", "only B", "both no")
+PAIRS: tuple[str, ...] = ("both yes", "only A", "only B", "both no")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +145,7 @@ _AGREEMENT = dataclasses.replace(OPEN_QA, value_names=PAIRS, figures=agreement_f
 
 
 def _estimate_agreement(arrays: ScoreArrays, table: np.ndarray) -> Estimate:
-    values: dict[str, Any] = dict(zip(PAIRS, table.T, strict=True))
+    values = dict(zip(PAIRS, table.T, strict=True))
     return _estimate(_AGREEMENT, dataclasses.replace(arrays, values=values))
 
 

@@ -185,7 +185,7 @@ class Endpoint:
                 f"The judge {url} refuses access ({error.status_code}: {message}). Set {variable} to a key that "
                 "is valid for this server and for --judge_model."
             )
-        if error.status_code == 404:
+        if error.status_code in (404, 405):
             models = f" The server lists: {', '.join(self._models[:20])}." if self._models else ""
             return (
                 f"The judge {url} has no model {self.model!r}, or no chat completions ({message}). Correct "
@@ -197,7 +197,9 @@ class Endpoint:
 
 
 def _client(options: EndpointOptions) -> openai.OpenAI:
-    key = os.environ.get(options.key_variable)
+    key = os.environ.get(options.key_variable, "").strip()
+    if not key.isascii():
+        raise InputError(f"{options.key_variable} has characters that no key has. Set it to a valid key.")
     settings: dict[str, Any] = {"timeout": options.timeout, "max_retries": 0}
     if urlsplit(options.url).scheme == "http":
         # A reused connection adds 40 ms per request if the server writes the headers and the body of a reply

@@ -119,6 +119,7 @@ def test_retry_after(start_server: ServerFactory, make_judge: JudgeFactory) -> N
         (fault(401), "Set OPENAI_API_KEY to a key"),
         (fault(403), "Set OPENAI_API_KEY to a key"),
         (fault(404), "has no model 'm', or no chat completions .* The server lists: m"),
+        (fault(405), "no chat completions"),
         (fault(429, code="insufficient_quota"), "has no credit"),
     ],
 )
@@ -140,6 +141,16 @@ def test_a_wrong_key_is_found_at_the_start(start_server: ServerFactory, make_jud
         make_judge(server.url)
     server.list_status = 404  # the server has no list of models
     assert make_judge(server.url).answer(TASK) == ["a man sits"]
+
+
+def test_keys(start_server: ServerFactory, make_judge: JudgeFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start_server(ok())
+    monkeypatch.setenv("OPENAI_API_KEY", " secret\n")
+    make_judge(server.url).answer(TASK)
+    assert server.requests[0][1]["Authorization"] == "Bearer secret"
+    monkeypatch.setenv("OPENAI_API_KEY", "sécret")
+    with pytest.raises(InputError, match="OPENAI_API_KEY has characters"):
+        make_judge(server.url)
 
 
 def test_an_unreachable_server(start_server: ServerFactory, make_judge: JudgeFactory) -> None:
