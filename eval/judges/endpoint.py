@@ -140,7 +140,8 @@ class Endpoint:
         """
         problem, pause = "", 0.0
         for fault in range(_MAX_FAULTS):
-            time.sleep(pause)
+            if pause:
+                time.sleep(pause)
             try:
                 return self._send(messages)
             except (openai.OpenAIError, ValueError) as error:  # ValueError: the body is not JSON
