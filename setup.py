@@ -16,7 +16,7 @@ EVAL = [
 ]
 INT8 = ["qwix>=0.1.8,<0.2"]
 RAY = ["ray[data]>=2.53,<2.64"]  # 2.64 takes away the flag that bounds retries
-TRAIN = [*CLIPS, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6"]
+TRAIN = [*CLIPS, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6", "prettytable>=3.10"]
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("tarsier_jax/__init__.py").read_text(encoding="utf-8"))
 assert VERSION is not None

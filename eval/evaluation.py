@@ -26,7 +26,7 @@ from eval.benchmarks.annotations import (
 )
 from eval.benchmarks.videos import find_videos
 from eval.judges.judge import Judge
-from eval.predictions import ERROR, AnnotatedSample, Prediction, Predictions, read_rows
+from eval.predictions import ERROR, AnnotatedSample, Prediction, Predictions, prediction_at, read_rows
 from eval.scoring import BenchmarkScores, score
 from infer.bulk.outputs import LineWriter
 from infer.engine import Completion, Engine, Frontend, RequestError, fit_config

@@ -118,6 +118,14 @@ def _reason(error: Exception) -> str:
     return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
+def prediction_at(place: str, row: AnnotatedSample) -> Prediction:
+    """Reads a row as `Prediction.of` does. Raises InputError with the row's place."""
+    try:
+        return Prediction.of(row)
+    except InputError as error:
+        raise InputError(f"{place} {error}") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Predictions:
     """The predictions of one dataset in files.
@@ -170,10 +178,7 @@ class PredictionFiles:
         rows: dict[str, Prediction] = {}
         num_repeated = num_conflicting = num_unanswered = 0
         for place, row in self._rows.get(dataset, ()):
-            try:
-                prediction = Prediction.of(row)
-            except InputError as error:
-                raise InputError(f"{place} {error}") from None
+            prediction = prediction_at(place, row)
             first = rows.setdefault(prediction.key, prediction)
             num_repeated += first is not prediction and first.text == prediction.text
             num_conflicting += first is not prediction and first.text != prediction.text
@@ -214,7 +219,9 @@ def read_rows(file: Path) -> Iterator[tuple[str, AnnotatedSample]]:
         try:
             row = parse_json(line, place)
         except InputError as error:
-            raise InputError(f"{error} If a run was killed while it wrote the line, remove the line.") from None
+            raise InputError(
+                f"{error} Copy the file again. If a run was killed while it wrote the line, remove the line."
+            ) from None
         keys = {"error", "input"} if isinstance(row, Mapping) and "dataset" not in row else {"dataset", "idx"}
         if not isinstance(row, Mapping) or not keys <= row.keys():
             raise InputError(f'{place} has no "dataset" and "idx", which every row of annotations or predictions has.')

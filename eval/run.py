@@ -86,9 +86,11 @@ def evaluate_all(args: argparse.Namespace, sources: Sequence[BenchmarkInput], ju
             partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return model, processor.replace(max_pixels=args.max_pixels)
 
+    # Batches and shards change rounding alone: an interrupted run may continue with others.
+    run_only = {"slots": args.slots, "mesh": args.mesh or "default", "limit": args.limit or "none"}
     engines, results, num_failed = Engines(load, args.slots), [], 0
     for source in sources:
-        own_settings = {**settings_for(settings, source.benchmark.name), "limit": args.limit}
+        own_settings = {**settings_for(settings, source.benchmark.name), **run_only}
         try:
             results.append(evaluate(engines, source, args.output, judge, own_settings, args.baselines))
         except InputError as error:  # the other benchmarks can be scored
@@ -141,8 +143,6 @@ def run_settings(args: argparse.Namespace, sources: Sequence[BenchmarkInput]) ->
         "weights": fingerprint(resolve(args.model)),
         "dtype": resolve_dtype(args.dtype),
         "max_pixels": args.max_pixels,
-        "slots": args.slots,
-        "mesh": args.mesh,
         "platform": jax.default_backend(),
         "package_version": tarsier_jax.__version__,
         "jax_version": jax.__version__,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks.benchmark import Benchmark
-from eval.predictions import AnnotatedSample, Prediction, read_rows
+from eval.predictions import AnnotatedSample, Prediction, RowFormat, prediction_at, read_rows
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import warn
 
@@ -145,26 +145,22 @@ def _read_file(benchmark: Benchmark, path: Path) -> list[AnnotatedSample]:
             "docs/evaluation.md says where to find them."
         ) from None
     places: dict[str, str] = {}
+    formats: dict[RowFormat, str] = {}
     for place, row in rows:
-        prediction = _check_row(benchmark, place, row)
+        prediction = prediction_at(place, row)
+        if (name := str(prediction.dataset).split("/")[0]) != benchmark.dataset:
+            raise InputError(
+                f"{place} is a row of {name}, not of {benchmark.dataset}. Use the file of {benchmark.name}."
+            )
         if (other := places.setdefault(prediction.key, place)) != place:
             raise InputError(f"{place} repeats idx {row['idx']} of {row['dataset']}, which {other} has. Remove one.")
+        formats.setdefault(prediction.row_format, place)
     if not rows:
         raise InputError(f"{path} is empty. Copy the file again.")
+    if len(formats) > 1:
+        raise InputError(f"{' and '.join(formats.values())} have different formats. Use rows of one format.")
     _check_counts(benchmark, path, collections.Counter(row["dataset"] for _, row in rows))
     return [row for _, row in rows]
-
-
-def _check_row(benchmark: Benchmark, place: str, row: AnnotatedSample) -> Prediction:
-    try:
-        prediction = Prediction.of(row)
-    except InputError as error:
-        raise InputError(f"{place} {error} Copy the file again, or remove the line.") from None
-    if (name := str(prediction.dataset).split("/")[0]) != benchmark.dataset:
-        raise InputError(f"{place} is a row of {name}, not of {benchmark.dataset}. Use the file of {benchmark.name}.")
-    if not any(prediction.references):
-        raise InputError(f"{place} has no reference, so its answer could not be scored. Add one, or remove the line.")
-    return prediction
 
 
 def _check_counts(benchmark: Benchmark, path: Path, counts: Mapping[str, int]) -> None:

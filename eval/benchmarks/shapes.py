@@ -22,7 +22,7 @@ from eval.shapes.questions import LETTERS, letter_in, sample_question
 from eval.shapes.render import render_scene, write_clip
 from eval.shapes.world import Scene, reverse
 
-_CLIPS, _MAX_NEW_TOKENS = 500, 96
+_CLIPS, _MAX_NEW_TOKENS = 300, 96
 # The source follows from `vid`, which is the seed of a clip.
 _PLACEHOLDER = {"video_file": "<placeholder>"}
 

@@ -160,7 +160,7 @@ def test_the_processor_reads_both_formats(tmp_path: Path, processor: Processor) 
     ):
         engine = engines.fit(benchmark, [row])
         example = evaluation._prepare(engine.processor, benchmark, tmp_path, None, row)
-        texts.append(processor.tokenizer.decode(example.input_ids).replace("<|image_pad|>", ""))
+        texts.append(str(processor.tokenizer.decode(example.input_ids)).replace("<|image_pad|>", ""))
     assert texts[0] == texts[1]
     assert texts[0].endswith(
         "Question: What jumps?\n(A) A ring.\n(B) A star.<|im_end|>\n<|im_start|>assistant\n Answer: ("

@@ -19,7 +19,7 @@ from absl import flags
 
 import tarsier_jax
 from eval.benchmarks.shapes import SHAPES, SHAPES_QA
-from eval.evaluation import evaluate
+from eval.evaluation import BenchmarkInput, Engines, evaluate
 from tarsier_jax.programs import run
 from train.config import TrainConfig
 from train.debug_data import write_debug_data
@@ -64,9 +64,12 @@ def keep_freed_memory() -> None:
 
 def print_scores(model: Path, clips: int) -> None:
     """Prints the scores of a checkpoint on the benchmarks of moving shapes."""
+    engines = Engines(lambda: tarsier_jax.load(model))
     with tempfile.TemporaryDirectory() as output:
-        for benchmark, scores in evaluate(*tarsier_jax.load(model), (SHAPES, SHAPES_QA), Path(output), clips):
-            print(scores.table(benchmark.name), flush=True)
+        for benchmark in (SHAPES, SHAPES_QA):
+            source = BenchmarkInput.load(benchmark, limit=clips)
+            scores = evaluate(engines, source, Path(output))
+            print(scores.tables[0], flush=True)
 
 
 def main() -> int:

@@ -66,9 +66,13 @@ def test_a_file_with_fewer_rows_is_reported(tmp_path: Path) -> None:
         ([question_row(1), caption_row(1)], r"TVBench\.jsonl line 2 is a row of DREAM, not of TVBench"),
         ([question_row(1), question_row("1")], r"line 2 repeats idx 1 of TVBench/Action Count, which .*line 1 has"),
         ([question_row(1), '{"messages": [{"ro'], r"TVBench\.jsonl line 2 is not JSON .*Copy the file again"),
-        ([question_row(1), "[1]"], r"line 2 is not a JSON object"),
-        ([question_row(1), '{"dataset": "TVBench/Action Count", "idx": 2}'], r"line 2: .*not a row"),
-        ([{**question_row(1), "messages": question_row(1)["messages"][:1]}], r"line 1 has no reference"),
+        ([question_row(1), "[1]"], r"line 2 has no \"dataset\" and \"idx\""),
+        ([question_row(1), '{"dataset": "TVBench/Action Count", "idx": 2}'], r"line 2 is not a row"),
+        ([{**question_row(1), "messages": question_row(1)["messages"][:1]}], r"line 1 .*has no reference"),
+        (
+            [question_row(1), text_row(2, "<video> Why?", "TVBench/Action Count")],
+            r"line 1 and .*TVBench\.jsonl line 2 have different formats",
+        ),
         ([], r"TVBench\.jsonl is empty"),
     ],
 )

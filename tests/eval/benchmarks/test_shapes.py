@@ -1,19 +1,23 @@
 """The benchmarks of moving shapes: their subsets, their videos, and the scores of right and wrong answers."""
 
+import collections
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from eval.benchmarks.annotations import load_annotations
 from eval.benchmarks.shapes import SHAPES, VARIANTS, video_source
-from eval.evaluation import predict
-from eval.metrics import Scores
+from eval.evaluation import BenchmarkInput, evaluate
+from eval.predictions import AnnotatedSample
+from eval.scoring import BenchmarkScores
 from eval.shapes.clips import HELD_OUT, ShapeClip, draw_clips
 from eval.shapes.describe import describe
 from eval.shapes.questions import questions
 from eval.shapes.world import reverse
-from tests.eval.benchmarks import FIRST_SEED, Oracle, reference_of, shapes, shapes_qa
+from tests.eval.oracle import FIRST_SEED, OracleEngines, reference_of, shapes, shapes_qa
 from train.micro.curriculum import STAGES
 
 CLIPS = 25
@@ -24,9 +28,10 @@ def clips() -> list[ShapeClip]:
     return list(draw_clips(FIRST_SEED, CLIPS))
 
 
-def describe_all(engine: Oracle, directory: Path) -> Scores:
-    benchmark = shapes(CLIPS)
-    return benchmark.metric(predict(engine, benchmark, directory / "shapes.jsonl"), benchmark.judge)
+def describe_all(text_of: Callable[[AnnotatedSample], str], directory: Path) -> dict[str, list[str]]:
+    """Returns F1, recall and precision by subset."""
+    scores = evaluate(OracleEngines(text_of), BenchmarkInput.load(shapes(CLIPS)), directory)
+    return {row[0]: list(row[1:4]) for row in scores.tables[0].rows}
 
 
 def source(subset: str, directory: Path = Path()) -> dict[str, Any]:
@@ -34,13 +39,12 @@ def source(subset: str, directory: Path = Path()) -> dict[str, Any]:
 
 
 def test_full_marks(tmp_path: Path) -> None:
-    scores = describe_all(Oracle(reference_of), tmp_path)
-    assert scores.rows == {name: {"f1": 1, "recall": 1, "precision": 1, "samples": CLIPS} for name in VARIANTS}
+    assert describe_all(reference_of, tmp_path) == {name: ["1.0"] * 3 for name in (*VARIANTS, "OVERALL")}
 
 
 def test_references_describe_the_clip(tmp_path: Path, clips: list[ShapeClip]) -> None:
     references: dict[str, list[str]] = {name: [] for name in VARIANTS}
-    for sample in shapes(CLIPS).annotations():
+    for sample in load_annotations(shapes(CLIPS), None):
         references[sample["dataset"]].append(reference_of(sample))
     forward = [describe(clip.scene) for clip in clips]
     for subset in ("held_out", "mp4_files", "one_frame", "random_order"):
@@ -53,8 +57,8 @@ def test_references_describe_the_clip(tmp_path: Path, clips: list[ShapeClip]) ->
 def test_backwards_is_another_story(tmp_path: Path, clips: list[ShapeClip]) -> None:
     backward = source("Shapes/backwards")["frames"]
     np.testing.assert_array_equal(backward, clips[0].video["frames"][::-1])
-    forward = Oracle(lambda sample: describe(clips[sample["vid"] - FIRST_SEED].scene))
-    assert describe_all(forward, tmp_path).rows["Shapes/backwards"]["f1"] < 0.5
+    scores = describe_all(lambda row: describe(clips[row["vid"] - FIRST_SEED].scene), tmp_path)
+    assert float(scores["Shapes/backwards"][0]) < 0.5
 
 
 def test_videos(clips: list[ShapeClip], tmp_path: Path) -> None:
@@ -72,10 +76,9 @@ def test_videos(clips: list[ShapeClip], tmp_path: Path) -> None:
     assert not sizes & {clip.video["frames"].shape[1:3] for clip in clips}
 
 
-def answer_questions(letters: list[str], path: Path) -> Scores:
-    benchmark = shapes_qa(CLIPS)
-    predictions = predict(Oracle(lambda sample: letters[sample["vid"] - FIRST_SEED]), benchmark, path)
-    return benchmark.metric(predictions, benchmark.judge)
+def answer_questions(letters: list[str], directory: Path) -> BenchmarkScores:
+    engines = OracleEngines(lambda row: letters[row["vid"] - FIRST_SEED])
+    return evaluate(engines, BenchmarkInput.load(shapes_qa(CLIPS)), directory)
 
 
 def test_questions(clips: list[ShapeClip], tmp_path: Path) -> None:
@@ -84,18 +87,27 @@ def test_questions(clips: list[ShapeClip], tmp_path: Path) -> None:
         rng = np.random.default_rng(seed)
         all_questions = questions(clip.scene, rng)
         letters.append(all_questions[rng.integers(len(all_questions))].answer)
-    right = answer_questions(letters, tmp_path / "right.jsonl").rows
-    assert all(row["accuracy"] == 1 and row["unreadable"] == 0 for row in right.values())
-    assert right["OVERALL"]["samples"] == CLIPS == sum(row["samples"] for row in right.values()) / 2
-    wrong = ["ABCD"[("ABCD".index(letter) + 1) % 4] for letter in letters]
-    assert all(row["accuracy"] == 0 for row in answer_questions(wrong, tmp_path / "wrong.jsonl").rows.values())
+    right = answer_questions(letters, tmp_path / "right")
+    assert all(row[1:] == ["100.0", row[2], "0"] for row in right.tables[0].rows)
+    *subsets, overall = (int(row[2]) for row in right.tables[0].rows)
+    assert overall == CLIPS == sum(subsets)
+    wrong = answer_questions(["ABCD"[("ABCD".index(letter) + 1) % 4] for letter in letters], tmp_path / "wrong")
+    assert wrong.figures == {"Accuracy": 0} and wrong.counts["scored"] == CLIPS
+
+
+def test_the_letter_stands_behind_the_option(tmp_path: Path) -> None:
+    """The original's rule would read the first letter of the option."""
+    source = BenchmarkInput.load(shapes_qa(CLIPS))
+    assert evaluate(OracleEngines(reference_of), source, tmp_path).figures == {"Accuracy": 100}
 
 
 def test_an_answer_without_a_letter_is_wrong_and_counted(tmp_path: Path) -> None:
-    rows = answer_questions(["I do not know."] * CLIPS, tmp_path / "none.jsonl").rows
-    assert rows["OVERALL"] == {"accuracy": 0, "samples": CLIPS, "unreadable": CLIPS}
+    scores = answer_questions(["I do not know."] * CLIPS, tmp_path)
+    assert scores.counts["unreadable"] == CLIPS and scores.strict_figures == {"Accuracy": 0}
 
 
 def test_training_never_sees_these_seeds() -> None:
-    seeds = {sample["vid"] for sample in SHAPES.annotations()}
-    assert seeds == set(range(HELD_OUT, HELD_OUT + 500)) and sum(count for count, _ in STAGES) < HELD_OUT
+    seeds = {sample["vid"] for sample in load_annotations(SHAPES, None)}
+    assert seeds == set(range(HELD_OUT, HELD_OUT + 300)) and sum(count for count, _ in STAGES) < HELD_OUT
+    counts = collections.Counter(sample["dataset"] for sample in load_annotations(SHAPES, None))
+    assert counts == SHAPES.subsets

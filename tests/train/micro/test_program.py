@@ -2,18 +2,18 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from configs.micro import get_config
-from eval.benchmarks import Benchmark
-from eval.benchmarks.shapes import SHAPES, SHAPES_QA
-from eval.metrics import Scores
+from eval.evaluation import Engines
 from eval.shapes.clips import HELD_OUT
 from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.processing.processor import Processor
+from tests.eval.oracle import OracleEngines, reference_of
 from train.config import read_config
 from train.micro import __main__ as program
 from train.micro.curriculum import STAGES
@@ -45,15 +45,17 @@ def test_it_trains_and_scores(
     flags = ("--config.num_train_steps=2", "--config.optimizer.warmup_steps=1", "--config.eval_every=0")
     monkeypatch.setattr("sys.argv", ["micro", f"--config={recipe}", f"--workdir={tmp_path}", "--score_clips=3", *flags])
     monkeypatch.setattr(program, "keep_freed_memory", lambda: None)  # it lasts for the process
-    calls: list[Any] = []
+    loads: list[Callable[[], tuple[Tarsier, Processor]]] = []
 
-    def evaluate(*arguments: Any) -> Iterator[tuple[Benchmark, Scores]]:  # tests/eval runs the real one
-        calls.append(arguments)
-        yield SHAPES, Scores({"Shapes/held_out": {"f1": 0.5}})
+    def engines(load: Callable[[], tuple[Tarsier, Processor]]) -> Engines:  # tests/eval runs the real ones
+        loads.append(load)
+        return OracleEngines(reference_of)
 
-    monkeypatch.setattr(program, "evaluate", evaluate)
+    monkeypatch.setattr(program, "Engines", engines)
     assert program.main() == 0
-    ((model, _, benchmarks, _, limit),) = calls
-    assert isinstance(model, Tarsier) and benchmarks == (SHAPES, SHAPES_QA) and limit == 3
-    assert capsys.readouterr().out.endswith("f1\nShapes/held_out       0.500\n")
+    (load,) = loads
+    assert isinstance(load()[0], Tarsier)
+    tables = capsys.readouterr().out
+    assert re.search(r"OVERALL +\|  +1\.0 .*\| +18 ", tables)  # three clips in six variants
+    assert re.search(r"OVERALL +\| +100\.0 +\| +3 ", tables)
     assert (tmp_path / "model").is_dir() and not list(tmp_path.glob("bad_samples*"))
