@@ -26,7 +26,7 @@ class Agreement:
     Attributes:
         benchmark: Name of the benchmark.
         num_samples: Number of samples with an answer.
-        num_failed: Number of these for which a judge has no usable verdict; they are left out of `verdicts`.
+        num_failed: Number of these for which a judge returned no usable verdict; they are left out of `verdicts`.
         counts: Number of verdicts by kind, such as "reference events", and by PAIRS.
         verdicts: "Agreement", the share of equal verdicts, and "Cohen's kappa" by kind, with intervals.
         scores: The benchmark's figures by A and by B.

@@ -71,7 +71,7 @@ def chosen_benchmarks(names: Sequence[str] | None, files: PredictionFiles) -> li
     benchmarks = [each for each in candidates if each.dataset in files.num_rows]
     if not benchmarks:
         expected, present = ", ".join(each.dataset for each in candidates), ", ".join(files.num_rows) or "nothing"
-        raise InputError(f"{files.path} has no row of {expected}. It has rows of {present}.")
+        raise InputError(f"{files.path} lacks rows of {expected}. It contains rows of {present}.")
     return benchmarks
 
 

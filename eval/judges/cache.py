@@ -67,7 +67,9 @@ class ReplyCache:
         if (application, version) != (_APPLICATION_ID, _VERSION):
             (tables,) = self._database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
             if application or tables:
-                raise InputError(f"{self.path} is no cache of replies of this version. Choose another --judge_cache.")
+                raise InputError(
+                    f"{self.path} is not a cache of replies of this version. Choose another --judge_cache."
+                )
             self._database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             self._database.execute(f"PRAGMA user_version = {_VERSION}")
             self._database.execute(_TABLE)

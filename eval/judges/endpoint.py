@@ -164,7 +164,7 @@ class Endpoint:
         try:
             text = completion.choices[0].message.content or ""
         except (AttributeError, IndexError, TypeError):
-            raise ValueError(f"the reply is no chat completion: {str(completion)[:200]}") from None
+            raise ValueError(f"the reply is not a chat completion: {str(completion)[:200]}") from None
         usage = completion.usage
         return Reply(text, getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
 
@@ -189,11 +189,11 @@ class Endpoint:
         if error.status_code in (404, 405):
             models = f" The server lists: {', '.join(self._models[:20])}." if self._models else ""
             return (
-                f"The judge {url} has no model {self.model!r}, or no chat completions ({message}). Correct "
+                f"The judge {url} lacks the model {self.model!r}, or chat completions ({message}). Correct "
                 f"--judge_model, or --judge, whose path often ends in /v1.{models}"
             )
         if error.code == "insufficient_quota":
-            return f"The account of the key in {variable} has no credit ({message}). Replies so far are stored."
+            return f"The account of the key in {variable} lacks credit ({message}). Replies so far are stored."
         return ""
 
 
@@ -303,7 +303,7 @@ class EndpointJudge:
             except _FailedRequest as error:
                 problem = str(error)
         raise JudgeError(
-            f"The judge {self._endpoint.model} has no usable reply in {self._attempts(task)} requests ({problem})."
+            f"The judge {self._endpoint.model} returned no usable reply to {self._attempts(task)} requests ({problem})."
         )
 
     def _request(self, messages: list[Message], attempt: int) -> Reply:

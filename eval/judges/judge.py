@@ -9,7 +9,7 @@ AnswerT_co = TypeVar("AnswerT_co", covariant=True)
 
 
 class JudgeError(TarsierError):
-    """The judge has no usable answer to one task, after the permitted number of requests."""
+    """The judge returned no usable answer to one task after the permitted number of requests."""
 
 
 class Task(Protocol[AnswerT_co]):

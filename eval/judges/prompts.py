@@ -23,7 +23,7 @@ You are given the caption of a video. List its key events in the order of the ca
 Rules:
 - List at most 10 events, each in at most 10 words.
 - An event needs an action, a motion or a change. Leave out static facts such as looks, places and the background.
-- Split the caption until every event is atomic: one subject and what it does.
+- Split the caption until every event is atomic: one subject with one action.
 - Name the subject in every event. Replace pronouns by the nouns that they stand for.
 - Do not list an event twice.
 - Leave out cuts, transitions and movements of the camera.

@@ -23,7 +23,7 @@ class EventVerdict:
         event: The event as the judge returned it.
         relationship: "entailment", "neutral" or "contradiction".
         reason: The judge's reason; empty if it returned none.
-        item: The verdict as the judge returned it; empty if the judge is no language model.
+        item: The verdict as the judge returned it; empty if the judge is not a language model.
     """
 
     event: str
@@ -176,7 +176,7 @@ def _item(container: Any, key: str) -> Any:
     try:
         return container[key]
     except (TypeError, KeyError, IndexError):
-        raise ValueError(f"it has no `{key}`") from None
+        raise ValueError(f"it lacks `{key}`") from None
 
 
 def _verdict(item: Any) -> EventVerdict:

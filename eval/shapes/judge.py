@@ -141,7 +141,7 @@ class RulesJudge:
             case AnswerComparison():
                 same = _words(task.answer) == _words(task.prediction)
                 return AnswerVerdict("yes", 5.0) if same else AnswerVerdict("no", 0.0)
-        raise TypeError(f"{type(task).__name__} is no task of this judge")
+        raise TypeError(f"{type(task).__name__} is not a task of this judge")
 
 
 def _event_verdicts(description: str, events: Sequence[str]) -> list[EventVerdict]:

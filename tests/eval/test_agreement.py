@@ -131,5 +131,5 @@ def test_benchmarks_without_a_judge(tmp_path: Path) -> None:
     flags = ("rules", "http://127.0.0.1:9/v1", "--predictions", str(tmp_path))
     with pytest.raises(InputError, match="tvbench is scored without a judge"):
         run(*flags, "--benchmarks", "tvbench")
-    with pytest.raises(InputError, match=r"has no row of DREAM, .* It has rows of TVBench"):
+    with pytest.raises(InputError, match=r"lacks rows of DREAM, .* It contains rows of TVBench"):
         run(*flags)

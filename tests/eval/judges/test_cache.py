@@ -111,7 +111,7 @@ def test_files_that_are_no_cache(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"notes.txt, cannot be used \(file is not a database\)"):
         ReplyCache(text)
     for path in (other, newer):
-        with pytest.raises(InputError, match="no cache of replies of this version"):
+        with pytest.raises(InputError, match="not a cache of replies of this version"):
             ReplyCache(path)
     assert text.read_text() == "A list of things to do.\n" * 100
     with pytest.raises(InputError, match="cannot be used"):

@@ -118,9 +118,9 @@ def test_retry_after(start_server: ServerFactory, make_judge: JudgeFactory) -> N
     [
         (fault(401), "Set OPENAI_API_KEY to a key"),
         (fault(403), "Set OPENAI_API_KEY to a key"),
-        (fault(404), "has no model 'm', or no chat completions .* The server lists: m"),
-        (fault(405), "no chat completions"),
-        (fault(429, code="insufficient_quota"), "has no credit"),
+        (fault(404), "lacks the model 'm', or chat completions .* The server lists: m"),
+        (fault(405), "or chat completions"),
+        (fault(429, code="insufficient_quota"), "lacks credit"),
     ],
 )
 def test_errors_that_end_the_run(
@@ -139,7 +139,7 @@ def test_a_wrong_key_is_found_at_the_start(start_server: ServerFactory, make_jud
     server.list_status = 401
     with pytest.raises(InputError, match=r"refuses access.*OPENAI_API_KEY"):
         make_judge(server.url)
-    server.list_status = 404  # the server has no list of models
+    server.list_status = 404  # the server does not list models
     assert make_judge(server.url).answer(TASK) == ["a man sits"]
 
 
@@ -170,14 +170,14 @@ def test_unusable_replies_are_requested_again(start_server: ServerFactory, make_
     assert make_judge(server.url).answer(TASK) == ["a man sits"]
     assert len(server.requests) == 10
     server = start_server(*[bad] * 10, ok())
-    with pytest.raises(JudgeError, match="no usable reply in 10 requests"):
+    with pytest.raises(JudgeError, match="no usable reply to 10 requests"):
         make_judge(server.url).answer(TASK)
     assert len(server.requests) == 10
 
 
 def test_the_number_of_requests(start_server: ServerFactory, make_judge: JudgeFactory) -> None:
     server = start_server(ok("no"), ok(repr({"pred": "yes", "score": 5})))
-    with pytest.raises(JudgeError, match=r"no usable reply in 1 requests.*'no'"):
+    with pytest.raises(JudgeError, match=r"no usable reply to 1 requests.*'no'"):
         make_judge(server.url).answer(COMPARISON)
     # The first reply is stored; the second request is new.
     assert make_judge(server.url, retries=1).answer(COMPARISON) == AnswerVerdict("yes", 5.0)
