@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -102,16 +103,36 @@ class Endpoint:
         parameters: Settings of every request.
 
     Raises:
-        InputError: the server cannot be reached, or refuses the key.
+        InputError: the model is not given, and the server cannot be reached, or refuses the key. The first request
+            raises it otherwise.
     """
 
     def __init__(self, options: EndpointOptions, counter: UsageCounter) -> None:
         self._options = options
         self._counter = counter
         self._client = _client(options)
-        self._models = self._list_models()
-        self.model = options.model or (self._models[0] if len(self._models) == 1 else DEFAULT_MODEL)
+        self._lock = threading.Lock()
+        self._models: list[str] | None = None
+        self._error: InputError | None = None
+        self.model = options.model or self._find_model()
         self.parameters: dict[str, Any] = {} if options.temperature is None else {"temperature": options.temperature}
+
+    def _find_model(self) -> str:
+        models = self._known_models()
+        return models[0] if len(models) == 1 else DEFAULT_MODEL
+
+    def _known_models(self) -> list[str]:
+        """Returns the models of the server, which are listed once. Stored replies need no server."""
+        with self._lock:
+            if self._error is not None:  # other threads need not wait for the server, too
+                raise self._error
+            if self._models is None:
+                try:
+                    self._models = self._list_models()
+                except InputError as error:
+                    self._error = error
+                    raise
+            return self._models
 
     def _list_models(self) -> list[str]:
         """Lists the models of the server, which also checks the URL and the key; empty if the server lists none."""
@@ -138,6 +159,7 @@ class Endpoint:
             JudgeError: the server is busy, broken or silent for too long.
             InputError: the server refuses all requests.
         """
+        self._known_models()
         problem, pause = "", 0.0
         for fault in range(_MAX_FAULTS):
             if pause:

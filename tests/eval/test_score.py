@@ -163,13 +163,16 @@ def test_annotations_show_missing_samples(tmp_path: Path, capsys: pytest.Capture
     assert "3 samples: 2 scored, 0 unreadable, 0 judge failed, 1 missing" in capsys.readouterr().out
 
 
-def test_scoring_again_asks_the_judge_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scoring_again_needs_no_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = json.loads((GOLDENS / "dream-v1" / "judge.json").read_text(encoding="utf-8"))
-    for output in ("first", "second"):
-        with contextlib.ExitStack() as stack:
-            judge = stack.enter_context(scripted_judge(table))
-            flags = ["--judge", judge.url, "--output", str(tmp_path / output), "--benchmarks", "dream"]
-            assert score(GOLDENS / "dream-v1" / "predictions", *flags) == 0
-            num_requests = sum(judge.table.asked)
-            assert score(GOLDENS / "dream-v1" / "predictions", *flags) == 0
-            assert sum(judge.table.asked) == num_requests > 0
+    flags = ["--benchmarks", "dream", "--judge_model", "m", "--output"]
+    with scripted_judge(table) as judge:
+        flags = ["--judge", judge.url, *flags]
+        assert score(GOLDENS / "dream-v1" / "predictions", *flags, str(tmp_path / "first")) == 0
+    assert score(GOLDENS / "dream-v1" / "predictions", *flags, str(tmp_path / "second")) == 0
+    assert "The judge: 0 replies (0 + 0 tokens), 21 cached replies." in capsys.readouterr().out
+    first, second = (read_run(tmp_path / name)["dream"] for name in ("first", "second"))
+    assert first.samples == second.samples
+    other = ["--judge_cache", str(tmp_path / "other.sqlite")]
+    assert score(GOLDENS / "dream-v1" / "predictions", *flags, str(tmp_path / "third"), *other) == 1
+    assert "cannot be reached" in capsys.readouterr().err
