@@ -28,6 +28,7 @@ from eval.benchmarks.videos import find_videos
 from eval.judges.judge import Judge
 from eval.predictions import ERROR, AnnotatedSample, Prediction, Predictions, prediction_at, read_rows
 from eval.scoring import BenchmarkScores, score
+from infer.bulk.journal import Journal
 from infer.bulk.outputs import LineWriter
 from infer.engine import Completion, Engine, Frontend, RequestError, fit_config
 from tarsier_jax.api import model_mesh
@@ -184,8 +185,13 @@ def answer(
     missing = [row for row in rows if _key(row) not in stored]
     if missing:
         engine = engines.fit(benchmark, missing)
-        with tempfile.TemporaryDirectory() as media, contextlib.closing(LineWriter(path)) as writer:
-            prepare = functools.partial(_prepare, engine.processor, benchmark, Path(media), view)
+        with (
+            tempfile.TemporaryDirectory() as media,
+            contextlib.closing(LineWriter(path)) as writer,
+            Journal(path) as journal,
+        ):
+            prepare = functools.partial(_prepare, engine.processor, benchmark, Path(media), view, journal)
+            _try_suspects(missing, prepare, journal)
             with Frontend(engine, prepare=prepare) as frontend:
                 results = frontend.answer_all(enumerate(missing), SamplingOptions(benchmark.max_new_tokens))
                 for i, result in tqdm(results, desc=path.stem, total=len(missing), unit="sample"):
@@ -230,16 +236,27 @@ def _key(row: AnnotatedSample) -> str:
 
 
 def _prepare(
-    processor: Processor, benchmark: Benchmark, media: Path, view: View | None, row: AnnotatedSample
+    processor: Processor, benchmark: Benchmark, media: Path, view: View | None, journal: Journal, row: AnnotatedSample
 ) -> Example:
     messages = messages_of(benchmark, row)
-    videos: list[Mapping[str, Any] | None] = list(videos_of(messages))
-    if callable(benchmark.video):
-        videos = [benchmark.video(row, media)] * len(videos)
-    if view is not None:
-        pairs = zip(videos, row["visuals"], strict=True)
-        videos = [view(video or {}, visual["frame_indices"]) for video, visual in pairs]
-    return processor({"messages": with_videos(messages, videos)})
+    with journal.note(_key(row)):
+        videos: list[Mapping[str, Any] | None] = list(videos_of(messages))
+        if callable(benchmark.video):
+            videos = [benchmark.video(row, media)] * len(videos)
+        if view is not None:
+            pairs = zip(videos, row["visuals"], strict=True)
+            videos = [view(video or {}, visual["frame_indices"]) for video, visual in pairs]
+        return processor({"messages": with_videos(messages, videos)})
+
+
+def _try_suspects(
+    rows: Sequence[AnnotatedSample], prepare: Callable[[AnnotatedSample], Example], journal: Journal
+) -> None:
+    """Prepares the journal's suspects one at a time: the next crash shows which of them it is."""
+    for row in rows:
+        if _key(row) in journal.suspects:
+            with contextlib.suppress(Exception):  # reported when the sample is prepared again
+                prepare(row)
 
 
 def _answered(row: AnnotatedSample, result: Completion | RequestError, processor: Processor) -> dict[str, Any]:

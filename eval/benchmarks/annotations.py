@@ -126,8 +126,9 @@ def _of_prompt(row: AnnotatedSample) -> list[dict[str, Any]]:
     prompt = row["text"]["prompt"]
     question, _, prefill = prompt.rpartition("ASSISTANT:") if "ASSISTANT:" in prompt else (prompt, "", "")
     before, _, after = question.strip().removeprefix("USER:").rpartition("<video>")
-    times = {key: row[key] for key in _TIMES if row.get(key)}
-    video = {"type": "video", "video": {"video_file": row.get("video_file"), **times}}
+    file = row.get("video_file")
+    times = {key: row[key] for key in _TIMES if row.get(key) and not isinstance(file, list)}  # frames have no times
+    video = {"type": "video", "video": {"video_file": file, **times}}
     content = [*([_text(before.strip())] if before.strip() else []), video, _text(after.strip())]
     return [{"role": "user", "content": content}, {"role": "assistant", "content": [_text(prefill)]}]
 

@@ -14,12 +14,13 @@ from eval.benchmarks import Benchmark, select
 from eval.benchmarks.annotations import video_files_of, videos_of
 from eval.evaluation import BASELINES, BenchmarkInput, Engines, answer, evaluate, read_answers
 from eval.predictions import ERROR, Prediction
+from infer.bulk.journal import Journal
 from tarsier_jax.errors import InputError
 from tarsier_jax.families import family_of, load_config
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP, resolve
 from tests.eval.benchmarks.rows import question_row, text_row, write_rows
-from tests.eval.oracle import INDICES, OracleEngines, reference_of, shapes, shapes_qa
+from tests.eval.oracle import INDICES, OracleEngines, SampleProcessor, reference_of, shapes, shapes_qa
 
 (TVBENCH, VIDEO_MME) = select(["tvbench", "video-mme"])
 TVBENCH = dataclasses.replace(TVBENCH, subsets={})
@@ -150,19 +151,48 @@ def test_baselines(tmp_path: Path) -> None:
         assert Prediction.of(line).text == "B"
 
 
-def test_the_processor_reads_both_formats(tmp_path: Path, processor: Processor) -> None:
-    engines = OracleEngines(lambda _: "B", processor)
+def test_a_sample_that_ends_the_program_twice_is_left_out(tmp_path: Path) -> None:
+    """Such as a video whose decoder crashes."""
+    path, benchmark = tmp_path / "qa.jsonl", shapes_qa(2)
+    rows = BenchmarkInput.load(benchmark).rows
+    notes = []
+    for _ in range(2):
+        notes.append(Journal(path).note(Prediction.of(rows[0]).key))
+        notes[-1].__enter__()  # and the process dies
+    first, second = answer(OracleEngines(reference_of), benchmark, rows, path)
+    assert "ended the program 2 times" in first["error"] and Prediction.of(second).text == reference_of(rows[1])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class RecordingProcessor(SampleProcessor):
+    """Also remembers the examples of a real processor.
+
+    Attributes:
+        prompts: The decoded tokens, without those of the videos.
+    """
+
+    def __init__(self, processor: Processor):
+        super().__init__()
+        self._processor = processor
+        self.prompts: list[str] = []
+
+    def __call__(self, sample: Any) -> Any:
+        input_ids = self._processor(sample).input_ids
+        self.prompts.append(str(self._processor.tokenizer.decode(input_ids)).replace("<|image_pad|>", ""))
+        return super().__call__(sample)
+
+
+def test_the_prompt_of_both_formats_is_the_same(tmp_path: Path, processor: Processor) -> None:
+    recorder = RecordingProcessor(processor)
     prompt = "USER: <video> Question: What jumps?\n(A) A ring.\n(B) A star.\nASSISTANT: Answer: ("
-    texts = []
     for benchmark, row in (
         (TVBENCH, question_row(1, video_file=str(EMBEDDED_CLIP))),
         (VIDEO_MME, text_row(1, prompt, video_file=str(EMBEDDED_CLIP))),
     ):
-        engine = engines.fit(benchmark, [row])
-        example = evaluation._prepare(engine.processor, benchmark, tmp_path, None, row)
-        texts.append(str(processor.tokenizer.decode(example.input_ids)).replace("<|image_pad|>", ""))
-    assert texts[0] == texts[1]
-    assert texts[0].endswith(
+        answer(OracleEngines(lambda _: "B", recorder), benchmark, [row], tmp_path / f"{benchmark.name}.jsonl")
+    first, second = recorder.prompts
+    assert first == second
+    assert first.endswith(
         "Question: What jumps?\n(A) A ring.\n(B) A star.<|im_end|>\n<|im_start|>assistant\n Answer: ("
     )
 
