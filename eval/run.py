@@ -18,8 +18,9 @@ from typing import Any
 import jax
 
 import tarsier_jax
+from eval.answers import SLOTS, Engines
 from eval.benchmarks import Benchmark, add_benchmarks_flag, select
-from eval.evaluation import SLOTS, BenchmarkInput, Engines, evaluate
+from eval.evaluation import BenchmarkInput, evaluate
 from eval.judges import add_judge_flags, judge_of
 from eval.judges.judge import Judge
 from eval.predictions import Prediction, read_rows

@@ -10,9 +10,10 @@ import pytest
 
 import tarsier_jax
 from convert.backends import HuggingFace
+from eval.answers import Engines
 from eval.benchmarks import Benchmark
 from eval.benchmarks.shapes import SHAPES_QA, question_samples
-from eval.evaluation import BenchmarkInput, Engines, evaluate
+from eval.evaluation import BenchmarkInput, evaluate
 from eval.predictions import AnnotatedSample
 from eval.shapes.annotations import user_turn
 from eval.shapes.clips import HELD_OUT, ShapeClip, draw_clips

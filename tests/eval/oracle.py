@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from eval.answers import Engines
 from eval.benchmarks import Benchmark
 from eval.benchmarks.annotations import videos_of
 from eval.benchmarks.shapes import SHAPES, SHAPES_QA, description_samples, question_samples
-from eval.evaluation import Engines
 from eval.predictions import AnnotatedSample, Prediction
 from infer.engine import Completion, Engine, Request, RequestError
 from tarsier_jax.processing.batch import FrameSelection
@@ -71,6 +73,11 @@ class OracleEngines(Engines):
     def fit(self, benchmark: Benchmark, rows: Sequence[AnnotatedSample]) -> Engine:
         self.rows += rows
         return _Oracle(rows, self._answer, self.processor)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a file of predictions."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def reference_of(row: AnnotatedSample) -> str:

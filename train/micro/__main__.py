@@ -18,8 +18,9 @@ import jax
 from absl import flags
 
 import tarsier_jax
+from eval.answers import Engines
 from eval.benchmarks.shapes import SHAPES, SHAPES_QA
-from eval.evaluation import BenchmarkInput, Engines, evaluate
+from eval.evaluation import BenchmarkInput, evaluate
 from tarsier_jax.programs import run
 from train.config import TrainConfig
 from train.debug_data import write_debug_data

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.micro import get_config
-from eval.evaluation import Engines
+from eval.answers import Engines
 from eval.shapes.clips import HELD_OUT
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import Processor
