@@ -68,7 +68,9 @@ def measure_agreement(
         num_samples=len(predictions),
         num_failed=len(predictions) - sum(each is not None for each in pairs),
         counts={kind: dict(zip(PAIRS, map(int, table.sum(axis=0)), strict=True)) for kind, table in tables.items()},
-        verdicts={kind: _estimate_agreement(bootstrap.select(first, index), table) for kind, table in tables.items()},
+        verdicts={
+            kind: _estimate_agreement(bootstrap.select_samples(first, index), table) for kind, table in tables.items()
+        },
         scores=(_estimate(metric, first), _estimate(metric, second)),
         difference=bootstrap.compare(metric, first, second),
     )

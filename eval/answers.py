@@ -69,7 +69,7 @@ class Engines:
         return Engine(model, processor, config)
 
 
-def answer(
+def answer_rows(
     engines: Engines, benchmark: Benchmark, rows: Sequence[AnnotatedSample], path: Path, view: View | None = None
 ) -> list[AnnotatedSample]:
     """Answers the rows that have no answer in the file `path`, and appends them; returns all rows with answers.

@@ -63,7 +63,10 @@ def estimate(metric: Metric, values: ScoreArrays, strict: ScoreArrays) -> list[E
     subsets = np.array(values.subsets)
     groups = {subset: np.flatnonzero(subsets == subset) for subset in sorted(set(values.subsets))}
     groups = {**(groups if len(groups) > 1 else {}), OVERALL: np.arange(len(subsets))}
-    return [_estimate_group(metric, name, select(values, i), select(strict, i)) for name, i in groups.items()]
+    return [
+        _estimate_group(metric, name, select_samples(values, i), select_samples(strict, i))
+        for name, i in groups.items()
+    ]
 
 
 def _estimate_group(metric: Metric, subset: str, values: ScoreArrays, strict: ScoreArrays) -> Estimate:
@@ -94,11 +97,11 @@ def shared_samples(first: ScoreArrays, second: ScoreArrays) -> tuple[ScoreArrays
     has_values = _has_values(first), _has_values(second)
     pairs = [(i, positions[key]) for i, key in enumerate(first.keys) if key in positions]
     pairs = np.array([(i, j) for i, j in pairs if has_values[0][i] and has_values[1][j]], dtype=int).reshape(-1, 2)
-    first, second = select(first, pairs[:, 0]), select(second, pairs[:, 1])
+    first, second = select_samples(first, pairs[:, 0]), select_samples(second, pairs[:, 1])
     return first, dataclasses.replace(second, subsets=first.subsets, videos=first.videos)
 
 
-def select(arrays: ScoreArrays, index: np.ndarray) -> ScoreArrays:
+def select_samples(arrays: ScoreArrays, index: np.ndarray) -> ScoreArrays:
     """Returns the samples at positions `index`."""
     return dataclasses.replace(
         arrays,

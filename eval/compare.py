@@ -23,8 +23,8 @@ from eval.benchmarks import BENCHMARKS
 from eval.bootstrap import Difference, Estimate
 from eval.metrics.scores import OVERALL, Metric, ScoreArrays
 from eval.plots import plot_runs
-from eval.report import StoredScores, read_run
-from eval.texts import digits_of, figure_text, flatten, with_interval
+from eval.report import StoredScores, read_scores
+from eval.texts import digits_of, figure_text, flatten_settings, with_interval
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import atomic_write, local_path
 from tarsier_jax.processing.jsonl import to_json
@@ -79,7 +79,7 @@ def compare_runs(
         raise InputError(f"The runs have no benchmark in common: {contents}. Pass runs of the same benchmark.")
     if unknown := [name for name in names if name not in metrics]:
         raise InputError(f"There is no benchmark {', '.join(unknown)} in this version. Score the predictions again.")
-    tables = read_reference() if reference else {}
+    tables = read_published() if reference else {}
     if reference and not any(name in benchmarks for name in names for benchmarks in tables.values()):
         raise InputError(f"No figures of {', '.join(names)} are published. Omit --reference.")
     return [
@@ -115,11 +115,11 @@ def _differences(
 
 
 def _of_subset(arrays: ScoreArrays, subset: str) -> ScoreArrays:
-    return bootstrap.select(arrays, np.flatnonzero([subset in (OVERALL, each) for each in arrays.subsets]))
+    return bootstrap.select_samples(arrays, np.flatnonzero([subset in (OVERALL, each) for each in arrays.subsets]))
 
 
 def _different_settings(runs: Sequence[StoredScores]) -> dict[str, list[str]]:
-    texts = [{"row_format": each.summary["row_format"], **flatten(each.summary["settings"])} for each in runs]
+    texts = [{"row_format": each.summary["row_format"], **flatten_settings(each.summary["settings"])} for each in runs]
     names = dict.fromkeys(name for each in texts for name in each)
     settings = {name: [each.get(name, _NOT_STORED) for each in texts] for name in names}
     return {name: values for name, values in settings.items() if len(set(values)) > 1}
@@ -146,7 +146,7 @@ def _sample_warnings(runs: Mapping[str, StoredScores]) -> Iterator[str]:
                 yield f"The figures are not comparable: {key} of {count} samples differ in {first} and {other}."
 
 
-def read_reference() -> dict[str, dict[str, list[dict[str, str]]]]:
+def read_published() -> dict[str, dict[str, list[dict[str, str]]]]:
     """Returns the published tables by model and benchmark."""
     return json.loads(_REFERENCE_TABLES.read_text(encoding="utf-8"))
 
@@ -279,7 +279,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if len(args.runs) == 1 and not args.reference:
         raise InputError("There is one run. Pass a second one, or --reference.")
-    runs = {name: read_run(path) for name, path in zip(name_runs(args.runs), args.runs, strict=True)}
+    runs = {name: read_scores(path) for name, path in zip(name_runs(args.runs), args.runs, strict=True)}
     metrics = {benchmark.name: benchmark.metric for benchmark in BENCHMARKS}
     comparisons = compare_runs(runs, metrics, args.reference)
     write_comparison(args.output, comparisons)

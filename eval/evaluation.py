@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from eval.answers import Engines, View, answer
+from eval.answers import Engines, View, answer_rows
 from eval.benchmarks import Benchmark
 from eval.benchmarks.annotations import first_videos, load_annotations
 from eval.benchmarks.videos import find_videos
@@ -88,13 +88,13 @@ def evaluate(
         predictions = Predictions([Prediction.of(row) for row in rows])
         return score(benchmark, predictions, benchmark.judge or judge, settings, expected)
 
-    rows = answer(engines, benchmark, source.rows, output / "predictions" / name)
+    rows = answer_rows(engines, benchmark, source.rows, output / "predictions" / name)
     scores, figures = score_rows(rows), {}
     if baselines:
         answered = [row for row in rows if "visuals" in row]
         for baseline, view in BASELINES.items():
             path = output / "baselines" / baseline / name
-            figures[baseline] = score_rows(answer(engines, benchmark, answered, path, view)).figures
+            figures[baseline] = score_rows(answer_rows(engines, benchmark, answered, path, view)).figures
     return dataclasses.replace(scores, baselines={**scores.baselines, **figures})
 
 

@@ -21,7 +21,7 @@ from eval import bootstrap, sheet
 from eval.metrics.scores import SampleScore, ScoreArrays, arrays_of
 from eval.plots import plot_scores
 from eval.scoring import BenchmarkScores
-from eval.texts import digits_of, figure_text, flatten
+from eval.texts import digits_of, figure_text, flatten_settings
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import atomic_write
 from tarsier_jax.processing.jsonl import parse_json, to_json
@@ -84,7 +84,7 @@ def write_report(output: Path, results: Sequence[BenchmarkScores]) -> None:
     _write_text(output / "report.html", sheet.render(pages))
 
 
-def read_run(output: Path) -> dict[str, StoredScores]:
+def read_scores(output: Path) -> dict[str, StoredScores]:
     """Returns the stored scores of a run by benchmark.
 
     Raises:
@@ -140,7 +140,7 @@ def _count_line(result: BenchmarkScores) -> str:
 
 def _facts(result: BenchmarkScores) -> str:
     audit = [f"Parser audit: {', '.join(f'{text}: {count}' for text, count in result.audit.items())}."]
-    settings = ", ".join(f"{name}={value}" for name, value in flatten(result.settings).items())
+    settings = ", ".join(f"{name}={value}" for name, value in flatten_settings(result.settings).items())
     return "\n".join([*result.notes, *(audit if result.audit else []), f"Settings: {settings}"])
 
 

@@ -25,7 +25,7 @@ from eval.judges import add_judge_flags, judge_of
 from eval.judges.judge import Judge
 from eval.predictions import Prediction, read_rows
 from eval.report import screen_text, write_report
-from eval.settings import benchmark_settings, fingerprint, merge_settings, settings_for
+from eval.settings import benchmark_settings, merge_settings, settings_for, weights_digest
 from infer.bulk.config import local_mesh
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import atomic_write, local_path, locked
@@ -141,7 +141,7 @@ def run_settings(args: argparse.Namespace, sources: Sequence[BenchmarkInput]) ->
     """Returns the settings that the predictions of a run depend on."""
     return {
         "model": args.model,
-        "weights": fingerprint(resolve(args.model)),
+        "weights": weights_digest(resolve(args.model)),
         "dtype": resolve_dtype(args.dtype),
         "max_pixels": args.max_pixels,
         "platform": jax.default_backend(),

@@ -10,11 +10,13 @@ import numpy as np
 
 from eval.benchmarks.benchmark import Benchmark
 from eval.judges.judge import Judge
-from eval.judges.usage import MeteredJudge, estimate
+from eval.judges.usage import MeteredJudge, estimate_usage
 from eval.metrics.scores import STATUSES, Metric, SampleScore, Status, Table, arrays_of
 from eval.predictions import ERROR, PLACEHOLDER, Prediction, Predictions
 from tarsier_jax import __version__
 from tarsier_jax.errors import InputError
+
+_MAX_ANSWER = 20  # characters of a constant answer in a table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _score_answers(benchmark: Benchmark, answers: Sequence[Prediction], judge: J
     """Scores answers, and prints an estimate of the judge's work first."""
     metric = benchmark.metric
     if isinstance(judge, MeteredJudge):
-        usage = estimate(lambda estimator: metric.score(answers, estimator), judge)
+        usage = estimate_usage(lambda estimator: metric.score(answers, estimator), judge)
         print(f"{benchmark.name}: the judge needs about {usage.summary(judge.prices)}.", flush=True)
     return metric.score(answers, judge)
 
@@ -162,7 +164,8 @@ def _baselines(
     results = {}
     for answer in metric.constant_answers(rows):
         scores = metric.score([dataclasses.replace(row, text=answer) for row in rows], judge)
-        results[f"constant answer {answer!r}"] = figures_of(metric, scores)
+        name = answer if len(answer) <= _MAX_ANSWER else f"{answer[:_MAX_ANSWER]}..."
+        results[f"constant answer {name!r}"] = figures_of(metric, scores)
     headline = {name: next(iter(figures.values()), math.nan) for name, figures in results.items()}
     best = [name for name in results if headline[name] == max(headline.values())][:1]
     return {name: results[name] for name in best}

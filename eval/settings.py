@@ -10,7 +10,7 @@ from typing import Any
 from eval.benchmarks.annotations import messages_of
 from eval.benchmarks.benchmark import Benchmark
 from eval.predictions import AnnotatedSample, Prediction
-from eval.texts import flatten
+from eval.texts import flatten_settings
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.jsonl import parse_json
 
@@ -18,7 +18,7 @@ _DIGITS = 16  # of a digest
 _BENCHMARKS = "benchmarks"  # key of the settings of single benchmarks
 
 
-def fingerprint(directory: Path) -> str:
+def weights_digest(directory: Path) -> str:
     """Returns a digest of the names and contents of a checkpoint's files, without documents and hidden files."""
     files = sorted(file for file in directory.rglob("*") if file.is_file() and _is_content(file.relative_to(directory)))
     with ThreadPoolExecutor() as threads:
@@ -51,7 +51,7 @@ def merge_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         InputError: `path` contains another value of a setting.
     """
     stored = parse_json(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
-    earlier, current = flatten(stored), flatten(settings)
+    earlier, current = flatten_settings(stored), flatten_settings(settings)
     differences = [
         f"{name} was {earlier[name]!r:.100} and is {current[name]!r:.100}"
         for name in current

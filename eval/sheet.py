@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 import tarsier_jax
-from eval.texts import digits_of, figure_text, flatten, interval_text
+from eval.texts import digits_of, figure_text, flatten_settings, interval_text
 
 _TEMPLATE = "sheet.html"
 # In a script element, "</script>" would end the JSON, and "<!--" would change how the rest is read.
@@ -41,7 +41,9 @@ def render(pages: Sequence[Page]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=_figure, interval=_interval, flatten=flatten, json=_embedded, png=_data_url)
+    environment.filters.update(
+        figure=_figure, interval=_interval, flatten=flatten_settings, json=_embedded, png=_data_url
+    )
     return environment.get_template(_TEMPLATE).render(pages=pages, version=tarsier_jax.__version__)
 
 

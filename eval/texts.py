@@ -38,10 +38,10 @@ def subset_names(subsets: Sequence[str]) -> list[str]:
     return [subset.split("/", 1)[-1] for subset in subsets] if len(datasets) == 1 else list(subsets)
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Returns nested settings as texts by name, such as "judge.model"."""
     texts = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
-        texts.update(flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: str(value)})
+        texts.update(flatten_settings(value, f"{name}.") if isinstance(value, Mapping) else {name: str(value)})
     return texts

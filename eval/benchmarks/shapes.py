@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from eval.benchmarks.benchmark import Benchmark
-from eval.metrics import AUTODQ, letters_metric
+from eval.metrics import AUTODQ, subtask_accuracy
 from eval.predictions import AnnotatedSample
 from eval.shapes.annotations import annotation, question_annotation
 from eval.shapes.clips import HELD_OUT, FrameSize, draw_clip_scene
@@ -94,7 +94,7 @@ def video_source(sample: AnnotatedSample, media: Path) -> Mapping[str, Any]:
 
 # An answer is the text of an option and then its letter, so the original's rule would read another letter.
 _LETTERS = dataclasses.replace(
-    letters_metric(lambda row: letter_in(row.text or "") or None, lambda row: letter_in(row.reference)),
+    subtask_accuracy(lambda row: letter_in(row.text or "") or None, lambda row: letter_in(row.reference)),
     constant_answers=lambda rows: list(LETTERS),
 )
 SHAPES = Benchmark(

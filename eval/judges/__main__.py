@@ -20,9 +20,9 @@ from eval.benchmarks import BENCHMARKS, Benchmark, add_benchmarks_flag, select
 from eval.bootstrap import Difference, Estimate
 from eval.judges.flags import add_endpoint_flags, make_judge
 from eval.judges.judge import Judge
-from eval.judges.usage import MeteredJudge, estimate
+from eval.judges.usage import MeteredJudge, estimate_usage
 from eval.predictions import Prediction, PredictionFiles
-from eval.texts import digits_of, flatten, with_interval
+from eval.texts import digits_of, flatten_settings, with_interval
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import atomic_write, local_path
 from tarsier_jax.processing.jsonl import to_json
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     if judges[0].settings == judges[1].settings:
         raise InputError(f"A and B are the same judge, {args.judges[0]}. Pass two judges, such as URL#MODEL.")
     for name, judge in zip(_NAMES, judges, strict=True):
-        print(f"{name}: {', '.join(f'{key} {value}' for key, value in flatten(judge.settings).items())}")
+        print(f"{name}: {', '.join(f'{key} {value}' for key, value in flatten_settings(judge.settings).items())}")
     results = []
     for benchmark in benchmarks:
         results.append(compare_judges(benchmark, files.of(benchmark.dataset).rows, judges))
@@ -80,7 +80,7 @@ def compare_judges(benchmark: Benchmark, rows: Sequence[Prediction], judges: Seq
     answers = [row for row in rows if not row.is_missing]
     meters = [(name, judge) for name, judge in zip(_NAMES, judges, strict=True) if isinstance(judge, MeteredJudge)]
     for name, judge in meters:
-        usage = estimate(lambda estimator: benchmark.metric.score(answers, estimator), judge)
+        usage = estimate_usage(lambda estimator: benchmark.metric.score(answers, estimator), judge)
         print(f"{benchmark.name}: {name} needs about {usage.summary(judge.prices)} to score.", flush=True)
     agreement = measure_agreement(benchmark.name, benchmark.metric, answers, judges)
     for name, judge in meters:

@@ -129,7 +129,7 @@ class MeteredJudge(Judge, Protocol):
         ...
 
 
-def estimate(score: Callable[[Judge], object], judge: MeteredJudge) -> Usage:
+def estimate_usage(score: Callable[[Judge], object], judge: MeteredJudge) -> Usage:
     """Estimates the requests and tokens that a metric needs, without a request.
 
     Stored replies cost nothing. The other replies are guesses: events are the sentences of a caption, and a verdict has

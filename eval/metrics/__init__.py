@@ -2,8 +2,8 @@
 
 from eval.metrics.autodq import AUTODQ
 from eval.metrics.cider import CIDER
-from eval.metrics.letters import LETTERS, LETTERS_FLAT, letters_metric
+from eval.metrics.letters import ACCURACY, SUBTASK_ACCURACY, subtask_accuracy
 from eval.metrics.open_qa import OPEN_QA
-from eval.metrics.video_mme import VIDEO_MME
+from eval.metrics.video_mme import VIDEO_MME_ACCURACY
 
-__all__ = ["AUTODQ", "CIDER", "LETTERS", "LETTERS_FLAT", "OPEN_QA", "VIDEO_MME", "letters_metric"]
+__all__ = ["AUTODQ", "CIDER", "SUBTASK_ACCURACY", "ACCURACY", "OPEN_QA", "VIDEO_MME_ACCURACY", "subtask_accuracy"]

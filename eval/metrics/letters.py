@@ -186,7 +186,7 @@ def _notes(scores: Sequence[SampleScore]) -> list[str]:
     return sentences
 
 
-def letters_metric(answer: ReadAnswer = read_answer, reference: ReadReference = read_reference) -> Metric:
+def subtask_accuracy(answer: ReadAnswer = read_answer, reference: ReadReference = read_reference) -> Metric:
     """Returns the metric of a benchmark with subtasks.
 
     Args:
@@ -204,5 +204,5 @@ def letters_metric(answer: ReadAnswer = read_answer, reference: ReadReference = 
     )
 
 
-LETTERS = letters_metric()
-LETTERS_FLAT = dataclasses.replace(LETTERS, figures=flat_figures, tables=flat_tables, records=flat_records)
+SUBTASK_ACCURACY = subtask_accuracy()
+ACCURACY = dataclasses.replace(SUBTASK_ACCURACY, figures=flat_figures, tables=flat_tables, records=flat_records)

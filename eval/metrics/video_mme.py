@@ -100,7 +100,7 @@ def _notes(scores: Sequence[SampleScore]) -> list[str]:
     return sentences
 
 
-VIDEO_MME = Metric(
+VIDEO_MME_ACCURACY = Metric(
     value_names=("accuracy",),
     figures=_figures,
     score=score_questions,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eval import answers
-from eval.answers import Engines, answer, read_answers
+from eval.answers import Engines, answer_rows, read_answers
 from eval.benchmarks import select
 from eval.benchmarks.annotations import video_files_of, with_video_files
 from eval.evaluation import BenchmarkInput
@@ -35,22 +35,22 @@ def test_a_run_resumes(tmp_path: Path) -> None:
     path, benchmark = tmp_path / "qa.jsonl", shapes_qa(4)
     rows = BenchmarkInput.load(benchmark).rows
     engines = OracleEngines(reference_of)
-    whole = answer(engines, benchmark, rows, path)
+    whole = answer_rows(engines, benchmark, rows, path)
     assert [Prediction.of(row).text for row in whole] == [reference_of(row) for row in rows]
     assert len(engines.rows) == len(lines_of(path)) == 4
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2]) + lines[2][:50])  # killed while it wrote the third line
     engines = OracleEngines(reference_of)
-    assert answer(engines, benchmark, rows, path) == whole
+    assert answer_rows(engines, benchmark, rows, path) == whole
     assert len(engines.rows) == 2 and path.read_bytes().startswith(b"".join(lines[:2]))
     assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)  # the others in any order
     engines = OracleEngines(reference_of)
-    assert answer(engines, benchmark, rows, path) == whole and not engines.rows  # no engine is built
+    assert answer_rows(engines, benchmark, rows, path) == whole and not engines.rows  # no engine is built
 
 
 def test_rows_have_the_format_of_the_original(tmp_path: Path) -> None:
     row = with_video_files({**question_row(1), "extra_info": {"a": "U+2028: \u2028"}}, ["a/1.avi"])
-    answer(OracleEngines(lambda _: "B) a star"), TVBENCH, [row], tmp_path / "out" / "tvbench.jsonl")
+    answer_rows(OracleEngines(lambda _: "B) a star"), TVBENCH, [row], tmp_path / "out" / "tvbench.jsonl")
     (line,) = lines_of(tmp_path / "out" / "tvbench.jsonl")
     visuals = [{"frame_indices": list(INDICES), "times": [0, 1.5, 3, 4.5], "width": 42, "height": 28}]
     assert line.pop("visuals") == visuals
@@ -60,7 +60,7 @@ def test_rows_have_the_format_of_the_original(tmp_path: Path) -> None:
 
 def test_rows_of_generated_videos_keep_the_placeholder(tmp_path: Path) -> None:
     benchmark = shapes(1)
-    answer(OracleEngines(reference_of), benchmark, BenchmarkInput.load(benchmark).rows, tmp_path / "shapes.jsonl")
+    answer_rows(OracleEngines(reference_of), benchmark, BenchmarkInput.load(benchmark).rows, tmp_path / "shapes.jsonl")
     line = lines_of(tmp_path / "shapes.jsonl")[0]
     assert video_files_of(line) == ["<placeholder>"] and line["extra_info"]["events"]
 
@@ -84,7 +84,7 @@ def test_a_sample_that_ends_the_program_twice_is_left_out(tmp_path: Path) -> Non
     for _ in range(2):
         notes.append(Journal(path).note(Prediction.of(rows[0]).key))
         notes[-1].__enter__()  # and the process dies
-    first, second = answer(OracleEngines(reference_of), benchmark, rows, path)
+    first, second = answer_rows(OracleEngines(reference_of), benchmark, rows, path)
     assert "ended the program 2 times" in first["error"] and Prediction.of(second).text == reference_of(rows[1])
     assert list(tmp_path.iterdir()) == [path]
 
@@ -114,7 +114,7 @@ def test_the_prompt_of_both_formats_is_the_same(tmp_path: Path, processor: Proce
         (TVBENCH, question_row(1, video_file=str(EMBEDDED_CLIP))),
         (VIDEO_MME, text_row(1, prompt, video_file=str(EMBEDDED_CLIP))),
     ):
-        answer(OracleEngines(lambda _: "B", recorder), benchmark, [row], tmp_path / f"{benchmark.name}.jsonl")
+        answer_rows(OracleEngines(lambda _: "B", recorder), benchmark, [row], tmp_path / f"{benchmark.name}.jsonl")
     first, second = recorder.prompts
     assert first == second
     assert first.endswith(

@@ -11,7 +11,7 @@ import pytest
 from eval.benchmarks import BENCHMARKS
 from eval.compare import STRICT, Comparison, compare_runs, main, markdown, name_runs, parse, reference_estimates
 from eval.metrics.scores import OVERALL, SampleScore
-from eval.report import read_run, write_report
+from eval.report import read_scores, write_report
 from tarsier_jax.errors import InputError
 from tests.eval.scores import METRIC, benchmark_scores, random_scores, sample_score
 
@@ -27,7 +27,7 @@ def _write(directory: Path, scores: Sequence[SampleScore], benchmark: str = "qui
 
 
 def _compare(*directories: Path, reference: bool = False) -> Comparison:
-    (comparison,) = compare_runs({path.name: read_run(path) for path in directories}, METRICS, reference)
+    (comparison,) = compare_runs({path.name: read_scores(path) for path in directories}, METRICS, reference)
     return comparison
 
 

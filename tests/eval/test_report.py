@@ -9,7 +9,7 @@ import pytest
 
 from eval.bootstrap import point_figures
 from eval.metrics.scores import arrays_of
-from eval.report import read_run, screen_text, write_report
+from eval.report import read_scores, screen_text, write_report
 from tarsier_jax.errors import InputError
 from tests.eval.scores import METRIC, benchmark_scores, random_scores, sample_score
 
@@ -40,7 +40,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
 def test_scores_are_read_back(tmp_path: Path) -> None:
     scores = random_scores(40, ["Quiz/A", "Quiz/B"])
     write_report(tmp_path, [benchmark_scores(scores)])
-    stored = read_run(tmp_path)["quiz"]
+    stored = read_scores(tmp_path)["quiz"]
     for strict in (False, True):
         expected, arrays = arrays_of(scores, strict), stored.arrays(strict)
         assert (arrays.keys, arrays.subsets, arrays.videos) == (expected.keys, expected.subsets, expected.videos)
@@ -55,7 +55,7 @@ def test_texts_of_any_kind_survive(tmp_path: Path) -> None:
     write_report(tmp_path, [benchmark_scores(scores)])
     lines = (tmp_path / "eval_records" / "quiz_samples.jsonl").read_bytes().decode().split("\n")
     assert len(lines) == 2 and _valid_json(lines[0])["details"] == {"events_gt": events, "nan": None}
-    (sample,) = read_run(tmp_path)["quiz"].samples
+    (sample,) = read_scores(tmp_path)["quiz"].samples
     assert sample["prediction"] == text and sample["references"] == [text, "b"] and sample["vid"] == "1.mp4"
 
 
@@ -66,7 +66,7 @@ def test_frames_and_errors_are_recorded(tmp_path: Path) -> None:
         sample_score(2, 0.0, status="missing", text=None, error="2.mp4 is missing."),
     ]
     write_report(tmp_path, [benchmark_scores(scores)])
-    first, second = read_run(tmp_path)["quiz"].samples
+    first, second = read_scores(tmp_path)["quiz"].samples
     assert first["visuals"] == visuals and first["error"] is None
     assert second["prediction"] is None and second["error"] == "2.mp4 is missing."
 
@@ -74,7 +74,7 @@ def test_frames_and_errors_are_recorded(tmp_path: Path) -> None:
 def test_a_benchmark_without_a_score(tmp_path: Path) -> None:
     result = benchmark_scores([sample_score(i, 0.0, status="missing", text=None) for i in range(3)], tables=[])
     write_report(tmp_path, [result])
-    stored = read_run(tmp_path)["quiz"]
+    stored = read_scores(tmp_path)["quiz"]
     assert _valid_json((tmp_path / "eval_records" / "quiz.json").read_text())["figures"] == {"Accuracy": None}
     assert math.isnan(point_figures(METRIC, stored.arrays())["Accuracy"])
     assert point_figures(METRIC, stored.arrays(strict=True)) == {"Accuracy": 0.0}
@@ -86,14 +86,14 @@ def test_a_benchmark_without_a_score(tmp_path: Path) -> None:
 def test_a_second_run_replaces_the_files(tmp_path: Path) -> None:
     write_report(tmp_path, [benchmark_scores(random_scores(20, ["Quiz/A"]))])
     write_report(tmp_path, [benchmark_scores(random_scores(10, ["Quiz/A"]))])
-    assert len(read_run(tmp_path)["quiz"].samples) == 10
+    assert len(read_scores(tmp_path)["quiz"].samples) == 10
     assert not [path.name for path in tmp_path.rglob(".*")]
 
 
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "absent"):
         with pytest.raises(InputError, match="is not the output of a run"):
-            read_run(directory)
+            read_scores(directory)
 
 
 @pytest.mark.parametrize("damage", ["remove", "cut", "not JSON", "another"])
@@ -109,7 +109,7 @@ def test_incomplete_files(tmp_path: Path, damage: str) -> None:
     else:
         samples.write_bytes(b"\n".join(samples.read_bytes().split(b"\n")[:5]))
     with pytest.raises(InputError, match=r"quiz"):
-        read_run(tmp_path)
+        read_scores(tmp_path)
 
 
 def test_screen_text() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from eval.report import read_run
+from eval.report import read_scores
 from eval.score import main, parse
 from tarsier_jax.programs import run
 from tests.eval.rows import row
@@ -55,7 +55,7 @@ def test_records_and_samples_equal_the_original(case: Path, tmp_path: Path, caps
 
 def check_samples(case: Path, output: Path) -> None:
     """Checks every sample's figures against those of the original."""
-    records = [record for stored in read_run(output).values() for record in stored.samples]
+    records = [record for stored in read_scores(output).values() for record in stored.samples]
     samples = {record["idx"]: record for record in records if record["prediction"] is not None}
     lines = (case / "expected" / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     for expected in map(json.loads, lines):
@@ -140,7 +140,7 @@ def test_half_of_the_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert score(write(tmp_path / "p.jsonl", *rows), "--benchmarks", "egoschema") == 0
     out = capsys.readouterr().out
     assert "500 samples: 250 scored, 0 unreadable, 0 judge failed, 250 missing" in out
-    summary = read_run(tmp_path)["egoschema"].summary
+    summary = read_scores(tmp_path)["egoschema"].summary
     assert summary["figures"] == {"Accuracy": 100} and summary["strict_figures"] == {"Accuracy": 50}
 
 
@@ -152,7 +152,7 @@ def test_a_benchmark_that_cannot_be_scored_does_not_stop_the_others(
     assert score(path, "--benchmarks", "egoschema", "dream", "tvbench") == 1
     out, err = capsys.readouterr()
     assert "error: egoschema: " in err and "error: dream: the metric needs a judge. Pass --judge URL" in err
-    assert "1 benchmarks, 2 failed" in out and list(read_run(tmp_path)) == ["tvbench"]
+    assert "1 benchmarks, 2 failed" in out and list(read_scores(tmp_path)) == ["tvbench"]
 
 
 def test_annotations_show_missing_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +171,7 @@ def test_scoring_again_needs_no_judge(tmp_path: Path, capsys: pytest.CaptureFixt
         assert score(GOLDENS / "dream-v1" / "predictions", *flags, str(tmp_path / "first")) == 0
     assert score(GOLDENS / "dream-v1" / "predictions", *flags, str(tmp_path / "second")) == 0
     assert "The judge: 0 replies (0 + 0 tokens), 21 cached replies." in capsys.readouterr().out
-    first, second = (read_run(tmp_path / name)["dream"] for name in ("first", "second"))
+    first, second = (read_scores(tmp_path / name)["dream"] for name in ("first", "second"))
     assert first.samples == second.samples
     other = ["--judge_cache", str(tmp_path / "other.sqlite")]
     assert score(GOLDENS / "dream-v1" / "predictions", *flags, str(tmp_path / "third"), *other) == 1

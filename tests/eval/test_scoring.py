@@ -6,7 +6,7 @@ import math
 import pytest
 
 from eval.benchmarks.benchmark import Benchmark
-from eval.metrics import AUTODQ, LETTERS
+from eval.metrics import AUTODQ, SUBTASK_ACCURACY
 from eval.predictions import PLACEHOLDER, Prediction, Predictions
 from eval.scoring import score
 from tarsier_jax.errors import InputError
@@ -16,7 +16,7 @@ from tests.eval.rows import prediction, row
 LETTER_BENCHMARK = Benchmark(
     name="tvbench",
     dataset="TVBench",
-    metric=LETTERS,
+    metric=SUBTASK_ACCURACY,
     annotations="TVBench.jsonl",
     video="{vid}",
     subsets={"TVBench/One": 4, "TVBench/Two": 2},

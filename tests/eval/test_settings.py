@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eval.benchmarks import select
-from eval.settings import benchmark_settings, fingerprint, merge_settings, settings_for
+from eval.settings import benchmark_settings, merge_settings, settings_for, weights_digest
 from tarsier_jax.errors import InputError
 from tests.eval.benchmarks.rows import caption_row, question_row
 from tests.eval.oracle import shapes
@@ -20,14 +20,14 @@ def test_other_weights_have_another_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "model" / "params").mkdir(parents=True)
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "params" / "0").write_bytes(b"weights")
-    first = fingerprint(tmp_path / "model")
+    first = weights_digest(tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text("A model.")
     (tmp_path / "model" / ".cache").mkdir()
     (tmp_path / "model" / ".cache" / "a").write_text("")
     (tmp_path / "model").rename(tmp_path / "moved")
-    assert fingerprint(tmp_path / "moved") == first
+    assert weights_digest(tmp_path / "moved") == first
     (tmp_path / "moved" / "params" / "0").write_bytes(b"WEIGHTS")
-    assert fingerprint(tmp_path / "moved") != first
+    assert weights_digest(tmp_path / "moved") != first
 
 
 def test_settings_of_a_benchmark() -> None:

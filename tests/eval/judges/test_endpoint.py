@@ -13,7 +13,7 @@ from eval.judges.endpoint import DEFAULT_MODEL, EndpointJudge, EndpointOptions
 from eval.judges.judge import JudgeError
 from eval.judges.prompts import DEFAULT_PROMPTS
 from eval.judges.tasks import AnswerComparison, AnswerVerdict, EventEntailment, EventExtraction
-from eval.judges.usage import Prices, Usage, estimate
+from eval.judges.usage import Prices, Usage, estimate_usage
 from tarsier_jax.errors import InputError
 from tests.eval.judges.servers import ServerFactory, completion, fault, ok
 
@@ -252,7 +252,7 @@ def test_the_estimate_needs_no_request_and_leaves_out_stored_replies(
         assert len(judge.answer(EventEntailment("a description", (), "a caption"))) == 1
         assert judge.answer(COMPARISON) == AnswerVerdict("no", 0.0)
 
-    usage = estimate(score, judge)
+    usage = estimate_usage(score, judge)
     assert (usage.replies, usage.cached, usage.failures) == (4, 0, 0)
     characters = len(DEFAULT_PROMPTS.messages(COMPARISON)[0]["content"])
     assert characters / 4 < usage.prompt_tokens < 4 * 500

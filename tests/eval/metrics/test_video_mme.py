@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from eval.metrics import VIDEO_MME
+from eval.metrics import VIDEO_MME_ACCURACY
 from eval.metrics.scores import SampleScore
 from eval.predictions import Prediction
 from tests.eval.rows import prediction
@@ -14,11 +14,11 @@ def question(idx: int, vid: str, text: str, reference: str = "A", duration: str 
 
 
 def score(*questions: Prediction) -> list[SampleScore]:
-    return VIDEO_MME.score(questions, None)
+    return VIDEO_MME_ACCURACY.score(questions, None)
 
 
 def overall(scores: list[SampleScore]) -> list[str]:
-    return list(VIDEO_MME.tables("Video-MME", scores)[0].rows[-1])
+    return list(VIDEO_MME_ACCURACY.tables("Video-MME", scores)[0].rows[-1])
 
 
 def test_an_invalid_answer_removes_its_video() -> None:
@@ -26,7 +26,7 @@ def test_an_invalid_answer_removes_its_video() -> None:
     assert overall(scores) == ["Overall", "50.0%", "0.0%", "0.0%", "50.0%"]
     assert [each.status for each in scores] == ["scored", "unreadable", "scored", "scored"]
     assert sum(each.strict["accuracy"] for each in scores) == 2
-    assert VIDEO_MME.notes(scores) == [
+    assert VIDEO_MME_ACCURACY.notes(scores) == [
         "Readable answers left out because another answer about their video is invalid: 1."
     ]
 
@@ -34,7 +34,7 @@ def test_an_invalid_answer_removes_its_video() -> None:
 def test_an_unknown_duration_is_left_out_and_counted() -> None:
     scores = score(question(0, "1", "A", duration="feature"), question(1, "2", "B", duration="long"))
     assert overall(scores) == ["Overall", "0.0%", "0.0%", "0.0%", "0.0%"]
-    assert VIDEO_MME.notes(scores) == ["Questions left out because the duration of their video is unknown: 1."]
+    assert VIDEO_MME_ACCURACY.notes(scores) == ["Questions left out because the duration of their video is unknown: 1."]
 
 
 def test_digits_start_at_one_and_references_are_compared_as_they_are() -> None:
