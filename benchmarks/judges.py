@@ -3,8 +3,8 @@
     python -m benchmarks.judges                      # AutoDQ of 1,000 samples, 64 requests at once, 0.5 s per reply
     python -m benchmarks.judges --faults 0.05        # one reply in 20 is an error, a hang or malformed at first
 
-The judge is tests/eval/goldens/scripted_judge.py in its own process. The ratio is the time that the replies need at
-full concurrency, over the measured time.
+The judge is tests/eval/goldens/scripted_judge.py in its own process. The ratio is the time that the judge needs for all
+requests at full concurrency, over the measured time. A hang takes the client's timeout.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from eval.predictions import Prediction
 from tarsier_jax.programs import run
 
 SCRIPT = Path(__file__).parents[1] / "tests" / "eval" / "goldens" / "scripted_judge.py"
-REQUESTS_PER_SAMPLE = 3
 _RELATIONSHIPS = ("entailment", "neutral", "contradiction")
 
 
@@ -126,7 +125,8 @@ def main(args: argparse.Namespace) -> None:
         num_requests = sum(request_counts(url).values())
     num_scored = sum(score.status == "scored" for score in scores)
     print(f"{num_scored} of {args.samples} samples scored: {judge.pop_usage().summary(None)}")
-    limit = REQUESTS_PER_SAMPLE * args.samples * args.delay / args.concurrency
+    num_hangs = sum("hang_s" in reply for row in table["rows"] for reply in row["replies"])
+    limit = (num_requests * args.delay + num_hangs * (args.timeout - args.delay)) / args.concurrency
     print(f"{num_requests} requests in {elapsed:.1f} s; at least {limit:.1f} s: ratio {limit / elapsed:.2f}")
 
 

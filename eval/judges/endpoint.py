@@ -112,6 +112,7 @@ class Endpoint:
         self._counter = counter
         self._client = _client(options)
         self._lock = threading.Lock()
+        self._slots = threading.Semaphore(options.concurrency)  # of requests in flight
         self._models: list[str] | None = None
         self._error: InputError | None = None
         self.model = options.model or self._find_model()
@@ -181,8 +182,9 @@ class Endpoint:
 
     def _send(self, messages: list[Message]) -> Reply:
         # The package's types of messages are unions of dictionaries, one per role.
-        sent: Any = messages
-        completion = self._client.chat.completions.create(model=self.model, messages=sent, **self.parameters)
+        items: Any = messages
+        with self._slots:
+            completion = self._client.chat.completions.create(model=self.model, messages=items, **self.parameters)
         try:
             text = completion.choices[0].message.content or ""
         except (AttributeError, IndexError, TypeError):
@@ -262,7 +264,8 @@ class EndpointJudge:
 
     Attributes:
         settings: URL, model, temperature, requests per task, hash of the prompts, and version of the openai package.
-        concurrency: Number of requests at once.
+        concurrency: Number of tasks at once. Some of them wait before a request is sent again, so there are twice as
+            many as requests in flight.
         prices: Prices of tokens, if they are known.
 
     Raises:
@@ -271,7 +274,7 @@ class EndpointJudge:
 
     def __init__(self, options: EndpointOptions, prompts: Prompts, cache: ReplyCache) -> None:
         self.options = options
-        self.concurrency = options.concurrency
+        self.concurrency = 2 * options.concurrency
         self.prices = options.prices
         self._counter = UsageCounter()
         self._endpoint = Endpoint(options, self._counter)

@@ -215,7 +215,7 @@ def test_requests_are_concurrent(start_server: ServerFactory, make_judge: JudgeF
     with ThreadPoolExecutor(judge.concurrency) as pool:
         list(pool.map(judge.answer, [EventExtraction(str(i)) for i in range(64)]))
     assert time.monotonic() - start < 0.5 * 8
-    assert judge.concurrency == 64
+    assert judge.options.concurrency == 64
 
 
 def test_usage(start_server: ServerFactory, make_judge: JudgeFactory) -> None:
