@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import sqlite3
 import threading
 import time
@@ -32,6 +33,9 @@ class Reply:
     text: str
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+
+
+Store = Callable[[Reply], None]
 
 
 class ReplyCache:
@@ -106,10 +110,14 @@ class ReplyCache:
         with self._lock, self._errors():
             self._database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)", row)
 
-    def get_or_request(self, key: str, request: Callable[[], Reply]) -> tuple[Reply, bool]:
+    def get_or_request(self, key: str, request: Callable[[Store], Reply]) -> tuple[Reply, bool]:
         """Returns the reply of a key, and whether this call requested it.
 
-        A key that another thread requests at the moment is not requested again. An error of `request` is not stored.
+        A key that another thread requests at the moment is not requested again.
+
+        Args:
+            key: The key.
+            request: Returns the reply, after it has called its argument with it, which stores it.
         """
         with self._lock:
             future = self._in_flight.get(key)
@@ -120,8 +128,7 @@ class ReplyCache:
         try:
             reply = self.get(key)
             if is_new := reply is None:
-                reply = request()
-                self.put(key, reply)
+                reply = request(functools.partial(self.put, key))
             future.set_result(reply)
             return reply, is_new
         except BaseException as error:

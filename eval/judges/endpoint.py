@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import openai
 
-from eval.judges.cache import Reply, ReplyCache
+from eval.judges.cache import Reply, ReplyCache, Store
 from eval.judges.judge import JudgeError, Task
 from eval.judges.prompts import Message, Prompts
 from eval.judges.tasks import TASKS
@@ -152,8 +152,8 @@ class Endpoint:
             return []
         return [model.id for model in getattr(page, "data", None) or []]
 
-    def request(self, messages: list[Message]) -> Reply:
-        """Returns the reply to a request.
+    def request(self, messages: list[Message], store: Store) -> Reply:
+        """Returns the reply to a request, and stores it.
 
         Raises:
             _FailedRequest: the server refuses this request.
@@ -166,7 +166,10 @@ class Endpoint:
             if pause:
                 time.sleep(pause)
             try:
-                return self._send(messages)
+                with self._slots:
+                    reply = self._send(messages)
+                    store(reply)  # before the next request, so few replies are lost when the process is killed
+                    return reply
             except (openai.OpenAIError, ValueError) as error:  # ValueError: the body is not JSON
                 self._counter.add_failure()
                 self._raise_if_permanent(error)
@@ -183,8 +186,7 @@ class Endpoint:
     def _send(self, messages: list[Message]) -> Reply:
         # The package's types of messages are unions of dictionaries, one per role.
         items: Any = messages
-        with self._slots:
-            completion = self._client.chat.completions.create(model=self.model, messages=items, **self.parameters)
+        completion = self._client.chat.completions.create(model=self.model, messages=items, **self.parameters)
         try:
             text = completion.choices[0].message.content or ""
         except (AttributeError, IndexError, TypeError):
@@ -333,7 +335,7 @@ class EndpointJudge:
 
     def _request(self, messages: list[Message], attempt: int) -> Reply:
         key = self._key(messages, attempt)
-        reply, is_new = self._cache.get_or_request(key, lambda: self._endpoint.request(messages))
+        reply, is_new = self._cache.get_or_request(key, lambda store: self._endpoint.request(messages, store))
         self._counter.add_reply(messages, reply, cached=not is_new)
         return reply
 

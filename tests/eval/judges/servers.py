@@ -24,6 +24,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         requests: The requests as (path, headers, body).
         models: Names that the server lists.
+        most_in_flight: Largest number of requests that were in flight at once.
     """
 
     daemon_threads = True
@@ -36,6 +37,7 @@ class Server(ThreadingHTTPServer):
         self.models = models
         self.list_status = 200
         self.lock = threading.Lock()
+        self.num_in_flight = self.most_in_flight = 0
 
     @property
     def url(self) -> str:
@@ -54,9 +56,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.requests.append((self.path, self.headers, body))
+            self.server.num_in_flight += 1
+            self.server.most_in_flight = max(self.server.most_in_flight, self.server.num_in_flight)
             replies = self.server.replies
             status, content, headers, delay = replies.pop(0) if len(replies) > 1 else replies[0]
         time.sleep(delay)
+        with self.server.lock:
+            self.server.num_in_flight -= 1
         with contextlib.suppress(OSError):  # the client has hung up
             self._send(status, content, headers)
 

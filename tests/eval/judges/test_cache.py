@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.judges.cache import Reply, ReplyCache
+from eval.judges.cache import Reply, ReplyCache, Store
 from tarsier_jax.errors import InputError
 
 
@@ -31,9 +31,10 @@ def test_replies_are_stored(tmp_path: Path) -> None:
 def test_a_reply_is_requested_once(tmp_path: Path) -> None:
     requests = []
 
-    def request() -> Reply:
+    def request(store: Store) -> Reply:
         requests.append(1)
         time.sleep(0.05)
+        store(Reply("text"))
         return Reply("text")
 
     with ReplyCache(tmp_path / "replies.sqlite") as cache, ThreadPoolExecutor(32) as pool:
@@ -46,26 +47,30 @@ def test_a_reply_is_requested_once(tmp_path: Path) -> None:
 def test_an_error_reaches_all_that_wait_and_is_not_stored(tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=10)
 
-    def fail() -> Reply:
+    def fail(store: Store) -> Reply:
         both.wait()
         time.sleep(0.1)
         raise InputError("no reply")
 
+    def answer(store: Store) -> Reply:
+        store(Reply("text"))
+        return Reply("text")
+
     def wait() -> None:
         both.wait()
-        cache.get_or_request("a", lambda: Reply("of the second"))
+        cache.get_or_request("a", lambda store: Reply("of the second"))
 
     with ReplyCache(tmp_path / "replies.sqlite") as cache, ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(cache.get_or_request, "a", fail), pool.submit(wait)]:
             with pytest.raises(InputError, match="no reply"):
                 future.result()
-        assert cache.get_or_request("a", lambda: Reply("text")) == (Reply("text"), True)
+        assert cache.get_or_request("a", answer) == (Reply("text"), True)
         assert cache.get_or_request("a", fail) == (Reply("text"), False)
 
 
 WRITER = """
     import sys, pathlib
-    from eval.judges.cache import Reply, ReplyCache
+    from eval.judges.cache import Reply, ReplyCache, Store
     cache = ReplyCache(pathlib.Path(sys.argv[1]))
     for i in range(int(sys.argv[3])):
         cache.put(f"{sys.argv[2]} {i}", Reply(str(i)))

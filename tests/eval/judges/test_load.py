@@ -78,12 +78,3 @@ def test_a_killed_run_repeats_no_stored_request(tmp_path: Path) -> None:
         # The requests that were in flight are sent again, all others once.
         assert sum(request_counts(url).values()) == num_before + 600 - num_stored
         assert max(request_counts(url).values()) <= 2
-
-
-def test_requests_in_flight_keep_the_judge_busy(tmp_path: Path) -> None:
-    predictions, delay = make_predictions(128), 1.0
-    with scripted_judge(make_table(predictions, 0.0, 0.0), delay, tmp_path) as url:
-        start = time.monotonic()
-        score(url, tmp_path / "replies.sqlite", predictions)
-        elapsed = time.monotonic() - start
-    assert 3 * 128 * delay / 64 > 0.8 * elapsed
