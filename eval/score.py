@@ -58,8 +58,9 @@ def main(args: argparse.Namespace) -> int:
                 num_failed += 1
                 continue
             print(screen_text(results[-1]), flush=True)
-        write_report(output, results)
-    print(f"{len(results)} benchmarks, {num_failed} failed. The score sheet is {output / 'report.html'}.")
+        if results:
+            write_report(output, results)
+            print(f"The score sheet is {output / 'report.html'}.")
     return 1 if num_failed else 0
 
 

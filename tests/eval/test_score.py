@@ -152,7 +152,7 @@ def test_a_benchmark_that_cannot_be_scored_does_not_stop_the_others(
     assert score(path, "--benchmarks", "egoschema", "dream", "tvbench") == 1
     out, err = capsys.readouterr()
     assert "error: egoschema: " in err and "error: dream: the metric needs a judge. Pass --judge URL" in err
-    assert "1 benchmarks, 2 failed" in out and list(read_scores(tmp_path)) == ["tvbench"]
+    assert "The score sheet is" in out and list(read_scores(tmp_path)) == ["tvbench"]
 
 
 def test_annotations_show_missing_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
