@@ -99,9 +99,10 @@ def evaluate_all(args: argparse.Namespace, sources: Sequence[BenchmarkInput], ju
             num_failed += 1
             continue
         print(screen_text(results[-1]), flush=True)
-    write_report(args.output, results)
     num_failed += report_failures(args.output, sources)
-    print(f"The score sheet is {args.output / 'report.html'}.")
+    if results:
+        write_report(args.output, results)
+        print(f"The score sheet is {args.output / 'report.html'}.")
     return 1 if num_failed else 0
 
 
