@@ -47,7 +47,7 @@ from eval.shapes.annotations import user_turn
 from eval.shapes.clips import HELD_OUT, draw_clips
 from infer.engine import Completion, Engine, EngineConfig, Request, fit_config
 from tarsier_jax.api import use_mesh_of
-from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
+from tarsier_jax.config import ModelConfig, Qwen2VisionConfig, TextConfig
 from tarsier_jax.generation.decode import DecodeState, generate_batch
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.generation.slots import SlotAssignment, decode_slots, empty_slots, encode_frames, prefill_into_slots
@@ -86,7 +86,7 @@ class Workload:
     """
 
     text: TextConfig
-    vision: VisionConfig
+    vision: Qwen2VisionConfig
     video: tuple[int, int, int]
     patches: int
     slots: int
@@ -103,11 +103,11 @@ _CLIP = {"video": (16, 36, 64), "patches": 2496, "slots": 32, "prompt_tokens": 1
 _LARGE = {**_CLIP, "product": 8192, "copied": 2 * _GIB, "parity": (4096, 2496, 10_752)}
 _SMALL_TEXT = TextConfig(152_064, 64, 128, 2, 4, 2, 16, mrope_section=(2, 3, 3))
 WORKLOADS = {
-    "7b": Workload(TextConfig(), VisionConfig(), memory=60 * _GIB, **_LARGE),
-    "2b": Workload(TEXT_2B, VisionConfig(out_dim=1536), memory=30 * _GIB, **_LARGE),
+    "7b": Workload(TextConfig(), Qwen2VisionConfig(), memory=60 * _GIB, **_LARGE),
+    "2b": Workload(TEXT_2B, Qwen2VisionConfig(out_dim=1536), memory=30 * _GIB, **_LARGE),
     "small": Workload(
         _SMALL_TEXT,
-        VisionConfig(depth=2, embed_dim=64, num_heads=4, out_dim=64),
+        Qwen2VisionConfig(depth=2, embed_dim=64, num_heads=4, out_dim=64),
         video=(4, 8, 12),
         patches=104,
         slots=4,

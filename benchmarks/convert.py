@@ -20,14 +20,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
+from tarsier_jax.config import ModelConfig, Qwen2VisionConfig, TextConfig
 from tarsier_jax.families.qwen2_vl import config_json
 from tarsier_jax.weights.export import Entry, write_shards
 from tarsier_jax.weights.names import parameters
 
 CONFIG = ModelConfig(
     text=TextConfig(151_936, 1536, 8960, num_heads=12, num_kv_heads=2, tie_embeddings=True),
-    vision=VisionConfig(out_dim=1536),
+    vision=Qwen2VisionConfig(out_dim=1536),
 )
 
 # The program of a separate process, for the measurement of its memory.

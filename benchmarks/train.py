@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.samples import make_example, seconds
-from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
+from tarsier_jax.config import ModelConfig, Qwen2VisionConfig, TextConfig
 from tarsier_jax.families import load_config
 from tarsier_jax.models.attention import default_implementation
 from tarsier_jax.processing.batch import Example
@@ -118,7 +118,7 @@ def measure_step(
 
 def config_2b() -> ModelConfig:
     """Returns Qwen2-VL-2B's sizes, with the attention of the available devices."""
-    vision = VisionConfig(out_dim=TEXT_2B.hidden_size)
+    vision = Qwen2VisionConfig(out_dim=TEXT_2B.hidden_size)
     attention = default_implementation(jax.default_backend(), "bfloat16")
     return ModelConfig(TEXT_2B, vision, dtype="bfloat16", attention=attention, remat="full")
 

@@ -10,33 +10,29 @@ Patches = TypeVar("Patches", int, np.ndarray)
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The Qwen2-VL vision transformer and its patch merger. Defaults are those of Qwen2-VL-7B (and 2B, 72B).
+    """The sizes that every vision tower has.
 
     Attributes:
         depth: Number of blocks.
         embed_dim: Width of the blocks.
         num_heads: Number of attention heads.
-        mlp_ratio: Width of the mlp relative to `embed_dim`.
-        out_dim: Width of the merger's output and of the decoder; `hidden_size` in config.json.
+        out_dim: Width of the features and of the decoder.
         in_channels: Color channels.
         patch_size: Height and width of a patch in pixels.
         temporal_patch_size: Frames per patch.
-        spatial_merge_size: Patches per side that the merger joins into one token.
-        rope_theta: Base of the rotary frequencies.
+        spatial_merge_size: Patches per side that the projector joins into one token.
         norm_eps: Epsilon of the layer norms.
     """
 
-    depth: int = 32
-    embed_dim: int = 1280
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    out_dim: int = 3584
-    in_channels: int = 3
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    depth: int
+    embed_dim: int
+    num_heads: int
+    out_dim: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    norm_eps: float
 
     @property
     def patch_dim(self) -> int:
@@ -49,21 +45,94 @@ class VisionConfig:
 
     @property
     def mlp_dim(self) -> int:
-        return int(self.embed_dim * self.mlp_ratio)
+        """Width of the mlp."""
+        raise NotImplementedError
 
     @property
     def merge_factor(self) -> int:
-        """Number of patches that the merger joins into one token."""
+        """Number of patches that the projector joins into one token."""
         return self.spatial_merge_size**2
 
     def num_tokens(self, patches: Patches) -> Patches:
-        """Tokens that the merger makes of a frame, or a bin of frames, with that many patches."""
+        """Tokens that the projector makes of a frame, or a bin of frames, with that many patches."""
         return patches // self.merge_factor
 
 
 @dataclasses.dataclass(frozen=True)
+class Qwen2VisionConfig(VisionConfig):
+    """The Qwen2-VL vision transformer and its patch merger. Defaults are those of Qwen2-VL-7B (and 2B, 72B).
+
+    Attributes:
+        out_dim: Width of the merger's output and of the decoder; `hidden_size` in config.json.
+        mlp_ratio: Width of the mlp relative to `embed_dim`.
+        rope_theta: Base of the rotary frequencies.
+    """
+
+    depth: int = 32
+    embed_dim: int = 1280
+    num_heads: int = 16
+    out_dim: int = 3584
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    norm_eps: float = 1e-6
+    mlp_ratio: float = 4.0
+    rope_theta: float = 10_000.0
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.embed_dim * self.mlp_ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipVisionConfig(VisionConfig):
+    """The CLIP vision transformer and its projector. Defaults are those of CLIP ViT-L/14-336 in Tarsier-7b.
+
+    Attributes:
+        depth: Number of blocks in the checkpoint. Those after `feature_layer` are not run.
+        spatial_merge_size: 1 for the projector of two linear layers, 2 for the pixel-shuffle projector.
+        image_size: Height and width of a frame in pixels.
+        intermediate_size: Width of the mlp.
+        feature_layer: Index from the end, -1 or lower, of the block whose output the projector reads.
+    """
+
+    depth: int = 24
+    embed_dim: int = 1024
+    num_heads: int = 16
+    out_dim: int = 4096
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 1
+    spatial_merge_size: int = 1
+    norm_eps: float = 1e-5
+    image_size: int = 336
+    intermediate_size: int = 4096
+    feature_layer: int = -2
+
+    @property
+    def mlp_dim(self) -> int:
+        return self.intermediate_size
+
+    @property
+    def grid_size(self) -> int:
+        """Patches per side of a frame."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a frame."""
+        return self.grid_size**2
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks that are run."""
+        return self.depth + 1 + self.feature_layer
+
+
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The Qwen2 decoder. Defaults are those of Qwen2-VL-7B.
+    """The decoder of Qwen2 and LLaMA. Defaults are those of Qwen2-VL-7B.
 
     Attributes:
         vocab_size: Size of the vocabulary.
@@ -74,9 +143,10 @@ class TextConfig:
         num_kv_heads: Number of key-value heads.
         head_dim: Width of a head.
         rope_theta: Base of the rotary frequencies.
-        mrope_section: Numbers of frequencies for time, height and width.
+        mrope_section: Numbers of frequencies for time, height and width. (head_dim / 2, 0, 0) is RoPE with one axis.
         norm_eps: Epsilon of the RMS norms.
         tie_embeddings: Whether the output head is the embedding.
+        qkv_bias: Whether queries, keys and values have biases, as in Qwen2.
     """
 
     vocab_size: int = 152_064
@@ -90,6 +160,7 @@ class TextConfig:
     mrope_section: tuple[int, ...] = (16, 24, 24)
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
+    qkv_bias: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +171,11 @@ class ModelConfig:
         text: Sizes of the decoder.
         vision: Sizes of the vision tower.
         image_token_id: Placeholder of an image.
-        video_token_id: Placeholder of a video.
-        vision_start_token_id: Token before the placeholders of a visual.
-        vision_end_token_id: Token after the placeholders of a visual.
+        video_token_id: Placeholder of a video. The first Tarsier has one placeholder for both.
+        vision_start_token_id: Token before the placeholders of a visual, or None.
+        vision_end_token_id: Token after the placeholders of a visual, or None.
+        image_newline_id: Row of the embedding table after each row of visual tokens, or None.
+        image_new_id: Row of the embedding table after the visual tokens of each frame, or None.
         dtype: Dtype of matrix products. Angles, norms, softmax and logits are always float32.
         param_dtype: Dtype of the parameters.
         attention: One of `tarsier_jax.models.attention.IMPLEMENTATIONS`.
@@ -111,11 +184,13 @@ class ModelConfig:
     """
 
     text: TextConfig = TextConfig()
-    vision: VisionConfig = VisionConfig()
+    vision: VisionConfig = Qwen2VisionConfig()
     image_token_id: int = 151_655
     video_token_id: int = 151_656
-    vision_start_token_id: int = 151_652
-    vision_end_token_id: int = 151_653
+    vision_start_token_id: int | None = 151_652
+    vision_end_token_id: int | None = 151_653
+    image_newline_id: int | None = None
+    image_new_id: int | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
     attention: str = "xla"

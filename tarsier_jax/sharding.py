@@ -30,6 +30,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"decoder/layers/(input|post)_norm/weight", P()),
     (r"decoder/norm/weight", P()),
     (r"vision/patch_embed/weight", P("fsdp", None)),
+    (r"vision/embeddings/(class_embedding|position_embedding/weight)", P()),
+    (r"vision/(pre|post)_norm/(weight|bias)", P()),
+    (r"vision/blocks/attn/[qkv]/weight", P(None, "tensor", "fsdp")),
+    (r"vision/blocks/attn/[qkv]/bias", P(None, "tensor")),
     (r"vision/blocks/attn/qkv/weight", P(None, None, "tensor", "fsdp")),
     (r"vision/blocks/attn/qkv/bias", P(None, None, "tensor")),
     (r"vision/blocks/mlp/fc1/weight", P(None, "tensor", "fsdp")),
@@ -37,11 +41,11 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"vision/blocks/(attn/proj|mlp/fc2)/weight", P(None, "fsdp", "tensor")),
     (r"vision/blocks/(attn/proj|mlp/fc2)/bias", P()),
     (r"vision/blocks/norm[12]/(weight|bias)", P()),
-    (r"vision/merger/norm/(weight|bias)", P()),
-    (r"vision/merger/fc1/weight", P("tensor", "fsdp")),
-    (r"vision/merger/fc1/bias", P("tensor")),
-    (r"vision/merger/fc2/weight", P("fsdp", "tensor")),
-    (r"vision/merger/fc2/bias", P()),
+    (r"vision/(merger|projector)/norm/(weight|bias)", P()),
+    (r"vision/(merger|projector)/(fc1|linear_1)/weight", P("tensor", "fsdp")),
+    (r"vision/(merger|projector)/(fc1|linear_1)/bias", P("tensor")),
+    (r"vision/(merger|projector)/(fc2|linear_2)/weight", P("fsdp", "tensor")),
+    (r"vision/(merger|projector)/(fc2|linear_2)/bias", P()),
 )
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
+from tarsier_jax.config import ClipVisionConfig, ModelConfig, Qwen2VisionConfig, TextConfig
 from tarsier_jax.errors import CheckpointError
-from tarsier_jax.families import FAMILIES, family_of, family_of_json, load_config, parse_config
-from tarsier_jax.families.family import Family
+from tarsier_jax.families import family_of, family_of_json, load_config, parse_config
 
 QWEN2_VL_2B = {
     "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -41,12 +40,36 @@ QWEN2_VL_2B = {
 }
 
 
+# As released, with the fields that matter.
+TARSIER_7B = {
+    "architectures": ["TarsierForConditionalGeneration"],
+    "image_new_idx": 32003,
+    "image_newline_idx": 32002,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "projector_hidden_act": "gelu",
+    "text_config": {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": 32064},
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+
+
 def test_2b_in_the_old_flat_layout() -> None:
     config = parse_config(QWEN2_VL_2B)
     assert config.text == TextConfig(
         vocab_size=151936, hidden_size=1536, mlp_dim=8960, num_heads=12, num_kv_heads=2, tie_embeddings=True
     )
-    assert config.vision == VisionConfig(out_dim=1536)
+    assert config.vision == Qwen2VisionConfig(out_dim=1536)
 
 
 def test_72b_in_the_new_nested_layout() -> None:
@@ -129,9 +152,95 @@ def test_the_error_lists_the_type_of_each_half() -> None:
         parse_config(raw, source="x.json")
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_family_reads_the_config_json_that_it_writes(family: Family) -> None:
-    config = parse_config(QWEN2_VL_2B)
+def test_tarsier_7b_has_the_defaults_of_llama() -> None:
+    config = parse_config(TARSIER_7B)
+    assert config.text == TextConfig(
+        vocab_size=32_064,
+        hidden_size=4096,
+        mlp_dim=11_008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        rope_theta=10_000.0,
+        mrope_section=(64, 0, 0),
+        norm_eps=1e-5,
+        qkv_bias=False,
+    )
+    assert config.vision == ClipVisionConfig()
+    ids = config.image_token_id, config.video_token_id, config.image_newline_id, config.image_new_id
+    assert ids == (32_000, 32_000, 32_002, 32_003)
+
+
+def test_a_missing_half_of_the_first_tarsier() -> None:
+    """Without a vision_config, the tower is ViT-L/14-336; with one, missing fields have CLIPVisionConfig's defaults."""
+    raw = {"model_type": "llava", "tie_word_embeddings": True, "text_config": {"vocab_size": 32_064}}
+    config = parse_config(raw)
+    assert config.vision == ClipVisionConfig()
+    assert config.text.norm_eps == 1e-6
+    assert not config.text.tie_embeddings  # the field of text_config decides
+    config = parse_config({**raw, "vision_config": {"model_type": "clip_vision_model"}})
+    clip = {"depth": 12, "embed_dim": 768, "num_heads": 12, "intermediate_size": 3072}
+    assert config.vision == ClipVisionConfig(**clip, patch_size=32, image_size=224)
+
+
+def test_tarsier_34b() -> None:
+    text = {
+        "hidden_size": 7168,
+        "intermediate_size": 20_480,
+        "num_attention_heads": 56,
+        "num_hidden_layers": 60,
+        "num_key_value_heads": 8,
+        "rope_theta": 5e6,
+        "vocab_size": 64_064,
+    }
+    config = parse_config({**TARSIER_7B, "text_config": text})
+    sizes = (64_064, 7168, 20_480, 60, 56, 8, 128, 5e6, (64, 0, 0))
+    assert config.text == TextConfig(*sizes, norm_eps=1e-6, qkv_bias=False)
+    assert config.vision == ClipVisionConfig(out_dim=7168)
+
+
+def test_pixel_shuffle_and_qwen2() -> None:
+    text = {"model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "num_attention_heads": 28}
+    text["num_key_value_heads"] = 4
+    config = parse_config({**TARSIER_7B, "projection_head": "Pixel_Shuffle", "text_config": text})
+    assert config.text.qkv_bias
+    assert (config.text.mlp_dim, config.text.num_kv_heads, config.text.head_dim) == (22_016, 4, 128)
+    assert config.vision.num_tokens(576) == 144
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"projection_head": None}, "projection_head is None, which is not supported. Supported are MLP and Pixel_Shu"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full'"),
+        ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer \[-2, -5\] is not between -24 and -1"),
+        ({"vision_feature_layer": -25}, "vision_feature_layer -25 is not between -24 and -1"),
+        ({"text_config": {"model_type": "llama"}}, "image_newline_idx 32002 is not a row of the 32000 embeddings"),
+        ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}}, "rope type is 'linear'"),
+        ({"text_config": {"attention_bias": True}}, "attention_bias is True"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act is 'gelu'"),
+        ({"vision_config": {"num_attention_heads": 7}}, "the vision width 768 is not a multiple of 7 heads"),
+        (
+            {"projection_head": "Pixel_Shuffle", "vision_config": {"image_size": 98}},
+            "3 patches per side cannot be join",
+        ),
+        (
+            {"architectures": ["LlavaForConditionalGeneration"]},
+            "model_type is 'llava', text_config.model_type is 'llam",
+        ),
+    ],
+)
+def test_a_first_tarsier_that_is_not_supported_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        parse_config({**TARSIER_7B, **change}, source="somewhere/config.json")
+
+
+@pytest.mark.parametrize("raw", [QWEN2_VL_2B, TARSIER_7B], ids=["Qwen2-VL", "first Tarsier"])
+def test_a_family_reads_the_config_json_that_it_writes(raw: dict[str, Any]) -> None:
+    config = parse_config(raw)
+    family = family_of_json(raw)
     assert family_of(config) is family
     for layout in family.layouts:
         raw = family.config_json(config, layout)
@@ -152,5 +261,5 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_tokens_of_a_frame() -> None:
     """4 x 6 patches merge two by two into 2 x 3 tokens; 6 x 9 patches merge three by three into as many."""
-    assert VisionConfig().num_tokens(4 * 6) == 6
-    assert VisionConfig(spatial_merge_size=3).num_tokens(6 * 9) == 6
+    assert Qwen2VisionConfig().num_tokens(4 * 6) == 6
+    assert Qwen2VisionConfig(spatial_merge_size=3).num_tokens(6 * 9) == 6

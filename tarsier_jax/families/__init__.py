@@ -8,9 +8,10 @@ from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.families.family import Family
 from tarsier_jax.families.qwen2_vl import QWEN2_VL
+from tarsier_jax.families.tarsier1 import TARSIER1
 from tarsier_jax.processing.image import read_json
 
-FAMILIES = (QWEN2_VL,)
+FAMILIES = (QWEN2_VL, TARSIER1)
 
 
 def load_config(directory: str | Path) -> ModelConfig:

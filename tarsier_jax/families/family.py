@@ -19,11 +19,13 @@ class Layout:
 
     Attributes:
         vision: Prefix of the vision tower.
+        projector: Prefix of the projector, which may be a part of the vision tower.
         decoder: Prefix of the decoder.
         lm_head: Full name of the output head.
     """
 
     vision: str
+    projector: str
     decoder: str
     lm_head: str
 
@@ -43,6 +45,7 @@ class Family:
         model: Class of the model.
         layouts: Layouts of checkpoints by name.
         vision_names: Names of the vision tower's tensors.
+        projector_names: Names of the projector's tensors. Their parameters are part of the vision tower.
         decoder_names: Names of the decoder's tensors.
         ignored_names: Regular expressions of tensors that belong to no parameter.
         tensor_shape: Path of a parameter, its shape per layer and configuration -> shape of the checkpoint's tensor.
@@ -61,6 +64,7 @@ class Family:
     model: type[Tarsier]
     layouts: Mapping[str, Layout]
     vision_names: NameTable
+    projector_names: NameTable
     decoder_names: NameTable
     ignored_names: tuple[str, ...]
     tensor_shape: Callable[[tuple[Any, ...], tuple[int, ...], ModelConfig], tuple[int, ...]]

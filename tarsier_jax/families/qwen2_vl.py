@@ -12,8 +12,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
+from tarsier_jax.config import ModelConfig, Qwen2VisionConfig, TextConfig
 from tarsier_jax.errors import CheckpointError
+from tarsier_jax.families.decoder import (
+    DECODER_NAMES,
+    IGNORED_DECODER_NAMES,
+    check_problems,
+    decoder_flops,
+    head_problems,
+    parse_text_config,
+    text_json,
+    unsupported,
+)
 from tarsier_jax.families.family import Family, Layout, NameTable
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import load_processor
@@ -25,9 +35,11 @@ _SUPPORTED = (
 )
 
 LAYOUTS = {
-    "tarsier2": Layout("vision_tower.", "language_model.model.", "language_model.lm_head.weight"),
-    "qwen2_vl_new": Layout("model.visual.", "model.language_model.", "lm_head.weight"),
-    "qwen2_vl": Layout("visual.", "model.", "lm_head.weight"),
+    "tarsier2": Layout(
+        "vision_tower.", "vision_tower.merger.", "language_model.model.", "language_model.lm_head.weight"
+    ),
+    "qwen2_vl_new": Layout("model.visual.", "model.visual.merger.", "model.language_model.", "lm_head.weight"),
+    "qwen2_vl": Layout("visual.", "visual.merger.", "model.", "lm_head.weight"),
 }
 
 _VISION_NAMES: NameTable = (
@@ -38,26 +50,12 @@ _VISION_NAMES: NameTable = (
     ("blocks/attn/proj", "blocks.{}.attn.proj", ("weight", "bias")),
     ("blocks/mlp/fc1", "blocks.{}.mlp.fc1", ("weight", "bias")),
     ("blocks/mlp/fc2", "blocks.{}.mlp.fc2", ("weight", "bias")),
-    ("merger/norm", "merger.ln_q", ("weight", "bias")),
-    ("merger/fc1", "merger.mlp.0", ("weight", "bias")),
-    ("merger/fc2", "merger.mlp.2", ("weight", "bias")),
 )
-_DECODER_NAMES: NameTable = (
-    ("embed", "embed_tokens", ("weight",)),
-    ("layers/input_norm", "layers.{}.input_layernorm", ("weight",)),
-    ("layers/post_norm", "layers.{}.post_attention_layernorm", ("weight",)),
-    ("layers/attn/q", "layers.{}.self_attn.q_proj", ("weight", "bias")),
-    ("layers/attn/k", "layers.{}.self_attn.k_proj", ("weight", "bias")),
-    ("layers/attn/v", "layers.{}.self_attn.v_proj", ("weight", "bias")),
-    ("layers/attn/o", "layers.{}.self_attn.o_proj", ("weight",)),
-    ("layers/mlp/gate", "layers.{}.mlp.gate_proj", ("weight",)),
-    ("layers/mlp/up", "layers.{}.mlp.up_proj", ("weight",)),
-    ("layers/mlp/down", "layers.{}.mlp.down_proj", ("weight",)),
-    ("norm", "norm", ("weight",)),
+_MERGER_NAMES: NameTable = (
+    ("merger/norm", "ln_q", ("weight", "bias")),
+    ("merger/fc1", "mlp.0", ("weight", "bias")),
+    ("merger/fc2", "mlp.2", ("weight", "bias")),
 )
-
-# transformers computes the rotary frequencies from the config; older checkpoints contain them.
-_IGNORED_NAMES = (r".*\.rotary_emb\.inv_freq",)
 
 
 def is_qwen2_vl(raw: Mapping[str, Any]) -> bool:
@@ -75,7 +73,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         text, vision = _mapping(raw, "text_config", source), _mapping(raw, "vision_config", source)
         for name, part in (("text_config", text), ("vision_config", vision)):
             if part.get("model_type") not in _MODEL_TYPES:
-                raise _unsupported(f"{name}.model_type", part.get("model_type"), source)
+                raise unsupported(f"{name}.model_type", part.get("model_type"), source, _SUPPORTED)
         tokens = {**text, **raw, "image_token_id": raw.get("image_token_index", text.get("image_token_id"))}
         tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
         # Each half may be a complete Qwen2-VL config itself, with the half of interest one level deeper.
@@ -84,7 +82,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         text, vision = raw.get("text_config") or raw, _mapping(raw, "vision_config", source)
         tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
         tokens = {**text, **raw}
-    text_config = _text_config(text, bool(tied), source)
+    text_config = parse_text_config(text, TextConfig(), bool(tied), source)
     vision_config = _vision_config(vision, text_config.hidden_size)
     _check(text_config, vision_config, source)
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -99,40 +97,9 @@ def _mapping(raw: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]
     return value
 
 
-def _unsupported(key: str, value: Any, source: str) -> CheckpointError:
-    return CheckpointError(f"{source}: {key} is {value!r}, which is not supported. Supported are {_SUPPORTED}.")
-
-
-def _text_config(raw: Mapping[str, Any], tied: bool, source: str) -> TextConfig:
-    if raw.get("use_sliding_window"):
-        raise CheckpointError(f"{source}: use_sliding_window is true; sliding-window attention is not supported.")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise _unsupported("hidden_act", raw["hidden_act"], source)
-    default = TextConfig()
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise _unsupported("rope type", kind, source)
-    hidden_size = raw.get("hidden_size", default.hidden_size)
-    num_heads = raw.get("num_attention_heads", default.num_heads)
-    return TextConfig(
-        vocab_size=raw.get("vocab_size", default.vocab_size),
-        hidden_size=hidden_size,
-        mlp_dim=raw.get("intermediate_size", default.mlp_dim),
-        num_layers=raw.get("num_hidden_layers", default.num_layers),
-        num_heads=num_heads,
-        num_kv_heads=raw.get("num_key_value_heads", default.num_kv_heads) or num_heads,
-        head_dim=raw.get("head_dim") or hidden_size // num_heads,
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta", default.rope_theta)),
-        mrope_section=tuple(rope.get("mrope_section", default.mrope_section)),
-        norm_eps=raw.get("rms_norm_eps", default.norm_eps),
-        tie_embeddings=tied,
-    )
-
-
-def _vision_config(raw: Mapping[str, Any], decoder_width: int) -> VisionConfig:
-    default = VisionConfig()
-    return VisionConfig(
+def _vision_config(raw: Mapping[str, Any], decoder_width: int) -> Qwen2VisionConfig:
+    default = Qwen2VisionConfig()
+    return Qwen2VisionConfig(
         depth=raw.get("depth", default.depth),
         embed_dim=raw.get("embed_dim", default.embed_dim),
         num_heads=raw.get("num_heads", default.num_heads),
@@ -146,33 +113,23 @@ def _vision_config(raw: Mapping[str, Any], decoder_width: int) -> VisionConfig:
     )
 
 
-def _check(text: TextConfig, vision: VisionConfig, source: str) -> None:
-    problems = []
-    if text.num_heads % text.num_kv_heads:
-        problems.append(f"{text.num_heads} attention heads do not divide among {text.num_kv_heads} key-value heads")
+def _check(text: TextConfig, vision: Qwen2VisionConfig, source: str) -> None:
+    problems = head_problems(text)
     if 2 * sum(text.mrope_section) != text.head_dim:
         problems.append(f"mrope_section {text.mrope_section} does not sum to half the head width {text.head_dim}")
     if vision.embed_dim % (4 * vision.num_heads):
         problems.append(f"the vision width {vision.embed_dim} is not a multiple of 4 x {vision.num_heads} heads")
-    if problems:
-        raise CheckpointError(f"{source} contradicts itself: {'; '.join(problems)}. Download the file again.")
+    check_problems(problems, source)
 
 
 def config_json(config: ModelConfig, layout: str) -> dict[str, Any]:
     """Returns the content of a config.json for `layout`; `parse_config` reads it back."""
     text, vision = config.text, config.vision
+    assert isinstance(vision, Qwen2VisionConfig)
     decoder = {
         "model_type": "qwen2_vl",
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.mlp_dim,
-        "num_hidden_layers": text.num_layers,
-        "num_attention_heads": text.num_heads,
-        "num_key_value_heads": text.num_kv_heads,
-        "rms_norm_eps": text.norm_eps,
-        "rope_theta": text.rope_theta,
+        **text_json(text),
         "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_section)},
-        "tie_word_embeddings": text.tie_embeddings,
         "image_token_id": config.image_token_id,
         "video_token_id": config.video_token_id,
         "vision_start_token_id": config.vision_start_token_id,
@@ -228,23 +185,19 @@ def forward_flops(
 
     Norms and softmax are not counted, as in the PaLM report (arXiv 2204.02311, appendix B).
     """
-    text, vision = config.text, config.vision
-    heads = (text.num_heads + text.num_kv_heads) * 2 * text.head_dim  # q, o and k, v
-    layer = text.hidden_size * (heads + 3 * text.mlp_dim)
-    token = text.num_layers * layer + text.hidden_size * text.vocab_size
+    vision = config.vision
     block = vision.embed_dim * (4 * vision.embed_dim + 2 * vision.mlp_dim)
     width = vision.embed_dim * vision.merge_factor
     merger = width * (width + vision.out_dim) / vision.merge_factor
     patch = vision.patch_dim * vision.embed_dim + vision.depth * block + merger
-    decoder = token * tokens + 2 * text.num_layers * text.num_heads * text.head_dim * token_pairs
     tower = patch * patches + 2 * vision.depth * vision.embed_dim * patch_pairs
-    return 2 * decoder, 2 * tower
+    return decoder_flops(config.text, tokens, token_pairs), 2 * tower
 
 
 QWEN2_VL = Family(
     name="Tarsier2 or Qwen2-VL",
     supported=_SUPPORTED,
-    vision_config=VisionConfig,
+    vision_config=Qwen2VisionConfig,
     matches=is_qwen2_vl,
     parse_config=parse_config,
     config_json=config_json,
@@ -252,8 +205,9 @@ QWEN2_VL = Family(
     model=Tarsier,
     layouts=LAYOUTS,
     vision_names=_VISION_NAMES,
-    decoder_names=_DECODER_NAMES,
-    ignored_names=_IGNORED_NAMES,
+    projector_names=_MERGER_NAMES,
+    decoder_names=DECODER_NAMES,
+    ignored_names=IGNORED_DECODER_NAMES,
     tensor_shape=tensor_shape,
     load_processor=load_processor,
     forward_flops=forward_flops,

@@ -1,4 +1,4 @@
-"""Qwen2's decoder with multimodal RoPE and grouped queries, as in Qwen2-VL."""
+"""The decoder of Qwen2 and LLaMA, with multimodal RoPE and grouped queries, as in Qwen2-VL."""
 
 from typing import Any
 
@@ -23,9 +23,9 @@ class Attention(nnx.Module):
         text, dtypes = config.text, {"dtype": config.dtype, "param_dtype": config.param_dtype}
         D, H = text.hidden_size, text.head_dim
         self.head_dim, self.implementation = H, config.attention
-        self.q = Linear(D, text.num_heads * H, bias=True, rngs=rngs, **dtypes)
-        self.k = Linear(D, text.num_kv_heads * H, bias=True, rngs=rngs, **dtypes)
-        self.v = Linear(D, text.num_kv_heads * H, bias=True, rngs=rngs, **dtypes)
+        self.q = Linear(D, text.num_heads * H, bias=text.qkv_bias, rngs=rngs, **dtypes)
+        self.k = Linear(D, text.num_kv_heads * H, bias=text.qkv_bias, rngs=rngs, **dtypes)
+        self.v = Linear(D, text.num_kv_heads * H, bias=text.qkv_bias, rngs=rngs, **dtypes)
         self.o = Linear(text.num_heads * H, D, bias=False, rngs=rngs, **dtypes)
 
     def __call__(

@@ -95,6 +95,13 @@ def unstack_layers(layers: nnx.Module) -> nnx.List:
     return nnx.List([nnx.merge(graph, jax.tree.unflatten(structure, layer)) for layer in zip(*parts, strict=True)])
 
 
+def first_layers(layers: Any, n: int) -> Any:
+    """Returns the first `n` of the layers, stacked or unstacked."""
+    if isinstance(layers, nnx.List):
+        return nnx.List(layers[:n])
+    return jax.tree.map(lambda x: x[:n], layers)
+
+
 _MAX_UNROLLED = 4  # layers
 
 

@@ -12,15 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
-from tarsier_jax.config import ModelConfig
+from tarsier_jax.config import ModelConfig, Qwen2VisionConfig
 from tarsier_jax.models.attention import attend
 from tarsier_jax.models.layers import LayerNorm, Linear, apply_layers, stack_layers
 from tarsier_jax.models.projector import PatchMerger
 from tarsier_jax.models.rope import rotate, vision_tables
-from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh
+from tarsier_jax.models.vision_layers import VisionMlp, encode_in_groups
+from tarsier_jax.sharding import BATCH, HEADS, constrain
 from tarsier_jax.typing import Array
-
-_MAX_PATCHES = 8192  # patches that one device processes at once
 
 
 def frame_of_patch(frame_hw: Int[Array, "F M 2"], patches: int) -> Int[Array, "F P"]:
@@ -64,19 +63,6 @@ class VisionAttention(nnx.Module):
         return self.proj(out.reshape(F, P, E))
 
 
-class VisionMlp(nnx.Module):
-    """MLP with quick_gelu, x * sigmoid(1.702 x). HF modeling_qwen2_vl.VisionMlp."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        vision, dtypes = config.vision, {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        self.fc1 = Linear(vision.embed_dim, vision.mlp_dim, bias=True, rngs=rngs, **dtypes)
-        self.fc2 = Linear(vision.mlp_dim, vision.embed_dim, bias=True, rngs=rngs, **dtypes)
-
-    def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F P E"]:
-        x = self.fc1(x)
-        return self.fc2(x * jax.nn.sigmoid(1.702 * x))
-
-
 class VisionBlock(nnx.Module):
     """Attention and MLP with residual connections. HF modeling_qwen2_vl.Qwen2VLVisionBlock."""
 
@@ -114,17 +100,11 @@ class VisionTransformer(nnx.Module):
         Returns:
             One feature per merged patch; those at padding are arbitrary.
         """
-        F, P, C = patches.shape
-        if current_mesh() is not None or F * P <= _MAX_PATCHES:
-            return self._run(patches, frame_hw)
-        # Frames are independent. A few at a time keep activations small; on a CPU they fit the cache.
-        n = next(n for n in range(max(1, _MAX_PATCHES // P), 0, -1) if F % n == 0)
-        groups = patches.reshape(F // n, n, P, C), frame_hw.reshape(F // n, n, -1, 2)
-        features = jax.lax.map(lambda group: self._run(*group), groups)  # [F/n, n, P/4, D]
-        return features.reshape(F, *features.shape[2:])
+        return encode_in_groups(self._run, patches, frame_hw)
 
     def _run(self, patches: Array, frame_hw: Array) -> Array:
         vision = self.config.vision
+        assert isinstance(vision, Qwen2VisionConfig)
         patches = constrain(patches, BATCH, None, None)
         coordinates = patch_coordinates(frame_hw, patches.shape[1], vision.spatial_merge_size)
         cos, sin = vision_tables(coordinates, vision.head_dim, vision.rope_theta)

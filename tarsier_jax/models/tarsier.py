@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.models.cache import KVCache
+from tarsier_jax.models.clip_vit import ClipVisionTransformer
 from tarsier_jax.models.decoder import Decoder
 from tarsier_jax.models.layers import unstack_layers
 from tarsier_jax.models.qwen2_vit import VisionTransformer
@@ -19,9 +20,11 @@ from tarsier_jax.typing import Array
 class Tarsier(nnx.Module):
     """Tarsier2 and Qwen2-VL. HF modeling_qwen2_vl.Qwen2VLForConditionalGeneration."""
 
+    vision_tower: type[VisionTransformer | ClipVisionTransformer] = VisionTransformer
+
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        self.vision = VisionTransformer(config, rngs)
+        self.vision = self.vision_tower(config, rngs)
         self.decoder = Decoder(config, rngs)
 
     def embed(self, batch: Batch) -> Float[Array, "B S D"]:
@@ -99,6 +102,15 @@ class Tarsier(nnx.Module):
         position_ids = jnp.broadcast_to(positions[:, None, None], (*positions.shape, 1, 3))
         x, cache = self.decoder.extend_cache(x, position_ids, cache)
         return self.decoder.logits(x)[:, 0], dataclasses.replace(cache, lengths=cache.lengths + 1)
+
+
+class Tarsier1(Tarsier):
+    """The first Tarsier. HF modeling_llava.LlavaForConditionalGeneration, with rows of newline embeddings.
+
+    The newline and new-image embeddings are tokens of the prompt, so that gradients reach them as any other token.
+    """
+
+    vision_tower = ClipVisionTransformer
 
 
 def unstack(model: Tarsier) -> Tarsier:

@@ -58,6 +58,7 @@ def _templates(family: Family, layout: Layout) -> dict[str, str]:
     table = {"decoder/lm_head/weight": layout.lm_head}
     for tower, prefix, rows in (
         ("vision", layout.vision, family.vision_names),
+        ("vision", layout.projector, family.projector_names),
         ("decoder", layout.decoder, family.decoder_names),
     ):
         for ours, theirs, kinds in rows:

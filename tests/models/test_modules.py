@@ -94,7 +94,7 @@ def test_patch_merger(models: tuple[Any, Tarsier]) -> None:
 
 @pytest.mark.parametrize("max_patches", [8192, 2 * PATCHES])  # all frames at once, and two by two
 def test_vision_tower(models: tuple[Any, Tarsier], max_patches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tarsier_jax.models.qwen2_vit, "_MAX_PATCHES", max_patches)
+    monkeypatch.setattr(tarsier_jax.models.vision_layers, "_MAX_PATCHES", max_patches)
     theirs, ours = models
     x = random(T, H * W, ours.config.vision.patch_dim)
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
+from tarsier_jax.config import ModelConfig, Qwen2VisionConfig, TextConfig
 from tarsier_jax.processing.processor import Processor, load_processor
 
 DATA = Path(__file__).parent.parent / "data"
@@ -36,7 +36,7 @@ def config() -> ModelConfig:
     ids = {token: 256 + i for i, token in enumerate(SPECIAL)}
     return ModelConfig(
         text=TextConfig(vocab_size=263),
-        vision=VisionConfig(),
+        vision=Qwen2VisionConfig(),
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],

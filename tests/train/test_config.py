@@ -11,7 +11,7 @@ from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tarsier_jax.config import ModelConfig, VisionConfig
+from tarsier_jax.config import ModelConfig, Qwen2VisionConfig
 from tarsier_jax.errors import InputError
 from tarsier_jax.sharding import parameter_path
 from tarsier_jax.weights.names import abstract_state
@@ -315,7 +315,7 @@ def test_every_recipe(
     lr_factors(trained, config.optimizer)
     schedule = make_schedule(config.optimizer, config.num_train_steps)
     assert 0 < schedule(config.optimizer.warmup_steps) <= np.float32(1e-3)
-    shape = fit_packing(config.data, config.processor, VisionConfig()).row_shape
+    shape = fit_packing(config.data, config.processor, Qwen2VisionConfig()).row_shape
     assert shape.tokens % 64 == 0 and shape.patches % 4 == 0  # whole merged patches
     check_rows(config, build_mesh(config.mesh, jax.devices()[:1] * 2))
     if size:

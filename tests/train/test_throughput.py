@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tarsier_jax.config import ModelConfig, TextConfig, VisionConfig
+from tarsier_jax.config import ModelConfig, Qwen2VisionConfig, TextConfig
 from tarsier_jax.processing.packing import RowShape, stack_rows
 from tests.reference import IMAGE, VIDEO
 from tests.train.packs import make_examples, pack
@@ -24,7 +24,7 @@ CONFIG = ModelConfig(
         head_dim=6,
         mrope_section=(1, 1, 1),
     ),
-    vision=VisionConfig(depth=2, embed_dim=16, num_heads=2, mlp_ratio=3.0, out_dim=8),
+    vision=Qwen2VisionConfig(depth=2, embed_dim=16, num_heads=2, mlp_ratio=3.0, out_dim=8),
     image_token_id=IMAGE,
     video_token_id=VIDEO,
 )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tarsier_jax.config import Qwen2VisionConfig
 from tarsier_jax.models.rope import inverse_frequencies
 from tarsier_jax.models.tarsier import Tarsier
 
@@ -28,6 +29,7 @@ Projection = tuple[
 def look(model: Tarsier, decoder: Sequence[Offsets], vision: Sequence[Offsets]) -> None:
     """Sets queries and keys of the first heads of the first layers, one head per offset."""
     text, tower = model.config.text, model.config.vision
+    assert isinstance(tower, Qwen2VisionConfig)
     q, k, qkv = model.decoder.layers.attn.q, model.decoder.layers.attn.k, model.vision.blocks.attn.qkv
     axes = np.repeat(np.arange(len(text.mrope_section)) % 3, text.mrope_section)
     frequencies = inverse_frequencies(text.head_dim, text.rope_theta)

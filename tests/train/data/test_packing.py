@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tarsier_jax.config import VisionConfig
+from tarsier_jax.config import Qwen2VisionConfig
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.image import ImageOptions, smart_resize
 from tarsier_jax.processing.packing import RowShape
@@ -395,7 +395,7 @@ def test_a_clip_that_was_decoded_before_a_restart_may_be_gone_after_it(clip: str
 
 def test_sizes_of_bins_follow_from_the_sequence_and_the_frames() -> None:
     def sizes(data: DataConfig, answers: int = 1, **options: int) -> tuple[int, int, int]:
-        fitted = fit_packing(data, ProcessorOptions(**options), VisionConfig(), answers)
+        fitted = fit_packing(data, ProcessorOptions(**options), Qwen2VisionConfig(), answers)
         return fitted.vision_bins, fitted.patches_per_bin, fitted.frames_per_bin
 
     assert sizes(DataConfig()) == (27, 2496, 16)  # 27 frames of 460,800 pixels are 15,876 of 16,384 tokens
@@ -409,7 +409,7 @@ def test_sizes_of_bins_follow_from_the_sequence_and_the_frames() -> None:
 
 @pytest.mark.parametrize("max_pixels", [3136, 12_544, 73_728, 460_800])
 def test_every_frame_up_to_four_times_as_wide_as_high_fits_a_bin(max_pixels: int) -> None:
-    patches = fit_packing(DataConfig(), ProcessorOptions(max_pixels=max_pixels), VisionConfig()).patches_per_bin
+    patches = fit_packing(DataConfig(), ProcessorOptions(max_pixels=max_pixels), Qwen2VisionConfig()).patches_per_bin
     rng, image, areas = np.random.default_rng(0), ImageOptions(), []
     for _ in range(3000):
         height, aspect = int(rng.integers(200, 2000)), rng.uniform(1, 3.9)

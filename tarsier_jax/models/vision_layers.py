@@ -1,0 +1,43 @@
+"""Parts that the vision towers share."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jaxtyping import Float, Int
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.models.layers import Linear
+from tarsier_jax.sharding import current_mesh
+from tarsier_jax.typing import Array
+
+_MAX_PATCHES = 8192  # patches that one device processes at once
+
+
+class VisionMlp(nnx.Module):
+    """MLP with quick_gelu, x * sigmoid(1.702 x). HF modeling_qwen2_vl.VisionMlp and modeling_clip.CLIPMLP."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        vision, dtypes = config.vision, {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        self.fc1 = Linear(vision.embed_dim, vision.mlp_dim, bias=True, rngs=rngs, **dtypes)
+        self.fc2 = Linear(vision.mlp_dim, vision.embed_dim, bias=True, rngs=rngs, **dtypes)
+
+    def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F P E"]:
+        x = self.fc1(x)
+        return self.fc2(x * jax.nn.sigmoid(1.702 * x))
+
+
+def encode_in_groups(
+    encode: Callable[[Array, Array], Array], patches: Float[Array, "F P C"], frame_hw: Int[Array, "F M 2"]
+) -> Float[Array, "F Pm D"]:
+    """Returns `encode(patches, frame_hw)`, computed for a few bins at a time without a mesh.
+
+    Bins are independent. A few at a time keep activations small; on a CPU they fit the cache.
+    """
+    F, P, C = patches.shape
+    if current_mesh() is not None or F * P <= _MAX_PATCHES:
+        return encode(patches, frame_hw)
+    n = next(n for n in range(max(1, _MAX_PATCHES // P), 0, -1) if F % n == 0)
+    groups = patches.reshape(F // n, n, P, C), frame_hw.reshape(F // n, n, -1, 2)
+    features = jax.lax.map(lambda group: encode(*group), groups)  # [F/n, n, Pm, D]
+    return features.reshape(F, *features.shape[2:])
