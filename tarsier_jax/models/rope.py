@@ -15,7 +15,9 @@ from tarsier_jax.typing import Array
 
 def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
     """Returns theta ** (-i / dim) for even i < dim, float32 (dim / 2,). RoFormer (arXiv 2104.09864), section 3.2.2."""
-    return 1.0 / (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    # Rounded as in PyTorch: NumPy's float32 power differs in the last bit, which moves logits at position 3000 by 4e-4.
+    return np.float32(1) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
 
 
 def _cos_and_sin(angles: Array) -> tuple[Array, Array]:
