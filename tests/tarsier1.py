@@ -23,6 +23,29 @@ GOLDENS = Path(__file__).parent / "data" / "tarsier1"
 FIRST_CLASS = ("t56-gqa", "t336-mha")
 NAMES = (*FIRST_CLASS, "ps56-qwen2")
 
+# config.json of Tarsier-7b, with the fields that matter.
+TARSIER_7B = {
+    "architectures": ["TarsierForConditionalGeneration"],
+    "image_new_idx": 32003,
+    "image_newline_idx": 32002,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "projector_hidden_act": "gelu",
+    "text_config": {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": 32064},
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 _STD = np.array([0.26862954, 0.26130258, 0.27577711])
 _MAX_FRAMES = 8

@@ -9,6 +9,7 @@ import pytest
 from tarsier_jax.config import ClipVisionConfig, ModelConfig, Qwen2VisionConfig, TextConfig
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.families import family_of, family_of_json, load_config, parse_config
+from tests.tarsier1 import TARSIER_7B
 
 QWEN2_VL_2B = {
     "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -37,30 +38,6 @@ QWEN2_VL_2B = {
         "spatial_patch_size": 14,
         "temporal_patch_size": 2,
     },
-}
-
-
-# As released, with the fields that matter.
-TARSIER_7B = {
-    "architectures": ["TarsierForConditionalGeneration"],
-    "image_new_idx": 32003,
-    "image_newline_idx": 32002,
-    "image_token_index": 32000,
-    "model_type": "llava",
-    "projector_hidden_act": "gelu",
-    "text_config": {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": 32064},
-    "vision_config": {
-        "hidden_size": 1024,
-        "image_size": 336,
-        "intermediate_size": 4096,
-        "model_type": "clip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
-        "projection_dim": 768,
-    },
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
 }
 
 

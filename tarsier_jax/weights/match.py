@@ -1,7 +1,6 @@
 """Matches the tensors of a checkpoint and the parameters of the model, strictly and in both directions."""
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -45,18 +44,15 @@ def open_checkpoint(directory: Path, config: ModelConfig) -> Checkpoint:
         CheckpointError: a tensor is missing, belongs to no parameter, or has another shape; the layers of one
             parameter have different dtypes; a tied head differs from the embedding. One error lists all problems.
     """
-    family, tensors = family_of(config), open_tensors(directory)
+    family = family_of(config)
+    tensors = open_tensors(directory, family.ignored_names)
     layout = detect_layout(family, tensors)
     if layout is None:
         raise CheckpointError(
             f"{directory} contains no vision tower: no tensor's name starts with "
             f"{', '.join(each.vision for each in family.layouts.values())}. Use a {family.name} checkpoint."
         )
-    remaining = {
-        name: t
-        for name, t in tensors.items()
-        if not any(re.fullmatch(pattern, name) for pattern in family.ignored_names)
-    }
+    remaining = dict(tensors)
     head = remaining.pop(family.layouts[layout].lm_head, None) if config.text.tie_embeddings else None
     missing, misshapen, mixed = [], [], []
     sources = []

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,23 +46,27 @@ class Tensor:
         return self.size * self.dtype.itemsize
 
 
-def open_tensors(directory: Path) -> dict[str, Tensor]:
-    """Returns every tensor of a directory of safetensors, or of `.bin` shards, by name, without reading values.
+def open_tensors(directory: Path, ignored: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Returns the tensors of a directory of safetensors, or of `.bin` shards, by name, without reading values.
 
     The files are those that transformers reads: `model.safetensors`, else the shards of its index, else all
     safetensors. `.bin` files follow in the same order.
+
+    Args:
+        directory: The directory.
+        ignored: Regular expressions of whole names. Such tensors are omitted, and may have any dtype.
 
     Raises:
         CheckpointError: weights are missing, a shard is missing or damaged, a name is in two shards, shards of two
             checkpoints are mixed, or a dtype is not supported. One error lists all problems.
     """
     for single, pattern, opener in (
-        ("model.safetensors", "*.safetensors", open_safetensors),
+        ("model.safetensors", "*.safetensors", _open_safetensors),
         ("pytorch_model.bin", "pytorch_model*.bin", _open_torch),
     ):
         files, weight_map = _find_files(directory, single, pattern)
         if files:
-            return _collect(files, opener, weight_map)
+            return _collect(files, opener, weight_map, lambda name: any(re.fullmatch(each, name) for each in ignored))
     raise CheckpointError(f"{directory} contains no *.safetensors and no pytorch_model*.bin. Download the weights too.")
 
 
@@ -126,13 +130,16 @@ def _read_index(path: Path) -> dict[str, Path]:
 
 
 def _collect(
-    files: list[Path], opener: Callable[[Path], dict[str, Tensor]], weight_map: dict[str, Path]
+    files: list[Path],
+    opener: Callable[[Path, Callable[[str], bool]], dict[str, Tensor]],
+    weight_map: dict[str, Path],
+    is_ignored: Callable[[str], bool],
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     problems = []
     for file in files:
         try:
-            shard = opener(file)
+            shard = opener(file, is_ignored)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -140,7 +147,9 @@ def _collect(
             if name in tensors:
                 problems.append(f"{name} is in both {tensors[name].file} and {file}; remove one of the files.")
             tensors[name] = tensor
-        absent = [name for name, place in weight_map.items() if place == file and name not in shard]
+        absent = [
+            name for name, place in weight_map.items() if place == file and name not in shard and not is_ignored(name)
+        ]
         if absent:
             problems.append(f"{absent[0]} is not in {file}, although the index says so. Download it again.")
     if problems:
@@ -148,7 +157,7 @@ def _collect(
     return tensors
 
 
-def open_safetensors(path: Path) -> dict[str, Tensor]:
+def _open_safetensors(path: Path, is_ignored: Callable[[str], bool]) -> dict[str, Tensor]:
     """Returns the tensors of one file. The format is 8 bytes of header length, a JSON header, and the values."""
     try:
         with path.open("rb") as file:
@@ -157,7 +166,9 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError("the header's length is impossible")
             header: dict[str, Any] = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        tensors = {name: _safetensor(path, 8 + length, name, entry) for name, entry in header.items()}
+        tensors = {
+            name: _safetensor(path, 8 + length, name, entry) for name, entry in header.items() if not is_ignored(name)
+        }
     except FileNotFoundError:
         raise CheckpointError(f"The shard {path} is missing. Download it too.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
@@ -191,7 +202,7 @@ def _safetensor(path: Path, base: int, name: str, entry: dict[str, Any]) -> Tens
     return Tensor(path, shape, dtype, read)
 
 
-def _open_torch(path: Path) -> dict[str, Tensor]:
+def _open_torch(path: Path, is_ignored: Callable[[str], bool]) -> dict[str, Tensor]:
     """Returns the tensors of one `.bin` shard. Pickled code in it is never run (weights_only)."""
     try:
         import torch
@@ -209,6 +220,8 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read ({reason}). Download it again.") from None
     tensors = {}
     for name, value in state.items():
+        if is_ignored(name):
+            continue
         if value.dtype not in names:
             raise CheckpointError(f"{path}: {name} has dtype {value.dtype}; {', '.join(DTYPES)} are supported.")
         dtype = DTYPES[names[value.dtype]]
