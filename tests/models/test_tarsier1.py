@@ -14,6 +14,7 @@ from flax import nnx
 import tarsier_jax.models.clip_vit
 import tarsier_jax.models.vision_layers
 from tarsier_jax.config import ModelConfig
+from tarsier_jax.families import family_of
 from tarsier_jax.generation.decode import generate_batch
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.tarsier import Tarsier, unstack
@@ -193,6 +194,34 @@ def test_loss_and_gradients(models: dict[str, Tarsier], name: str, case: str) ->
     unused = [np.linalg.norm(v[-1] if "blocks" in path else v) for path, v in flat.items() if _is_unused(path)]
     assert len(unused) == 18  # tensors
     assert not any(unused)
+
+
+@pytest.mark.parametrize("max_patches", [8192, 32])  # all bins at once, and one by one
+def test_frames_that_share_a_bin(models: dict[str, Tarsier], max_patches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tarsier_jax.models.vision_layers, "_MAX_PATCHES", max_patches)
+    for name in ("t56-gqa", "ps56-qwen2"):
+        vision = models[name].vision
+        patches = np.random.default_rng(0).standard_normal((4, 16, 588)).astype(np.float32)
+        alone = vision(patches, np.full((4, 1, 2), 4, np.int32))
+        together = vision(patches.reshape(2, 32, 588), np.full((2, 2, 2), 4, np.int32))
+        np.testing.assert_allclose(together.reshape(alone.shape), alone, atol=ATOL, rtol=0)
+
+
+def test_a_bin_of_a_part_of_a_frame(models: dict[str, Tarsier]) -> None:
+    with pytest.raises(ValueError, match="A bin has 24 patches, but must contain whole frames of 16"):
+        models["t56-gqa"].vision(np.zeros((2, 24, 588), np.float32), np.full((2, 1, 2), 4, np.int32))
+
+
+@pytest.mark.parametrize("name", ["t56-gqa", "ps56-qwen2"])
+def test_flops_of_a_forward_pass(models: dict[str, Tarsier], name: str) -> None:
+    """Written out matrix by matrix for two frames: two of the three blocks run, with a class token per frame."""
+    config = models[name].config
+    E, D, vision = config.vision.embed_dim, config.text.hidden_size, config.vision
+    block = 17 * (4 * E * E + 2 * E * vision.mlp_dim) + 2 * 17 * 17 * E
+    projector = {"t56-gqa": 16 * (E * D + D * D), "ps56-qwen2": 4 * (4 * E * D + D * D)}[name]
+    frame = 16 * 588 * E + 2 * block + projector
+    _, tower = family_of(config).forward_flops(config, 0, 0, 2 * 16, 2 * 16 * 16)
+    assert tower == pytest.approx(2 * 2 * frame, rel=1e-12)
 
 
 def _is_unused(path: tuple[Any, ...]) -> bool:
