@@ -1,5 +1,7 @@
 """Converts messages to token ids: chat templates, placeholder tokens of visuals, and labels."""
 
+import contextlib
+import importlib.util
 import itertools
 import re
 import threading
@@ -68,6 +70,46 @@ BARE_CHATML = """\
 """
 CHATML = _SYSTEM + BARE_CHATML  # the default for a checkpoint without a template
 
+# Vicuna's prompt without a system text, as in the first Tarsier: "USER: question ASSISTANT: answer</s>USER: ...", with a
+# space at the end of a prompt. A line break follows an image or video, except before white space. A single question
+# that contains "USER:" and, after it, "ASSISTANT:" is a complete prompt and remains as it is. A message without a text
+# is without a separator. Like `BARE_CHATML`, it trains on the answer and its end token, and expands `num_vision_tokens`.
+VICUNA = """\
+{%- set prompt = namespace(is_complete=false) -%}
+{%- for message in messages -%}
+    {%- set content -%}
+        {%- if message.content is string -%}
+            {{- message.content -}}
+        {%- else -%}
+            {%- for item in message.content -%}
+                {%- if 'text' not in item -%}
+                    {{- '<image>' * (item.num_vision_tokens | default(1)) -}}
+                {%- else -%}
+                    {%- set follows_visual = loop.previtem is defined and 'text' not in loop.previtem -%}
+                    {%- if follows_visual and item.text and not item.text[0].isspace() -%}{{- '\\n' -}}{%- endif -%}
+                    {{- item.text -}}
+                {%- endif -%}
+            {%- endfor -%}
+        {%- endif -%}
+    {%- endset -%}
+    {%- if message.role == 'user' -%}
+        {%- set prompt.is_complete = loop.first and messages | length <= 2 and 'USER:' in content
+            and 'ASSISTANT:' in content.split('USER:', 1)[1] -%}
+        {{- content if prompt.is_complete else 'USER: ' + content -}}
+        {%- if not prompt.is_complete and (content or messages | length == 1) -%}{{- ' ' -}}{%- endif -%}
+    {%- elif message.role == 'assistant' -%}
+        {%- if not prompt.is_complete -%}{{- 'ASSISTANT: ' -}}{%- endif -%}
+        {%- generation -%}
+            {{- content -}}
+            {%- if content and not (loop.last and strip_final_eos) -%}{{- eos_token -}}{%- endif -%}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- raise_exception('the template has no place for a system text; put it into the first question') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and not prompt.is_complete -%}{{- 'ASSISTANT: ' -}}{%- endif -%}
+"""
+
 # Our template in a directory whose chat_template.jinja is for other programs (see `processing.templates`).
 TEMPLATE_FILE = "tarsier_jax_chat_template.jinja"
 
@@ -81,27 +123,71 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
     Raises:
         CheckpointError: the tokenizer's files are missing or cannot be read.
     """
-    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
     directory = Path(directory)
     if (directory / "tokenizer.json").is_file():
         tokenizer_class = PreTrainedTokenizerFast
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         tokenizer_class = Qwen2Tokenizer
+    elif (directory / "tokenizer.model").is_file():
+        tokenizer_class = LlamaTokenizer
+        _check_sentencepiece(directory)
     else:
         raise CheckpointError(
-            f"{directory} has neither tokenizer.json nor vocab.json and merges.txt. Copy the tokenizer's files from "
-            "the model's repository into it."
+            f"{directory} has neither tokenizer.json nor tokenizer.model nor vocab.json and merges.txt. Copy the "
+            "tokenizer's files from the model's repository into it."
         )
     try:
-        return tokenizer_class.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = tokenizer_class.from_pretrained(str(directory), local_files_only=True)
     except Exception as e:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"The tokenizer in {directory} cannot be read ({e}). Download it again.") from None
+    if tokenizer_class is LlamaTokenizer:
+        _set_legacy(tokenizer, directory)
+    return tokenizer
+
+
+def _check_sentencepiece(directory: Path) -> None:
+    """Raises CheckpointError if the packages that read a tokenizer.model are missing."""
+    missing = [package for package in ("sentencepiece", "google.protobuf") if not _is_installed(package)]
+    if missing:
+        raise CheckpointError(
+            f"{directory} has a tokenizer.model and no tokenizer.json, but {' and '.join(missing)} is not installed. "
+            "Run `pip install sentencepiece protobuf`, or copy a tokenizer.json into the directory."
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def _set_legacy(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """Makes a tokenizer of a tokenizer.model put a space before every text between special tokens if it is legacy.
+
+    transformers 5 omits it before a text that starts with a space; transformers 4, which has written the files, does
+    not. Legacy is the default, as in transformers 4.
+    """
+    from tokenizers import normalizers
+
+    if (read_json(directory / "tokenizer_config.json") or {}).get("legacy", True) is not False:
+        backend: Any = tokenizer.backend_tokenizer
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
 
 
 def load_chat_template(directory: str | Path) -> str:
     """Returns the first of `directory_templates`, or `CHATML` if the directory lacks templates."""
     return next(directory_templates(Path(directory)), CHATML)
+
+
+def template_files(directory: Path) -> Iterator[str]:
+    """Yields the templates in `TEMPLATE_FILE` and chat_template.jinja."""
+    for name in (TEMPLATE_FILE, "chat_template.jinja"):
+        if (directory / name).is_file():
+            yield (directory / name).read_text(encoding="utf-8")
 
 
 def directory_templates(directory: Path) -> Iterator[str]:
@@ -111,9 +197,7 @@ def directory_templates(directory: Path) -> Iterator[str]:
     Raises:
         CheckpointError: a file has several templates, none of them named `default`.
     """
-    for name in (TEMPLATE_FILE, "chat_template.jinja"):
-        if (directory / name).is_file():
-            yield (directory / name).read_text(encoding="utf-8")
+    yield from template_files(directory)
     for name in ("processor_config.json", "chat_template.json", "tokenizer_config.json"):
         if template := (read_json(directory / name) or {}).get("chat_template"):
             yield _one_template(template, directory / name)
@@ -138,7 +222,8 @@ def encode_messages(
     characters. An assistant message with "loss": False is without labels.
 
     Unless `training`, the prompt ends where the model continues: after the assistant's header, or within the last
-    message if that is the assistant's.
+    message if that is the assistant's. If that header ends with a space, an answer to train on is tokenized apart from
+    it. Otherwise the two would share a token such as " A", which generation never produces after the space.
 
     Returns:
         input_ids int32 (S,), with n placeholders per visual, and labels int32 (S,): the assistant's tokens, else -100.
@@ -161,11 +246,13 @@ def encode_messages(
         text, spans = render_template(
             template, [_renderable(m, escape) for m in messages], with_spans, **tokenizer.special_tokens_map, **options
         )
-        input_ids, offsets = _tokenize(tokenizer, text, escape)
+        spans = _trained_spans(spans, messages)
+        cuts = [start for start, _ in spans if training and text[:start].endswith(" ")]
+        input_ids, offsets = _tokenize(tokenizer, text, escape, cuts)
     except (jinja2.TemplateError, TypeError, ValueError) as e:
         raise InputError(f"The chat template cannot render these messages: {e}. Check their roles and order.") from None
     labels = np.full(len(input_ids), -100, np.int32)
-    for start, end in _trained_spans(spans, messages):
+    for start, end in spans:
         inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
         labels[inside] = input_ids[inside]
     labels[np.isin(input_ids, list(placeholder_ids))] = -100  # visual tokens are input only
@@ -233,8 +320,19 @@ def _pattern(token: "AddedToken") -> str:
     return before + re.escape(token.content) + after
 
 
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", prompt: str, escape: _Escape) -> tuple[np.ndarray, np.ndarray]:
-    """Returns input_ids int32 (S,), and each token's (start, end) in the prompt, int32 (S, 2)."""
+def _tokenize(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, escape: _Escape, cuts: Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns input_ids int32 (S,), and each token's (start, end) in the prompt, int32 (S, 2).
+
+    The begin token comes first if the tokenizer adds one.
+
+    Args:
+        tokenizer: Tokenizer of the checkpoint.
+        prompt: Rendered template, with marks.
+        escape: Distinguishes the template's special tokens from those in texts.
+        cuts: Offsets at which a new text starts, ascending.
+    """
     backend: Any = tokenizer.backend_tokenizer  # avoids the threads that the tokenizer itself uses for several texts
     input_ids: list[int] = []
     offsets: list[tuple[int, int]] = []
@@ -242,16 +340,39 @@ def _tokenize(tokenizer: "PreTrainedTokenizerBase", prompt: str, escape: _Escape
         backend.encode_special_tokens = True  # as ordinary text
         backend.no_truncation()
         backend.no_padding()
-        for offset, id_, text in escape.split(prompt):
-            if id_ is None:
-                # The tokenizer itself also encodes the text between two special tokens in one piece.
-                encoding = backend.encode(text, add_special_tokens=False)
-                input_ids += encoding.ids
-                offsets += [(offset + start, offset + end) for start, end in encoding.offsets]
-            else:
-                input_ids.append(id_)
-                offsets.append((offset, offset + len(text)))
+        begin = [id_ for id_ in backend.encode("").ids[:1] if id_ == tokenizer.bos_token_id]
+        for start, end in itertools.pairwise((0, *cuts, len(prompt))):
+            for offset, id_, text in escape.split(prompt[start:end]):
+                at = start + offset
+                if id_ is None:
+                    # The tokenizer itself also encodes the text between two special tokens in one piece.
+                    with contextlib.nullcontext() if offset == 0 else _without_prefix(backend):
+                        encoding = backend.encode(text, add_special_tokens=False)
+                    input_ids += encoding.ids
+                    offsets += [(at + first, at + last) for first, last in encoding.offsets]
+                else:
+                    input_ids.append(id_)
+                    offsets.append((at, at + len(text)))
+    if input_ids[:1] != begin:
+        input_ids, offsets = begin + input_ids, [(0, 0)] * len(begin) + offsets
     return np.array(input_ids, np.int32), np.array(offsets, np.int32).reshape(-1, 2)
+
+
+@contextlib.contextmanager
+def _without_prefix(backend: Any) -> Iterator[None]:
+    """Encodes a text as the continuation of another one: without the space that SentencePiece adds before the first.
+
+    Tokenizers that add the space to every text between special tokens ("legacy") still add it.
+    """
+    space = backend.pre_tokenizer
+    if getattr(space, "prepend_scheme", None) != "first":
+        yield
+        return
+    space.prepend_scheme = "never"
+    try:
+        yield
+    finally:
+        space.prepend_scheme = "first"
 
 
 def _trained_spans(spans: list[tuple[int, int]], messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
