@@ -70,10 +70,11 @@ BARE_CHATML = """\
 """
 CHATML = _SYSTEM + BARE_CHATML  # the default for a checkpoint without a template
 
-# Vicuna's prompt without a system text, as in the first Tarsier: "USER: question ASSISTANT: answer</s>USER: ...", with a
-# space at the end of a prompt. A line break follows an image or video, except before white space. A single question
-# that contains "USER:" and, after it, "ASSISTANT:" is a complete prompt and remains as it is. A message without a text
-# is without a separator. Like `BARE_CHATML`, it trains on the answer and its end token, and expands `num_vision_tokens`.
+# Vicuna's prompt without a system text, as in the first Tarsier: "USER: question ASSISTANT: answer</s>USER: ...". A
+# prompt ends with a space. A line break follows an image or video, except before white space. A single question that
+# contains "USER:" and, after it, "ASSISTANT:" is a complete prompt, which remains as it is. A message without a text is
+# without a separator. As in `BARE_CHATML`, the answer and its end token are trained on, and `num_vision_tokens` counts
+# placeholders.
 VICUNA = """\
 {%- set prompt = namespace(is_complete=false) -%}
 {%- for message in messages -%}

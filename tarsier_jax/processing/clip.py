@@ -38,6 +38,7 @@ class Clip:
         rate: The mean number of frames per second, or None for frames without times.
         decode: Decodes the frames at strictly increasing indices.
         times: The time of each frame in seconds from the first frame, (length,), or None for frames without times.
+        is_video: Whether the clip is a video file: not an animation, an image or a list of frames.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Clip:
     rate: float | None
     decode: FrameDecoder
     times: np.ndarray | None = None
+    is_video: bool = False
 
     def read(self, indices: Sequence[int]) -> Iterator[Frame]:
         """Decodes the RGB frames at `indices`, in that order, with repetitions.

@@ -3,7 +3,9 @@
 The results equal those of the original processor. The arithmetic is plain Python, so rounding is the same.
 """
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +18,29 @@ _BOUNDS = ("start_time", "start_frame", "end_time", "end_frame")
 _TICK = 1e-6  # seconds of tolerance for rounded timestamps
 
 
-def sample_uniform(length: int, n: int) -> list[int]:
-    """Sampler v1: n of `length` frames, evenly spaced, including the first and the last; all frames if length <= n."""
+@dataclasses.dataclass(frozen=True)
+class SamplingRules:
+    """The rules of the videos that a model was trained on. The defaults are Tarsier2's.
+
+    Attributes:
+        repeat_frames: Whether sampler v1 repeats frames of a video file that has fewer frames than n. Otherwise, and
+            for animations and lists of frames, it returns each frame once.
+        floor_times: Whether a time selects the frame that is displayed then. Otherwise, at a constant frame rate, it
+            selects the nearest frame.
+    """
+
+    repeat_frames: bool = False
+    floor_times: bool = False
+
+
+def sample_uniform(length: int, n: int, repeat: bool = False) -> list[int]:
+    """Sampler v1: n of `length` frames, evenly spaced, including the first and the last.
+
+    If there are fewer frames than n, it returns each one once or, with `repeat`, n indices with repetitions.
+    """
     if n == 1:
         return [0]
-    if length <= n:
+    if length <= n and not repeat:
         return list(range(length))
     return [round(i * (length - 1) / (n - 1)) for i in range(n)]
 
@@ -80,6 +100,7 @@ def select_frames(
     rng: np.random.Generator | None = None,
     name: str = "the clip",
     times: np.ndarray | None = None,
+    rules: SamplingRules = SamplingRules(),
 ) -> list[int]:
     """Returns the frame indices that a video item of an annotation selects.
 
@@ -87,8 +108,8 @@ def select_frames(
     second, or n evenly spaced frames if that is fewer. `start_frame`/`end_frame`, or `start_time`/`end_time` in
     seconds, are the inclusive bounds of the sampled range. An end past the last frame means the last frame.
 
-    Seconds count from the first frame. At a constant rate they select the nearest frame, as in the original; otherwise
-    the frame that is displayed at that time.
+    Seconds count from the first frame. At a constant rate they select the nearest frame, as in the original of
+    Tarsier2; otherwise, or with `floor_times`, the frame that is displayed at that time.
 
     Args:
         item: The video object of the annotation.
@@ -99,6 +120,7 @@ def select_frames(
         rng: Random generator of sampler v2; None takes the middle of each segment.
         name: Name of the clip in errors.
         times: Time of each frame in seconds, (length,), increasing; None for a constant rate.
+        rules: Rules of the model.
 
     Raises:
         InputError: seconds are used for a clip without a frame rate, or selected frames are not in the clip.
@@ -115,9 +137,10 @@ def select_frames(
         times = None
     if _listed(item):
         listed = item.get("frame_indices")
-        indices = [_frame_at(s, rate, times) for s in item["time_indices"]] if listed is None else listed
-        return _check_listed(list(indices), length, f"{name} ({selections[0]} {str(item[selections[0]])[:60]})")
-    start, end = _bounds(item, length, rate, times)
+        if listed is None:
+            listed = [_frame_at(s, rate, times, rules.floor_times) for s in item["time_indices"]]
+        return _check_listed(list(listed), length, f"{name} ({selections[0]} {str(item[selections[0]])[:60]})")
+    start, end = _bounds(item, length, rate, times, rules.floor_times)
     span = end - start + 1
     if not 0 <= start < length or span < 1:
         raise InputError(
@@ -128,7 +151,7 @@ def select_frames(
         every = _every(start, end, item["fps"], rate or 0, times)
         if len(every) <= n:
             return every
-    sampled = sample_uniform(span, n) if sampler == "v1" else sample_segments(span, n, rng)
+    sampled = sample_uniform(span, n, rules.repeat_frames) if sampler == "v1" else sample_segments(span, n, rng)
     return [start + i for i in sampled]
 
 
@@ -164,10 +187,10 @@ def _is_constant(times: np.ndarray, rate: float) -> bool:
     return bool(np.all(np.abs(times * rate - np.arange(len(times))) < 0.5))
 
 
-def _frame_at(seconds: float, rate: float | None, times: np.ndarray | None) -> int:
+def _frame_at(seconds: float, rate: float | None, times: np.ndarray | None, floor: bool) -> int:
     """Returns the index of the frame at a time. Past the last frame, the index continues at the clip's rate."""
     if times is None or seconds < 0:
-        return round(float(seconds) * (rate or 0))
+        return (math.floor if floor else round)(float(seconds) * (rate or 0))
     if seconds > times[-1]:
         return len(times) - 1 + round((float(seconds) - float(times[-1])) * (rate or 0))
     return int(np.searchsorted(times, seconds + _TICK, side="right")) - 1
@@ -183,10 +206,12 @@ def _every(start: int, end: int, fps: float, rate: float, times: np.ndarray | No
     return (start + np.flatnonzero(ticks[:-1] < ticks[1:])).tolist()
 
 
-def _bounds(item: Mapping[str, Any], length: int, rate: float | None, times: np.ndarray | None) -> tuple[int, int]:
+def _bounds(
+    item: Mapping[str, Any], length: int, rate: float | None, times: np.ndarray | None, floor: bool
+) -> tuple[int, int]:
     def bound(side: str, default: int) -> int:
         if item.get(f"{side}_time") is not None:
-            return _frame_at(item[f"{side}_time"], rate, times)
+            return _frame_at(item[f"{side}_time"], rate, times, floor)
         return round(item[f"{side}_frame"]) if item.get(f"{side}_frame") is not None else default
 
     return bound("start", 0), min(bound("end", length - 1), length - 1)

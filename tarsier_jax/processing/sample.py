@@ -17,7 +17,7 @@ from PIL import Image
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import FrameSelection
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
-from tarsier_jax.processing.frame_sampling import allocate_frames, select_frames
+from tarsier_jax.processing.frame_sampling import SamplingRules, allocate_frames, select_frames
 from tarsier_jax.processing.perturb import PERTURBATIONS, perturb
 from tarsier_jax.processing.video import Clip, open_clip
 
@@ -110,6 +110,7 @@ def open_visuals(
     sampler: str,
     divisor: int,
     rng: np.random.Generator | None,
+    rules: SamplingRules = SamplingRules(),
 ) -> list[Visual]:
     """Opens every image and video of checked messages, in order, and selects the frames.
 
@@ -129,8 +130,9 @@ def open_visuals(
             continue
         video = item["video"]
         clip = open_clip(_source(video))
+        own = dataclasses.replace(rules, repeat_frames=rules.repeat_frames and clip.is_video)
         n = next(counts)
-        indices = select_frames(video, clip.length, clip.rate, n, sampler, rng, clip.name, clip.times)
+        indices = select_frames(video, clip.length, clip.rate, n, sampler, rng, clip.name, clip.times, own)
         if (perturbation := video.get("disturb")) is not None:
             seed = perturbation.get("seed") or 0
             indices = perturb(indices, perturbation.get("kind"), np.random.default_rng(seed), clip.name)

@@ -97,7 +97,7 @@ def open_video(path: Path) -> Clip:
                     raise
                 yield from _pictures(_scan(path, indices[count:]))
 
-    return Clip(str(path), len(times), rate, decode, times)
+    return Clip(str(path), len(times), rate, decode, times, is_video=True)
 
 
 @contextlib.contextmanager
