@@ -34,7 +34,7 @@ from benchmarks.bulk import write_videos
 from infer.bulk.inputs import Item
 from infer.bulk.loading import ItemLoader
 from tarsier_jax.processing.frame_sampling import sample_uniform
-from tarsier_jax.processing.image import ImageOptions, fit_budget
+from tarsier_jax.processing.image import Qwen2ImageProcessor, fit_budget
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.weights import EMBEDDED
@@ -116,7 +116,7 @@ def ours(paths: Sequence[Path], processor: Processor, workers: int) -> int:
 def compare_readers(clips: int, workers: int, rounds: int) -> None:
     """Prints the rates of whole samples and of readers."""
     _, processor = tarsier_jax.load(EMBEDDED)
-    processor = dataclasses.replace(processor, image=ImageOptions())
+    processor = dataclasses.replace(processor, image=Qwen2ImageProcessor())
     with tempfile.TemporaryDirectory() as directory:
         paths = write_videos(Path(directory), clips, small=False)
         samples = {

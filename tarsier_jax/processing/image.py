@@ -23,7 +23,7 @@ _BICUBIC = 3  # PIL's number, used in preprocessor_config.json
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageOptions:
+class Qwen2ImageProcessor:
     """The options in a checkpoint's preprocessor_config.json. The defaults are those of the released Tarsier2 models.
 
     Attributes:
@@ -55,13 +55,13 @@ class ImageOptions:
         return self.patch_size * self.merge_size
 
 
-def load_image_options(directory: str | Path, vision: VisionConfig) -> ImageOptions:
+def load_image_processor(directory: str | Path, vision: VisionConfig) -> Qwen2ImageProcessor:
     """Reads preprocessor_config.json, or the `image_processor` of processor_config.json, which transformers 5 writes.
 
     Raises:
         CheckpointError: the file cannot be read, contradicts config.json, or has other steps than Qwen2-VL's.
     """
-    default = ImageOptions(
+    default = Qwen2ImageProcessor(
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
@@ -155,7 +155,7 @@ def temporal_patches(frames: int, size: int, double: bool) -> int:
 
 
 def patch_frames(
-    frames: Iterable[Image.Image], count: int, options: ImageOptions, double: bool, name: str = "The image"
+    frames: Iterable[Image.Image], count: int, options: Qwen2ImageProcessor, double: bool, name: str = "The image"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Second resize, normalisation and patches of one visual, in the order of HF's Qwen2VLImageProcessor.
 
@@ -195,7 +195,7 @@ def patch_frames(
     return out.reshape(int(grid.prod()), -1), grid
 
 
-def _normalisation(options: ImageOptions) -> tuple[np.ndarray, np.ndarray]:
+def _normalisation(options: Qwen2ImageProcessor) -> tuple[np.ndarray, np.ndarray]:
     """Returns rescaling and normalisation as one scale and one shift, float32 (channels, 1, 1) each."""
     mean, std = np.array(options.mean), np.array(options.std)
     scale, shift = options.rescale / std, -mean / std
@@ -222,7 +222,7 @@ def _resize(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _parse_options(raw: Mapping[str, Any], default: ImageOptions, path: Path) -> ImageOptions:
+def _parse_options(raw: Mapping[str, Any], default: Qwen2ImageProcessor, path: Path) -> Qwen2ImageProcessor:
     low = _limit(raw, "min_pixels", "shortest_edge")
     high = _limit(raw, "max_pixels", "longest_edge")
     options = dataclasses.replace(

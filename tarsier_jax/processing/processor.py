@@ -13,7 +13,7 @@ from tarsier_jax.processing.batch import Batch, Buckets, Example, make_batch
 from tarsier_jax.processing.chat import CHATML, encode_messages, load_chat_template, load_tokenizer
 from tarsier_jax.processing.formats import normalize_sample
 from tarsier_jax.processing.frame_sampling import SAMPLERS
-from tarsier_jax.processing.image import ImageOptions, fit_budget, load_image_options, patch_frames, read_json
+from tarsier_jax.processing.image import Qwen2ImageProcessor, fit_budget, load_image_processor, patch_frames, read_json
 from tarsier_jax.processing.image_files import is_animation
 from tarsier_jax.processing.positions import mrope_positions
 from tarsier_jax.processing.sample import Visual, is_number, open_visuals, read_messages
@@ -39,7 +39,7 @@ class ProcessorOptions:
         video_sampler: "v1" samples evenly with both ends, "v2" samples the middle of equal segments.
         force_frames_n_divisible: Divisor of the number of frames per video; black frames are added.
         double_frames: Whether every frame fills its own temporal patch, unless the checkpoint pairs frames
-            (`ImageOptions`).
+            (`Qwen2ImageProcessor`).
     """
 
     n_frames: int = 16
@@ -81,7 +81,7 @@ class Processor:
     tokenizer: "PreTrainedTokenizerBase"
     config: ModelConfig
     chat_template: str = CHATML
-    image: ImageOptions = dataclasses.field(default_factory=ImageOptions)
+    image: Qwen2ImageProcessor = dataclasses.field(default_factory=Qwen2ImageProcessor)
     eos_token_ids: tuple[int, ...] = ()
     options: ProcessorOptions = ProcessorOptions()
     buckets: Buckets = dataclasses.field(default_factory=Buckets)
@@ -255,7 +255,7 @@ def load_processor(directory: str | Path, config: ModelConfig) -> Processor:
             f"{directory / 'config.json'} has image token {config.image_token_id}, but the tokenizer beside it has "
             f"<|image_pad|> as {image_token}. The two come from different models: copy both from one."
         )
-    image = load_image_options(directory, config.vision)
+    image = load_image_processor(directory, config.vision)
     return Processor(tokenizer, config, template, image, _eos_token_ids(directory, tokenizer))
 
 

@@ -7,10 +7,16 @@ from PIL import Image
 
 from tarsier_jax.config import Qwen2VisionConfig
 from tarsier_jax.errors import CheckpointError, InputError
-from tarsier_jax.processing.image import ImageOptions, fit_budget, load_image_options, patch_frames, smart_resize
+from tarsier_jax.processing.image import (
+    Qwen2ImageProcessor,
+    fit_budget,
+    load_image_processor,
+    patch_frames,
+    smart_resize,
+)
 from tests.processing.conftest import DATA, formula_frame, write_json
 
-OPTIONS = ImageOptions()
+OPTIONS = Qwen2ImageProcessor()
 
 
 def test_patches_are_the_originals() -> None:
@@ -89,18 +95,18 @@ def test_the_mend_for_small_images_works() -> None:
 def test_every_spelling_of_the_limits(tmp_path: Path, content: dict) -> None:
     write_json(tmp_path / "preprocessor_config.json", content)
     expected = dataclasses.replace(OPTIONS, min_pixels=1000, max_pixels=50_000)
-    assert load_image_options(tmp_path, Qwen2VisionConfig()) == expected
+    assert load_image_processor(tmp_path, Qwen2VisionConfig()) == expected
 
 
 def test_options_without_a_file_are_the_released_ones(tmp_path: Path) -> None:
-    assert load_image_options(tmp_path, Qwen2VisionConfig()) == OPTIONS
+    assert load_image_processor(tmp_path, Qwen2VisionConfig()) == OPTIONS
     write_json(tmp_path / "processor_config.json", {"image_processor": {"image_mean": [0.5, 0.5, 0.5]}})
-    assert load_image_options(tmp_path, Qwen2VisionConfig()).mean == (0.5, 0.5, 0.5)
+    assert load_image_processor(tmp_path, Qwen2VisionConfig()).mean == (0.5, 0.5, 0.5)
 
 
 def test_a_checkpoint_may_pair_frames(tmp_path: Path) -> None:
     write_json(tmp_path / "preprocessor_config.json", {"double_frames": False})
-    assert load_image_options(tmp_path, Qwen2VisionConfig()) == dataclasses.replace(OPTIONS, double_frames=False)
+    assert load_image_processor(tmp_path, Qwen2VisionConfig()) == dataclasses.replace(OPTIONS, double_frames=False)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +122,10 @@ def test_a_checkpoint_may_pair_frames(tmp_path: Path) -> None:
 def test_files_of_another_model(tmp_path: Path, content: dict, message: str) -> None:
     write_json(tmp_path / "preprocessor_config.json", content)
     with pytest.raises(CheckpointError, match=message):
-        load_image_options(tmp_path, Qwen2VisionConfig())
+        load_image_processor(tmp_path, Qwen2VisionConfig())
 
 
 def test_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"preprocessor_config.json cannot be read as JSON"):
-        load_image_options(tmp_path, Qwen2VisionConfig())
+        load_image_processor(tmp_path, Qwen2VisionConfig())

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tarsier_jax.config import Qwen2VisionConfig
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.image import ImageOptions, smart_resize
+from tarsier_jax.processing.image import Qwen2ImageProcessor, smart_resize
 from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from tests.train.texts import ROWS, load, open_rows, write_lines, write_texts
@@ -410,7 +410,7 @@ def test_sizes_of_bins_follow_from_the_sequence_and_the_frames() -> None:
 @pytest.mark.parametrize("max_pixels", [3136, 12_544, 73_728, 460_800])
 def test_every_frame_up_to_four_times_as_wide_as_high_fits_a_bin(max_pixels: int) -> None:
     patches = fit_packing(DataConfig(), ProcessorOptions(max_pixels=max_pixels), Qwen2VisionConfig()).patches_per_bin
-    rng, image, areas = np.random.default_rng(0), ImageOptions(), []
+    rng, image, areas = np.random.default_rng(0), Qwen2ImageProcessor(), []
     for _ in range(3000):
         height, aspect = int(rng.integers(200, 2000)), rng.uniform(1, 3.9)
         size = smart_resize(height, int(height * aspect), 1, 0, max_pixels)
