@@ -4,14 +4,13 @@ import dataclasses
 
 from tarsier_jax.config import VisionConfig
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.image import largest_frame, temporal_patches
+from tarsier_jax.processing.image import temporal_patches
 from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor
 
 _TEXT, _LONG_TEXT = 64, 256  # tokens of text beside the frames of a prompt: usual, and the default limit
 _SHORTEST_ROW = 1024  # tokens; several small prompts fill a row better than one
 _BIN_SIZES = 6  # one or several frames fill a bin of one of these sizes to within an eighth
-_SMALLEST_FRAME = 16  # patches, Qwen2-VL's least
 _MAX_FRAMES_PER_BIN = 8
 _LENGTHS = (0.75, 0.9375, 1.0)  # of rows, as fractions of the longest; one large clip rarely fills a row
 _READ_LENGTHS = (0.25, 0.5, 0.75, 1.0)  # of a slot that decoding reads, as fractions of its size
@@ -83,21 +82,20 @@ def fit_config(
 ) -> EngineConfig:
     """Returns a config for the largest prompt of the processor's options: n_frames of the largest frame, and text."""
     options, vision = processor.options, processor.config.vision
-    token_area = (vision.patch_size * vision.spatial_merge_size) ** 2
-    tokens = min(largest_frame(options.max_pixels, token_area), processor.image.max_pixels // token_area)
-    frame = max(tokens * vision.merge_factor, _SMALLEST_FRAME)
-    num_frames = temporal_patches(options.n_frames, processor.image.temporal_patch_size, processor.double_frames)
-    visual = vision.num_tokens(num_frames * frame)
+    frame, smallest = processor.largest_frame, vision.smallest_frame
+    num_frames = temporal_patches(options.n_frames, vision.temporal_patch_size, processor.double_frames)
+    visual = num_frames * vision.frame_tokens(frame)
     prompt_tokens = prompt_tokens or min(_round_up(visual + _LONG_TEXT, 64), options.max_seq_len)
     tokens = max(prompt_tokens, _SHORTEST_ROW)
-    patches = tokens * vision.merge_factor * visual / (visual + _TEXT)
-    sizes = sorted({max(_round_up(frame * 2 ** (-i / _BIN_SIZES), 4), _SMALLEST_FRAME) for i in range(_BIN_SIZES)})
+    patches = tokens * (frame / vision.frame_tokens(frame)) * visual / (visual + _TEXT)
+    fractions = [2 ** (-i / _BIN_SIZES) for i in range(_BIN_SIZES)]
+    sizes = sorted({max(_round_up(frame * fraction, vision.bin_multiple), smallest) for fraction in fractions})
     rows = tuple(
         RowShape(
             tokens=tokens,
             bins=_round_up(patches / size, max(1, int(patches / size) // _STEPS)),
             patches=size,
-            frames=min(size // _SMALLEST_FRAME, _MAX_FRAMES_PER_BIN),
+            frames=min(size // smallest, _MAX_FRAMES_PER_BIN),
             samples=max(1, slots // groups // 2),  # a row need not wait until all slots are free
         )
         for size in sizes

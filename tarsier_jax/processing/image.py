@@ -1,4 +1,4 @@
-"""Resizes images and splits them into the patches of the vision tower.
+"""Resizes images and splits them into the patches of Qwen2-VL's vision tower.
 
 The original resizes twice: first to its pixel budget, then Qwen2-VL's image processor resizes to whole patches within
 its own limits. Both are bicubic with PIL. Both are needed, because a single resize changes the pixels.
@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from tarsier_jax.config import VisionConfig
 from tarsier_jax.errors import CheckpointError, InputError
 
 _MAX_ASPECT = 200
-_BICUBIC = 3  # PIL's number, used in preprocessor_config.json
+BICUBIC = 3  # PIL's number, used in preprocessor_config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2ImageProcessor:
-    """The options in a checkpoint's preprocessor_config.json. The defaults are those of the released Tarsier2 models.
+    """Resizes frames to whole tokens within limits of pixels, as HF's Qwen2VLImageProcessor.
+
+    The attributes are the options in a checkpoint's preprocessor_config.json. The defaults are those of the released
+    Tarsier2 models.
 
     Attributes:
         min_pixels: Minimum area of a resized image.
@@ -54,6 +57,17 @@ class Qwen2ImageProcessor:
         """Divisor in pixels of the height and width of a resized image."""
         return self.patch_size * self.merge_size
 
+    @property
+    def largest_frame(self) -> int:
+        """Number of patches of the largest frame."""
+        return self.max_pixels // self.factor**2 * self.merge_size**2
+
+    def patch(
+        self, frames: Iterable[Image.Image], count: int, limits: tuple[int, int], double: bool, name: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Resizes the frames of a visual to the limits, minimum and maximum of pixels, and calls `patch_frames`."""
+        return patch_frames((fit_budget(frame, *limits, name) for frame in frames), count, self, double, name)
+
 
 def load_image_processor(directory: str | Path, vision: VisionConfig) -> Qwen2ImageProcessor:
     """Reads preprocessor_config.json, or the `image_processor` of processor_config.json, which transformers 5 writes.
@@ -66,12 +80,18 @@ def load_image_processor(directory: str | Path, vision: VisionConfig) -> Qwen2Im
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
     )
-    path = Path(directory) / "preprocessor_config.json"
+    raw, path = read_preprocessor(Path(directory))
+    return default if raw is None else _parse_options(raw, default, path)
+
+
+def read_preprocessor(directory: Path) -> tuple[dict[str, Any] | None, Path]:
+    """Returns the options of an image processor and their file, or None if the directory lacks them."""
+    path = directory / "preprocessor_config.json"
     raw = read_json(path)
     if raw is None:
-        path = Path(directory) / "processor_config.json"
+        path = directory / "processor_config.json"
         raw = (read_json(path) or {}).get("image_processor")
-    return default if raw is None else _parse_options(raw, default, path)
+    return raw, path
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -131,22 +151,7 @@ def smart_resize(
 def fit_budget(image: Image.Image, min_pixels: int, max_pixels: int, name: str = "The image") -> Image.Image:
     """First resize: brings the area of the image within the budget and keeps its aspect ratio."""
     height, width = smart_resize(image.height, image.width, 1, min_pixels, max_pixels, name)
-    return _resize(image, height, width)
-
-
-def largest_frame(max_pixels: int, token_area: int) -> int:
-    """Returns the tokens of the largest frame within `max_pixels`, with sides rounded to whole tokens.
-
-    A side of h tokens is rounded from at least h - 1/2. Frames are at most four times as wide as high; a flatter frame
-    may have more tokens.
-
-    Args:
-        max_pixels: Area of a frame before its sides are rounded.
-        token_area: Area of a token, in pixels.
-    """
-    budget = max_pixels / token_area
-    sides = [(h, int(budget / (h - 0.5) + 0.5)) for h in range(1, math.isqrt(int(budget)) + 2)]
-    return max((h * w for h, w in sides if h <= w <= 4 * h), default=math.ceil(budget))
+    return resize(image, height, width)
 
 
 def temporal_patches(frames: int, size: int, double: bool) -> int:
@@ -183,9 +188,9 @@ def patch_frames(
     height, width = smart_resize(first.height, first.width, factor, *limits, name)
     t = temporal_patches(count, T, double)
     out = np.empty((t, height // factor, width // factor, merge, merge, 3, T, patch, patch), np.float32)
-    scale, shift = _normalisation(options)
+    scale, shift = normalisation(options.rescale, options.mean, options.std)
     for i, frame in zip(range(count), itertools.chain([first], frames), strict=True):
-        values = _normalised_patches(_resize(frame, height, width), patch, merge, scale, shift)[..., None, :, :]
+        values = normalised_patches(resize(frame, height, width), patch, merge, scale, shift)[..., None, :, :]
         if double:
             out[i] = values
         else:
@@ -195,17 +200,16 @@ def patch_frames(
     return out.reshape(int(grid.prod()), -1), grid
 
 
-def _normalisation(options: Qwen2ImageProcessor) -> tuple[np.ndarray, np.ndarray]:
+def normalisation(rescale: float, mean: Sequence[float], std: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Returns rescaling and normalisation as one scale and one shift, float32 (channels, 1, 1) each."""
-    mean, std = np.array(options.mean), np.array(options.std)
-    scale, shift = options.rescale / std, -mean / std
+    scale, shift = rescale / np.array(std), -np.array(mean) / np.array(std)
     return scale.astype(np.float32)[:, None, None], shift.astype(np.float32)[:, None, None]
 
 
-def _normalised_patches(image: Image.Image, patch: int, merge: int, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Returns blocks of the patches that the merger joins, row by row.
+def normalised_patches(image: Image.Image, patch: int, merge: int, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Returns blocks of `merge` x `merge` patches, row by row.
 
-    Their shape is (height/28, width/28, 2, 2, channels, 14, 14), in float32.
+    Their shape is (height/28, width/28, 2, 2, channels, 14, 14) for Qwen2-VL, in float32.
     """
     rows, columns = image.height // (patch * merge), image.width // (patch * merge)
     pixels = np.asarray(image).reshape(rows, merge, patch, columns, merge, patch, 3)
@@ -216,7 +220,8 @@ def _normalised_patches(image: Image.Image, patch: int, merge: int, scale: np.nd
     return values
 
 
-def _resize(image: Image.Image, height: int, width: int) -> Image.Image:
+def resize(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Returns an image of that size, bicubic with PIL; the image itself if it has it."""
     if image.size == (width, height):
         return image
     return image.resize((width, height), Image.Resampling.BICUBIC)
@@ -243,7 +248,7 @@ def _parse_options(raw: Mapping[str, Any], default: Qwen2ImageProcessor, path: P
             )
     steps = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
     odd = [key for key in steps if not raw.get(key, True)]
-    if raw.get("resample", _BICUBIC) != _BICUBIC:
+    if raw.get("resample", BICUBIC) != BICUBIC:
         odd.append("resample")
     if odd or options.min_pixels > options.max_pixels or len(options.mean) != 3 or len(options.std) != 3:
         raise CheckpointError(

@@ -4,7 +4,42 @@ from collections.abc import Collection
 
 import numpy as np
 
+from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import InputError
+
+
+def insert_separators(
+    input_ids: np.ndarray, labels: np.ndarray, grid_thw: np.ndarray, config: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inserts a newline token after each row of visual tokens, and a new-image token after each frame.
+
+    The model has the embeddings of these tokens in the decoder's table. Without them, the arrays are returned
+    unchanged.
+
+    Args:
+        input_ids: int (S,), with one placeholder per merged patch.
+        labels: int (S,). Inserted tokens have the label -100.
+        grid_thw: int (visuals, 3), patches in time, height and width.
+        config: Configuration of the model.
+    """
+    if config.image_newline_id is None or config.image_new_id is None or not len(grid_thw):
+        return input_ids, labels
+    T, H, W = (grid_thw // (1, config.vision.spatial_merge_size, config.vision.spatial_merge_size)).T
+    after = np.flatnonzero(np.isin(input_ids, (config.image_token_id, config.video_token_id))) + 1
+    row_ends = after[np.cumsum(np.repeat(W, T * H)) - 1]
+    frame_ends = after[np.cumsum(np.repeat(H * W, T)) - 1]
+    at = np.concatenate([row_ends, frame_ends])
+    ids = np.repeat([config.image_newline_id, config.image_new_id], [len(row_ends), len(frame_ends)])
+    return np.insert(input_ids, at, ids), np.insert(labels, at, -100)
+
+
+def rope_positions(input_ids: np.ndarray, grid_thw: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Returns position ids int32 (3, S): of M-RoPE, or 0, 1, 2, ... on all axes if the model's RoPE has one axis."""
+    _, height, width = config.text.mrope_section
+    if not height and not width:
+        return np.tile(np.arange(len(input_ids), dtype=np.int32), (3, 1))
+    placeholder_ids = config.image_token_id, config.video_token_id
+    return mrope_positions(input_ids, grid_thw, config.vision.spatial_merge_size, placeholder_ids)
 
 
 def mrope_positions(

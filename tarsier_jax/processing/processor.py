@@ -12,11 +12,12 @@ from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.processing.batch import Batch, Buckets, Example, make_batch
 from tarsier_jax.processing.chat import CHATML, encode_messages, load_chat_template, load_tokenizer
 from tarsier_jax.processing.formats import normalize_sample
-from tarsier_jax.processing.frame_sampling import SAMPLERS
-from tarsier_jax.processing.image import Qwen2ImageProcessor, fit_budget, load_image_processor, patch_frames, read_json
+from tarsier_jax.processing.frame_sampling import SAMPLERS, SamplingRules
+from tarsier_jax.processing.image import Qwen2ImageProcessor, load_image_processor, read_json
 from tarsier_jax.processing.image_files import is_animation
-from tarsier_jax.processing.positions import mrope_positions
+from tarsier_jax.processing.positions import insert_separators, rope_positions
 from tarsier_jax.processing.sample import Visual, is_number, open_visuals, read_messages
+from tarsier_jax.processing.square_image import ClipImageProcessor
 from tarsier_jax.processing.video import kind_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _UNSUPPORTED_STEPS = ("do_crop", "do_padding", "do_resize")
 
 @dataclasses.dataclass(frozen=True)
 class ProcessorOptions:
-    """Options of the user. The defaults are those of the original's default configuration.
+    """Options of the user. The defaults are those of Tarsier2's default configuration.
 
     Attributes:
         n_frames: Frames per sample, shared by its videos.
@@ -66,25 +67,27 @@ class ProcessorOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Converts samples to examples, and examples to batches. `load_processor` creates one.
+    """Converts samples to examples, and examples to batches. The `load_processor` of a family creates one.
 
     Attributes:
         tokenizer: Tokenizer of the checkpoint.
         config: Configuration of the model.
         chat_template: Jinja template of the prompt.
-        image: Options in the checkpoint's preprocessor_config.json.
+        image: Converts frames to patches.
         eos_token_ids: Tokens that end an answer.
         options: Options of the user.
         buckets: Shapes that batches are padded to.
+        sampling: Rules of the videos that the model was trained on.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     config: ModelConfig
     chat_template: str = CHATML
-    image: Qwen2ImageProcessor = dataclasses.field(default_factory=Qwen2ImageProcessor)
+    image: Qwen2ImageProcessor | ClipImageProcessor = dataclasses.field(default_factory=Qwen2ImageProcessor)
     eos_token_ids: tuple[int, ...] = ()
     options: ProcessorOptions = ProcessorOptions()
     buckets: Buckets = dataclasses.field(default_factory=Buckets)
+    sampling: SamplingRules = SamplingRules()
 
     def replace(self, **options: Any) -> "Processor":
         """Returns a processor with other options, such as n_frames=8.
@@ -123,6 +126,7 @@ class Processor:
             options.video_sampler,
             options.force_frames_n_divisible,
             rng if training else None,
+            self.sampling,
         )
         pixel_values, grid_thw = self._patches(visuals, self._pixel_limits(sample, visuals))
         counts = iter(self.config.vision.num_tokens(grid_thw.prod(axis=1)))
@@ -131,10 +135,9 @@ class Processor:
         input_ids, labels = encode_messages(
             self.tokenizer, self.chat_template, messages, self._placeholder_ids, training
         )
+        input_ids, labels = insert_separators(input_ids, labels, grid_thw, self.config)
         n = self._truncated_length(input_ids, training)
-        position_ids = mrope_positions(
-            input_ids[:n], grid_thw, self.config.vision.spatial_merge_size, self._placeholder_ids
-        )
+        position_ids = rope_positions(input_ids[:n], grid_thw, self.config)
         frames = sum(visual.count for visual in visuals)
         cut = len(input_ids) - n
         selections = tuple(visual.selection for visual in visuals)
@@ -154,6 +157,12 @@ class Processor:
         return self.options.double_frames and self.image.double_frames
 
     @property
+    def largest_frame(self) -> int:
+        """Number of patches of the largest frame."""
+        vision = self.config.vision
+        return max(min(vision.largest_frame(self.options.max_pixels), self.image.largest_frame), vision.smallest_frame)
+
+    @property
     def pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(pad) if isinstance(pad, int) else next(iter(self.eos_token_ids), 0)
@@ -161,6 +170,11 @@ class Processor:
     @property
     def _placeholder_ids(self) -> tuple[int, int]:
         return self.config.image_token_id, self.config.video_token_id
+
+    @property
+    def _visual_ids(self) -> list[int]:
+        separators = self.config.image_newline_id, self.config.image_new_id
+        return [*self._placeholder_ids, *(id_ for id_ in separators if id_ is not None)]
 
     def _pixel_limits(self, sample: Mapping[str, Any], visuals: Sequence[Visual]) -> tuple[int, int]:
         """Returns min_pixels and max_pixels per frame, from the sample or the options, within the sample's budget."""
@@ -181,17 +195,15 @@ class Processor:
             return np.zeros((0, self.config.vision.patch_dim), np.float32), np.zeros((0, 3), np.int32)
         parts, grids = [], []
         for visual in visuals:
-            name = visual.clip.name
-            fitted = (fit_budget(frame, *limits, name) for frame in visual.frames())
             double = self.double_frames or visual.kind == "image"
-            patches, grid = patch_frames(fitted, visual.count, self.image, double, name)
+            patches, grid = self.image.patch(visual.frames(), visual.count, limits, double, visual.clip.name)
             parts.append(patches)
             grids.append(grid)
         return parts[0] if len(parts) == 1 else np.concatenate(parts), np.stack(grids)
 
     def _truncated_length(self, input_ids: np.ndarray, training: bool) -> int:
         """Returns the number of tokens of a prompt after truncation to max_seq_len."""
-        limit, visual = self.options.max_seq_len, np.isin(input_ids, self._placeholder_ids)
+        limit, visual = self.options.max_seq_len, np.isin(input_ids, self._visual_ids)
         if len(input_ids) <= limit:
             return len(input_ids)
         if training and not visual[limit:].any():
@@ -241,7 +253,7 @@ def media_sample(path: str | Path, prompt: str | None = None) -> dict[str, Any]:
 
 
 def load_processor(directory: str | Path, config: ModelConfig) -> Processor:
-    """Loads the processor of a Hugging Face directory, with default options.
+    """Loads the processor of a Hugging Face directory of Tarsier2 or Qwen2-VL, with default options.
 
     Raises:
         CheckpointError: a file is missing or unreadable, or files contradict each other.
@@ -249,17 +261,25 @@ def load_processor(directory: str | Path, config: ModelConfig) -> Processor:
     directory = Path(directory)
     tokenizer = load_tokenizer(directory)
     template = load_chat_template(directory)
-    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    if template == CHATML and image_token != config.image_token_id:
+    if template == CHATML:
+        check_image_token(directory, tokenizer, "<|image_pad|>", config)
+    image = load_image_processor(directory, config.vision)
+    return Processor(tokenizer, config, template, image, eos_token_ids(directory, tokenizer))
+
+
+def check_image_token(
+    directory: Path, tokenizer: "PreTrainedTokenizerBase", image_token: str, config: ModelConfig
+) -> None:
+    """Raises CheckpointError if the tokenizer has another id for the placeholder of images than the configuration."""
+    id_ = tokenizer.convert_tokens_to_ids(image_token)
+    if id_ != config.image_token_id:
         raise CheckpointError(
             f"{directory / 'config.json'} has image token {config.image_token_id}, but the tokenizer beside it has "
-            f"<|image_pad|> as {image_token}. The two come from different models: copy both from one."
+            f"{image_token} as {id_}. The two come from different models: copy both from one."
         )
-    image = load_image_processor(directory, config.vision)
-    return Processor(tokenizer, config, template, image, _eos_token_ids(directory, tokenizer))
 
 
-def _eos_token_ids(directory: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+def eos_token_ids(directory: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Returns the tokens that end an answer, from the first file that names some, else the tokenizer's."""
     config = read_json(directory / "config.json") or {}
     sources = (read_json(directory / "generation_config.json") or {}, config, config.get("text_config") or {})

@@ -15,7 +15,6 @@ import numpy as np
 from tarsier_jax.config import VisionConfig
 from tarsier_jax.errors import InputError, reason_of
 from tarsier_jax.processing.batch import Batch
-from tarsier_jax.processing.image import largest_frame
 from tarsier_jax.processing.packing import Row, RowShape, Unit
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from train.checks import check, check_at_least
@@ -77,7 +76,7 @@ class DataConfig:
 
 
 _MAX_FRAMES_PER_BIN = 16
-_SMALLEST_FRAME = 16  # patches, Qwen2-VL's least
+_SMALLEST_BIN = 32  # patches; the sides of enlarged frames are rounded up
 
 
 def fit_packing(data: DataConfig, options: ProcessorOptions, vision: VisionConfig, answers: int = 1) -> DataConfig:
@@ -95,27 +94,26 @@ def fit_packing(data: DataConfig, options: ProcessorOptions, vision: VisionConfi
         bins.
 
     Raises:
-        InputError: bins would split a merged patch.
+        InputError: bins would split a merged patch, or a frame of the only size.
     """
-    if data.patches_per_bin != -1 and data.patches_per_bin % vision.merge_factor:
+    multiple = vision.bin_multiple
+    if data.patches_per_bin != -1 and data.patches_per_bin % multiple:
         raise InputError(
-            f"config.data.patches_per_bin is {data.patches_per_bin}, but must be a multiple of {vision.merge_factor}, "
-            "the patches that the model merges into one token."
+            f"config.data.patches_per_bin is {data.patches_per_bin}, but must be a multiple of {multiple}, the patches "
+            "that the model does not split: those of a token, or of a frame if all frames have one size."
         )
-    token_area = (vision.patch_size * vision.spatial_merge_size) ** 2
-    budget = options.max_pixels / token_area  # tokens per frame
     patches = data.patches_per_bin
     if patches == -1:
-        frame = largest_frame(options.max_pixels, token_area) * vision.merge_factor
-        patches = max(frame, 2 * _SMALLEST_FRAME)  # enlarged sides are rounded up
+        patches = max(vision.largest_frame(options.max_pixels), _SMALLEST_BIN)
         patches = -(-patches // 64) * 64 if patches > 512 else patches  # tiles of the accelerators' kernels
+        patches -= patches % multiple
     bins = data.vision_bins
     if bins == -1:
         frames = max(1, data.max_samples_per_seq // answers) * options.n_frames
-        bins = max(1, min(int(data.seq_len / budget), frames))
+        bins = max(1, min(int(data.seq_len / vision.budget_tokens(options.max_pixels)), frames))
     per_bin = data.frames_per_bin
     if per_bin == -1:
-        per_bin = max(1, min(_MAX_FRAMES_PER_BIN, patches // _SMALLEST_FRAME))
+        per_bin = max(1, min(_MAX_FRAMES_PER_BIN, patches // vision.smallest_frame))
     return dataclasses.replace(data, vision_bins=bins, patches_per_bin=patches, frames_per_bin=per_bin)
 
 
