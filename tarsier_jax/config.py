@@ -1,6 +1,7 @@
 """Model configuration: frozen dataclasses. `tarsier_jax.families.load_config` reads them from a checkpoint."""
 
 import dataclasses
+import math
 from typing import TypeVar
 
 import numpy as np
@@ -11,6 +12,8 @@ Patches = TypeVar("Patches", int, np.ndarray)
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """The sizes that every vision tower has.
+
+    Frames have any size within a limit of pixels, unless a subclass overrides the members for the sizes of frames.
 
     Attributes:
         depth: Number of blocks.
@@ -53,9 +56,38 @@ class VisionConfig:
         """Number of patches that the projector joins into one token."""
         return self.spatial_merge_size**2
 
+    @property
+    def smallest_frame(self) -> int:
+        """Number of patches of the smallest frame. Those of Qwen2-VL have at least 56 x 56 pixels."""
+        return 16
+
+    @property
+    def bin_multiple(self) -> int:
+        """Divisor of the number of patches of a bin."""
+        return self.merge_factor
+
     def num_tokens(self, patches: Patches) -> Patches:
         """Tokens that the projector makes of a frame, or a bin of frames, with that many patches."""
         return patches // self.merge_factor
+
+    def frame_tokens(self, patches: int) -> int:
+        """Returns the number of tokens in a prompt for a frame with that many patches."""
+        return self.num_tokens(patches)
+
+    def largest_frame(self, max_pixels: int) -> int:
+        """Returns the number of patches of the largest frame within `max_pixels`, with sides rounded to whole tokens.
+
+        A side of h tokens is rounded from at least h - 1/2. Frames are at most four times as wide as high; a flatter
+        frame may have more patches.
+        """
+        budget = self.budget_tokens(max_pixels)
+        sides = [(h, int(budget / (h - 0.5) + 0.5)) for h in range(1, math.isqrt(int(budget)) + 2)]
+        tokens = max((h * w for h, w in sides if h <= w <= 4 * h), default=math.ceil(budget))
+        return tokens * self.merge_factor
+
+    def budget_tokens(self, max_pixels: int) -> float:
+        """Returns the number of tokens in a prompt for a frame of `max_pixels`, before its sides are rounded."""
+        return max_pixels / (self.patch_size * self.spatial_merge_size) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +120,8 @@ class Qwen2VisionConfig(VisionConfig):
 @dataclasses.dataclass(frozen=True)
 class ClipVisionConfig(VisionConfig):
     """The CLIP vision transformer and its projector. Defaults are those of CLIP ViT-L/14-336 in Tarsier-7b.
+
+    All frames have one size.
 
     Attributes:
         depth: Number of blocks in the checkpoint. Those after `feature_layer` are not run.
@@ -123,6 +157,25 @@ class ClipVisionConfig(VisionConfig):
     def num_patches(self) -> int:
         """Patches of a frame."""
         return self.grid_size**2
+
+    @property
+    def smallest_frame(self) -> int:
+        return self.num_patches
+
+    @property
+    def bin_multiple(self) -> int:
+        return self.num_patches
+
+    def frame_tokens(self, patches: int) -> int:
+        """Returns the number of tokens in a prompt for a frame: rows with a newline each, and a new-image token."""
+        side = self.grid_size // self.spatial_merge_size
+        return side * (side + 1) + 1
+
+    def largest_frame(self, max_pixels: int) -> int:
+        return self.num_patches
+
+    def budget_tokens(self, max_pixels: int) -> float:
+        return self.frame_tokens(self.num_patches)
 
     @property
     def num_blocks(self) -> int:

@@ -23,7 +23,7 @@ from tarsier_jax.families.decoder import (
 )
 from tarsier_jax.families.family import Family, Layout, NameTable
 from tarsier_jax.models.tarsier import Tarsier1
-from tarsier_jax.processing.processor import load_processor
+from tarsier_jax.processing.tarsier1 import load_processor
 
 _SUPPORTED = (
     "the first Tarsier (model_type llava with a text_config of type llama or qwen2 and a vision_config of type "

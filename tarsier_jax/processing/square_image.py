@@ -63,8 +63,8 @@ class ClipImageProcessor:
             name: Start of error messages.
 
         Returns:
-            Patches float32 (patches, C), row by row, with C = channels x 14 x 14 as in the weight of CLIP's convolution,
-            and the grid int32 (3,): time, height, width in patches.
+            Patches float32 (patches, C), row by row, with C = channels x 14 x 14 as in the weight of CLIP's
+            convolution, and the grid int32 (3,): time, height, width in patches.
 
         Raises:
             InputError: `frames` is empty.
