@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="Describe the video in detail.",
         help="used where the list has no prompt (default %(default)r)",
     )
-    parser.add_argument("--n_frames", type=int, default=16, help="frames sampled from each video (default 16)")
+    parser.add_argument("--n_frames", type=int, help="frames sampled from each video (default: the model's, 8 or 16)")
     parser.add_argument(
         "--slots", type=int, default=32, help="captions in progress at once, over all devices (default 32)"
     )

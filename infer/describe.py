@@ -69,7 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--input", type=path_text, required=True, nargs="+", help="videos, GIFs, images, or directories of them"
     )
     parser.add_argument("--prompt", default="Describe the video in detail.")
-    parser.add_argument("--n_frames", type=int, default=16, help="frames sampled from each video (default 16)")
+    parser.add_argument("--n_frames", type=int, help="frames sampled from each video (default: the model's, 8 or 16)")
     add_precision_flags(parser)
     add_sampling_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
@@ -79,7 +79,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     prepare_process()
-    settings = ProcessorOptions(n_frames=args.n_frames)  # checked before the model is loaded, as all that can be
+    settings = {} if args.n_frames is None else {"n_frames": args.n_frames}
+    ProcessorOptions(**settings)  # checked before the model is loaded, as all that can be
     options = read_sampling_flags(args)
     paths, failed = [], 0
     for source in args.input:
@@ -91,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
         return 1
     _log(f"loading {args.model}")
     model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype), int8=args.int8)
-    processor = dataclasses.replace(processor, options=settings)
+    processor = processor.replace(**settings)
     begin = time.perf_counter()
     for number, path in enumerate(paths, 1):
         start = time.perf_counter()

@@ -30,7 +30,7 @@ class CaptionConfig:
         prompt_tokens: Limit of a prompt, in tokens; None derives it from the processor's options.
         prompt: Used where an item has none.
         workers: Number of threads that decode clips.
-        processor: Options of the processor.
+        n_frames: Frames per video; None for the checkpoint's default.
         sampling: How captions are generated; clip i with seed `sampling.seed` + i.
 
     Raises:
@@ -45,19 +45,21 @@ class CaptionConfig:
     prompt_tokens: int | None
     prompt: str
     workers: int
-    processor: ProcessorOptions
+    n_frames: int | None
     sampling: SamplingOptions
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
         """Returns the config of the flags of `infer.caption`."""
-        names = ("model", "dtype", "int8", "mesh", "slots", "prompt_tokens", "prompt", "workers")
+        names = ("model", "dtype", "int8", "mesh", "slots", "prompt_tokens", "prompt", "workers", "n_frames")
         options = {name: getattr(args, name) for name in names}
-        return cls(**options, processor=ProcessorOptions(n_frames=args.n_frames), sampling=read_sampling_flags(args))
+        return cls(**options, sampling=read_sampling_flags(args))
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise InputError(f"--workers is {self.workers}; it must be at least 0.")
+        if self.n_frames is not None:
+            ProcessorOptions(n_frames=self.n_frames)  # raises InputError
         mesh_sizes(self.mesh)
 
     def start(self) -> Engine:
@@ -68,7 +70,8 @@ class CaptionConfig:
         """
         mesh = local_mesh(self.mesh)
         model, processor = tarsier_jax.load(self.model, resolve_dtype(self.dtype), mesh, self.int8)
-        processor = dataclasses.replace(processor, options=self.processor)
+        if self.n_frames is not None:
+            processor = processor.replace(n_frames=self.n_frames)
         groups = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         config = fit_config(processor, self.slots, self.sampling.max_new_tokens, groups, self.prompt_tokens)
         return Engine(model, processor, config)
