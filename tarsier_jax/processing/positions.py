@@ -35,8 +35,7 @@ def insert_separators(
 
 def rope_positions(input_ids: np.ndarray, grid_thw: np.ndarray, config: ModelConfig) -> np.ndarray:
     """Returns position ids int32 (3, S): of M-RoPE, or 0, 1, 2, ... on all axes if the model's RoPE has one axis."""
-    _, height, width = config.text.mrope_section
-    if not height and not width:
+    if not any(config.text.mrope_section[1:]):
         return np.tile(np.arange(len(input_ids), dtype=np.int32), (3, 1))
     placeholder_ids = config.image_token_id, config.video_token_id
     return mrope_positions(input_ids, grid_thw, config.vision.spatial_merge_size, placeholder_ids)
