@@ -15,6 +15,7 @@ EVAL = [
     "matplotlib>=3.8",
 ]
 INT8 = ["qwix>=0.1.8,<0.2"]
+SENTENCEPIECE = ["sentencepiece>=0.2", "protobuf"]  # read a tokenizer.model without a tokenizer.json
 RAY = ["ray[data]>=2.53,<2.64"]  # 2.64 takes away the flag that bounds retries
 TRAIN = [*CLIPS, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6", "prettytable>=3.10"]
 
@@ -66,6 +67,7 @@ setup(
         "eval": EVAL,
         "int8": INT8,
         "ray": RAY,
+        "sentencepiece": SENTENCEPIECE,
         "train": TRAIN,
         # jax[tpu] brings the TPU compiler, which needs no TPU.
         "test": [
@@ -73,6 +75,7 @@ setup(
             *TRAIN,
             *INT8,
             *RAY,
+            *SENTENCEPIECE,
             "pyarrow>=15",
             "decord2>=3.4",  # the original's reader, in benchmarks
             "jax[tpu]",

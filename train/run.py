@@ -153,7 +153,7 @@ _OF_ROWS = (
     *("vision_bins", "patches_per_bin", "frames_per_bin"),  # may follow from others, so these come after them
     *("shuffle", "global_batch_size", "packing_buffer"),
 )
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
 def _common(config: TrainConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tarsier_jax.processing.frame_sampling import SamplingRules, select_frames
 from tarsier_jax.processing.processor import Processor, media_sample
 from tarsier_jax.processing.square_image import ClipImageProcessor
 from tarsier_jax.processing.tarsier1 import load_processor
+from tarsier_jax.processing.templates import save_chat_template
 from tests.processing.conftest import user, video_item
 from tests.tarsier1 import FIRST_CLASS, GOLDENS, case_ids, make_example, read_arrays, read_cases, write_checkpoint
 
@@ -366,6 +367,22 @@ def test_a_template_of_the_tokenizer_is_not_used(checkpoints: Path, tmp_path: Pa
     assert load_processor(directory, load_config(directory)).chat_template == VICUNA
     (directory / "chat_template.jinja").write_text("ours")
     assert load_processor(directory, load_config(directory)).chat_template == "ours"
+
+
+def test_a_saved_template_is_that_of_other_programs_too(checkpoints: Path, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    ignored = shutil.ignore_patterns("*.safetensors*")
+    directory = Path(shutil.copytree(checkpoints / "t56-gqa", tmp_path / "copy", ignore=ignored))
+    save_chat_template(directory, VICUNA)
+    assert load_processor(directory, load_config(directory)).chat_template == VICUNA
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]},
+        *turns("", "A man.")[1:],
+    ]
+    text = tokenizer.apply_chat_template([*messages, *turns("Why?")], tokenize=False, add_generation_prompt=True)
+    assert text == "USER: <image>\nWho? ASSISTANT: A man.</s>USER: Why? ASSISTANT: "
 
 
 @pytest.mark.parametrize(
