@@ -33,9 +33,9 @@ class Example:
     Attributes:
         input_ids: int32 (S,).
         labels: int32 (S,), -100 for tokens without loss.
-        pixel_values: float32 (patches, C), in the patch order of Hugging Face's Qwen2VLImageProcessor.
+        pixel_values: float32 (patches, C), in the order of `Processor.image`.
         grid_thw: int32 (visuals, 3), time, height and width in patches.
-        position_ids: int32 (3, S), the M-RoPE ids.
+        position_ids: int32 (3, S), the M-RoPE ids; three equal rows for RoPE with one axis.
         num_truncated: Number of text tokens beyond max_seq_len that were dropped.
         frames: Number of frames and images. A temporal patch may contain two of them.
         selections: The frames of each image and video, in the order of `grid_thw`.
@@ -68,7 +68,7 @@ class Batch:
         patches: float32 (G, F, P, C). Without visuals F is 0.
         frame_hw: int32 (G, F, M, 2), height and width of each frame in patches; (0, 0) for none.
         vision_token_index: int32 (B, S), the index of a token's merged patch in the flattened padded array
-            (F * P/4,) of the row's group; -1 for text.
+            (F * P/4,) of the row's group; -1 for text and separators.
         segment_ids: int32 (B, S), the number of a token's sample in a packed row, from 1; 0 for padding. None if every
             row is one sample.
     """

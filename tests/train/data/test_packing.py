@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tarsier_jax.config import Qwen2VisionConfig
+from tarsier_jax.config import ClipVisionConfig, Qwen2VisionConfig
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.image import Qwen2ImageProcessor, smart_resize
 from tarsier_jax.processing.packing import RowShape
@@ -405,6 +405,15 @@ def test_sizes_of_bins_follow_from_the_sequence_and_the_frames() -> None:
     assert sizes(DataConfig(vision_bins=0, patches_per_bin=64)) == (0, 64, 4)  # set values stay
     with pytest.raises(InputError, match=r"config\.data\.patches_per_bin is 50, but must be a multiple of 4"):
         sizes(DataConfig(patches_per_bin=50))
+
+
+def test_bins_of_frames_of_one_size() -> None:
+    vision = ClipVisionConfig()
+    fitted = fit_packing(DataConfig(seq_len=6016), ProcessorOptions(n_frames=8), vision)
+    assert (fitted.vision_bins, fitted.patches_per_bin, fitted.frames_per_bin) == (10, 576, 1)  # 601 tokens a frame
+    assert fit_packing(DataConfig(), ProcessorOptions(), ClipVisionConfig(image_size=378)).patches_per_bin == 27**2
+    with pytest.raises(InputError, match="patches_per_bin is 640, but must be a multiple of 576"):
+        fit_packing(DataConfig(patches_per_bin=640), ProcessorOptions(), vision)
 
 
 @pytest.mark.parametrize("max_pixels", [3136, 12_544, 73_728, 460_800])
