@@ -7,7 +7,7 @@ not in the repository: such a test is skipped unless TARSIER1_CLIPS is a directo
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +174,12 @@ def _square(image: Image.Image, padding: bool) -> Image.Image:
 def _normalize(image: Image.Image, size: int) -> np.ndarray:
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float64) / 255
     return ((pixels - _MEAN) / _STD).transpose(2, 0, 1).astype(np.float32)
+
+
+def rename_clip(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tensors of Hugging Face's CLIPVisionModel with the names of a checkpoint."""
+    return {
+        f"vision_tower.vision_model.{name.removeprefix('vision_model.')}": tensor  # the prefix of transformers 4
+        for name, tensor in state.items()
+        if not name.endswith("position_ids")
+    }

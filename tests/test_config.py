@@ -156,7 +156,7 @@ def test_a_missing_half_of_the_first_tarsier() -> None:
     assert config.vision == ClipVisionConfig()
     assert config.text.norm_eps == 1e-6
     assert not config.text.tie_embeddings  # the field of text_config decides
-    config = parse_config({**raw, "vision_config": {"model_type": "clip_vision_model"}})
+    config = parse_config({**raw, "vision_config": {}})
     clip = {"depth": 12, "embed_dim": 768, "num_heads": 12, "intermediate_size": 3072}
     assert config.vision == ClipVisionConfig(**clip, patch_size=32, image_size=224)
 

@@ -102,7 +102,7 @@ _VISION_DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 # The vision tower without a vision_config: CLIP ViT-L/14-336. Default of LlavaConfig.
-_VISION_MISSING = {
+_VIT_L_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -119,7 +119,9 @@ def is_tarsier1(raw: Mapping[str, Any]) -> bool:
         return False
     text, vision = raw.get("text_config") or {}, raw.get("vision_config") or {}
     return (
-        text.get("model_type", "llama") in _TEXT_DEFAULTS
+        isinstance(text, Mapping)
+        and isinstance(vision, Mapping)
+        and text.get("model_type", "llama") in _TEXT_DEFAULTS
         and vision.get("model_type", "clip_vision_model") == "clip_vision_model"
     )
 
@@ -133,7 +135,8 @@ def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         check_value(raw, "projector_hidden_act", "gelu", source)
     check_value(raw, "vision_feature_select_strategy", "default", source)
     text = _text_config(raw.get("text_config") or {}, source)
-    vision = _vision_config(raw.get("vision_config") or _VISION_MISSING, text.hidden_size, source)
+    tower = raw.get("vision_config")
+    vision = _vision_config(_VIT_L_336 if tower is None else tower, text.hidden_size, source)
     vision = dataclasses.replace(
         vision, spatial_merge_size=_PROJECTIONS[projection], feature_layer=raw.get("vision_feature_layer", -2)
     )
@@ -156,8 +159,7 @@ def _text_config(raw: Mapping[str, Any], source: str) -> TextConfig:
     model_type = raw.get("model_type", "llama")
     for key in ("attention_bias", "mlp_bias"):
         check_value(raw, key, False, source)
-    # The base class of Hugging Face reads tie_word_embeddings of text_config only.
-    tied = bool(raw.get("tie_word_embeddings", False))
+    tied = bool(raw.get("tie_word_embeddings", False))  # the field at the top level is ignored, as in the original
     text = parse_text_config({**_TEXT_DEFAULTS[model_type], **raw}, TextConfig(), tied, source)
     return dataclasses.replace(text, mrope_section=(text.head_dim // 2, 0, 0), qkv_bias=model_type == "qwen2")
 

@@ -61,13 +61,10 @@ class Reference(torch.nn.Module):
 
     def names(self) -> dict[str, torch.Tensor]:
         """Returns the tensors with the names of a checkpoint."""
-        prefixes = {"vision_tower.": "vision_tower.vision_model.", "linear_": "multi_modal_projector.linear_"}
-        tensors = {}
-        for name, tensor in self.state_dict().items():
-            name = name.replace("vision_tower.vision_model.", "vision_tower.")  # transformers 4
-            old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-            tensors[prefixes.get(old, "") + name.removeprefix(old)] = tensor
-        return {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+        tensors = tarsier1.rename_clip(self.vision_tower.state_dict())
+        for name, linear in (("linear_1", self.linear_1), ("linear_2", self.linear_2)):
+            tensors |= {f"multi_modal_projector.{name}.{kind}": value for kind, value in linear.state_dict().items()}
+        return tensors | {f"language_model.{name}": value for name, value in self.language_model.state_dict().items()}
 
 
 def make_reference(vision: dict[str, Any], text: dict[str, Any]) -> Reference:
