@@ -1,15 +1,16 @@
 """Compiles the engine's three programs for a TPU slice, without a TPU, and prints the bytes per chip.
 
-    python -m benchmarks.tpu_memory                                                        # 7B, v5e:2x4
-    python -m benchmarks.tpu_memory --size 34b --topology v5e:4x4 --tensor 8 --tokens 10240 --slots 16
+    python -m benchmarks.tpu_memory                                                        # Tarsier2-7B, v5e:2x4
+    python -m benchmarks.tpu_memory --model tarsier-34b --topology v5e:4x4 --tensor 8 --tokens 5632
 
 The programs are `encode_frames` (the vision tower), `prefill_into_slots` (prefill of a row of prompts into free slots)
 and `decode_slots` (decoding) of `tarsier_jax.generation.slots`, in bfloat16, at the shapes of `infer.caption` for clips
-of 16 frames. The extra `tpu` is necessary (libtpu compiles on any machine). The compiler's flop and time estimates
-ignore loop counts and are not printed.
+of 16 frames (the first Tarsier: 8). The extra `tpu` is necessary (libtpu compiles on any machine). The compiler's flop
+and time estimates ignore loop counts and are not printed.
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
@@ -23,7 +24,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from infer.engine import EngineConfig, fit_config
-from tarsier_jax.config import ModelConfig, TextConfig
+from tarsier_jax.config import ClipVisionConfig, ModelConfig, TextConfig
+from tarsier_jax.families import family_of
 from tarsier_jax.generation.decode import DecodeState
 from tarsier_jax.generation.slots import (
     SlotAssignment,
@@ -35,20 +37,38 @@ from tarsier_jax.generation.slots import (
 )
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
-from tarsier_jax.processing.processor import Processor
+from tarsier_jax.processing.processor import Processor, ProcessorOptions
+from tarsier_jax.processing.square_image import ClipImageProcessor
 from tarsier_jax.sharding import BATCH, make_mesh, parameter_shardings
-from train.aot import GIB, ROOM, bytes_of, topology_devices
+from train.aot import GIB, ROOM, bytes_of, hlo_text, topology_devices
 
-# Qwen2-VL-7B, and the size of Tarsier-34B (Yi-34B).
-DECODERS = {
-    "7b": TextConfig(),
-    "34b": TextConfig(64_000, 7168, 20_480, 60, num_heads=56, num_kv_heads=8, rope_theta=5e6),
+_LLAMA: dict[str, Any] = {"mrope_section": (64, 0, 0), "qkv_bias": False}
+_VICUNA_7B = TextConfig(32_064, 4096, 11_008, 32, num_heads=32, num_kv_heads=32, rope_theta=1e4, **_LLAMA)
+_YI_34B = TextConfig(64_064, 7168, 20_480, 60, num_heads=56, num_kv_heads=8, rope_theta=5e6, **_LLAMA)
+
+
+def tarsier2(text: TextConfig) -> Processor:
+    """Returns a processor without a tokenizer, which the shapes of an engine do not depend on."""
+    return Processor(None, ModelConfig(text))  # pyright: ignore[reportArgumentType]
+
+
+def tarsier1(text: TextConfig) -> Processor:
+    """Returns the first Tarsier's processor, likewise."""
+    config, options = ModelConfig(text, ClipVisionConfig(out_dim=text.hidden_size)), ProcessorOptions(n_frames=8)
+    return Processor(None, config, image=ClipImageProcessor(), options=options)  # pyright: ignore[reportArgumentType]
+
+
+# The vocabulary of Tarsier-34b is not published; 64,064 is Yi-34B's 64,000 rounded up after the additional tokens.
+PROCESSORS = {
+    "tarsier2-7b": tarsier2(TextConfig()),
+    "tarsier-7b": tarsier1(_VICUNA_7B),
+    "tarsier-34b": tarsier1(_YI_34B),
 }
 
 
 def abstract_model(config: ModelConfig, mesh: Mesh) -> Tarsier:
     """Returns the model as shapes with shardings, without allocating memory."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Tarsier(config, nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: family_of(config).model(config, nnx.Rngs(0))))
     shardings = parameter_shardings(state, mesh)
     flat = {
         path: leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path]))
@@ -105,7 +125,7 @@ def report_memory(name: str, lowered: Any, beside: int, limit: int) -> int:
     seconds = time.perf_counter() - start
     arguments, temporaries, outputs = bytes_of(compiled)
     total = arguments + temporaries + outputs + beside
-    kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    kernels = (hlo_text(compiled) or "").count('custom_call_target="tpu_custom_call"')
     print(
         f"{name:<18} arguments {arguments / GIB:6.2f}  temporaries {temporaries / GIB:6.2f}  "
         f"outputs {outputs / GIB:6.2f}  beside {beside / GIB:6.2f}  total {total / GIB:6.2f} GiB per chip, "
@@ -127,7 +147,7 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--size", choices=DECODERS, default="7b")
+    parser.add_argument("--model", choices=PROCESSORS, default="tarsier2-7b")
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--tensor", type=int, default=4, help="tensor-parallel devices; the others are data-parallel")
     parser.add_argument("--slots", type=int, default=32, help="slots per data-parallel part")
@@ -137,13 +157,16 @@ def main() -> int:
     devices = topology_devices(args.topology)
     groups = len(devices) // args.tensor
     mesh = make_mesh(data=groups, tensor=args.tensor, devices=devices)
-    config = ModelConfig(text=DECODERS[args.size], dtype="bfloat16", param_dtype="bfloat16", attention="splash")
+    processor = PROCESSORS[args.model]
+    dtypes = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+    config = dataclasses.replace(processor.config, attention="splash", **dtypes)
     sizes = args.slots * groups, args.max_new_tokens, groups, args.tokens - args.max_new_tokens
-    shape = fit_config(Processor(None, config), *sizes)  # pyright: ignore[reportArgumentType]  (sizes need no tokenizer)
+    shape = fit_config(processor, *sizes)
     model, state = abstract_model(config, mesh), abstract_slots(config, shape, mesh)
     print(
-        f"{args.size}, {args.topology}, data={groups} tensor={args.tensor}: {args.slots} slots of {args.tokens} tokens "
-        f"per data-parallel part, {shard_bytes(state) / GIB:.2f} GiB per chip; rows of {shape.buckets[0].tokens} tokens"
+        f"{args.model}, {args.topology}, data={groups} tensor={args.tensor}: {args.slots} slots of {args.tokens} "
+        f"tokens per data-parallel part, {shard_bytes(state) / GIB:.2f} GiB per chip; rows of "
+        f"{shape.buckets[0].tokens} tokens"
     )
     limit = ROOM[args.topology.partition(":")[0]]
     totals = [report_memory(*program, limit) for program in programs(model, state, shape, mesh)]

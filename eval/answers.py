@@ -148,7 +148,7 @@ def _key(row: AnnotatedSample) -> str:
 def _prepare(
     processor: Processor, benchmark: Benchmark, media: Path, view: View | None, journal: Journal, row: AnnotatedSample
 ) -> Example:
-    messages = messages_of(benchmark, row)
+    messages = messages_of(benchmark, row, processor.keeps_complete_prompts)
     with journal.note(_key(row)):
         videos: list[Mapping[str, Any] | None] = list(videos_of(messages))
         if callable(benchmark.video):

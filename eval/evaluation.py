@@ -57,6 +57,10 @@ class BenchmarkInput:
         samples = first_videos(rows, limit)
         return cls(benchmark, rows, samples, *find_videos(benchmark, samples, data_root))
 
+    def with_frames(self, n_frames: int) -> Self:
+        """Returns the input with another number of frames per video."""
+        return dataclasses.replace(self, benchmark=dataclasses.replace(self.benchmark, n_frames=n_frames))
+
 
 def evaluate(
     engines: Engines,

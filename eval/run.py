@@ -28,6 +28,7 @@ from eval.report import screen_text, write_report
 from eval.settings import benchmark_settings, merge_settings, settings_for, weights_digest
 from infer.bulk.config import local_mesh
 from tarsier_jax.errors import InputError
+from tarsier_jax.families import family_of, load_config
 from tarsier_jax.files import atomic_write, local_path, locked
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.tarsier import Tarsier
@@ -52,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--baselines", action="store_true", help="also answer with one frame, with shuffled frames, and without a video"
     )
-    parser.add_argument("--n_frames", type=int, help="frames per video (default: those of the benchmark)")
+    parser.add_argument("--n_frames", type=int, help="frames per video (default: the model's, 8 or 16)")
     parser.add_argument("--max_new_tokens", type=int, help="limit of an answer (default: that of the benchmark)")
     parser.add_argument(
         "--max_pixels", type=int, default=ProcessorOptions.max_pixels, help="limit of a frame (default %(default)s)"
@@ -78,6 +79,8 @@ def main(args: argparse.Namespace) -> int:
 
 def evaluate_all(args: argparse.Namespace, sources: Sequence[BenchmarkInput], judge: Judge | None) -> int:
     """Evaluates benchmarks, prints their tables and writes the files of the run. Returns the exit status."""
+    n_frames = args.n_frames or default_frames(args.model)
+    sources = [source.with_frames(n_frames) for source in sources]
     path = args.output / "settings.json"
     settings = merge_settings(path, run_settings(args, sources))
 
@@ -104,6 +107,13 @@ def evaluate_all(args: argparse.Namespace, sources: Sequence[BenchmarkInput], ju
         write_report(args.output, results)
         print(f"The score sheet is {args.output / 'report.html'}.")
     return 1 if num_failed else 0
+
+
+def default_frames(model: str) -> int:
+    """Returns the number of frames per video that a checkpoint's processor selects by default."""
+    directory = resolve(model)
+    config = load_config(directory)
+    return family_of(config).load_processor(directory, config).options.n_frames
 
 
 def find_judge(args: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> Judge | None:

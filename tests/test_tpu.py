@@ -1,4 +1,4 @@
-"""The 7B model compiles for a TPU slice, on a machine without one."""
+"""The engines of the models compile for TPU slices, on a machine without one."""
 
 import os
 import re
@@ -10,20 +10,41 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_the_engines_programs_of_the_7b_fit_eight_v5e_chips() -> None:
-    """data=2 x tensor=4, splash attention: 32 slots of 12,288 tokens a data-parallel part, below 15 GiB a chip."""
-    command = [sys.executable, "-m", "benchmarks.tpu_memory"]
+def memory(*flags: str) -> dict[str, tuple[float, float, int]]:
+    """Returns temporaries and total in GiB per chip, and the number of splash kernels, of each program. All fit."""
+    command = [sys.executable, "-m", "benchmarks.tpu_memory", *flags]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
     )
-    assert done.returncode == 0, done.stderr
-    lines = {line.split()[0]: line for line in done.stdout.splitlines() if " total " in line}
-    assert set(lines) == {"encode_frames", "prefill_into_slots", "decode_slots"}
-    for line in lines.values():
-        sizes = re.search(r"temporaries +([\d.]+) .*total +([\d.]+) GiB", line)
-        assert sizes is not None
-        assert 8.5 < float(sizes[2]) < 15  # a quarter of the weights is 3.5 GiB, of the slots' cache 5.25
-        assert float(sizes[1]) < 1  # so nothing copies or gathers the cache
-    assert all(
-        "(1 splash kernels" in lines[name] for name in ("encode_frames", "prefill_into_slots")
-    )  # the scanned layer of each tower
+    assert done.returncode == 0, done.stdout + done.stderr
+    sizes = re.findall(
+        r"^(\w+) .*temporaries +([\d.]+) .*total +([\d.]+) GiB per chip, FITS +\((\d+) splash", done.stdout, re.M
+    )
+    assert [name for name, *_ in sizes] == ["encode_frames", "prefill_into_slots", "decode_slots"]
+    return {name: (float(temporaries), float(total), int(kernels)) for name, temporaries, total, kernels in sizes}
+
+
+def test_the_engines_programs_of_the_7b_fit_eight_v5e_chips() -> None:
+    """data=2 x tensor=4, splash attention: 32 slots of 12,288 tokens a data-parallel part, below 15 GiB a chip."""
+    programs = memory()
+    for temporaries, total, _ in programs.values():
+        assert 8.5 < total < 15  # a quarter of the weights is 3.5 GiB, of the slots' cache 5.25
+        assert temporaries < 1  # so nothing copies or gathers the cache
+    for name in ("encode_frames", "prefill_into_slots"):
+        assert programs[name][2] == 1  # the scanned layer of each tower
+
+
+# Model, slice, tensor-parallel devices, slots per data-parallel part; GiB per chip of the weights and the slots' cache.
+FIRST_TARSIER = [
+    ("tarsier-34b", "v5e:4x4", 8, 24, 8.1 + 3.8),
+    ("tarsier-34b", "v5p:2x2x2", 8, 64, 8.1 + 10.3),
+    ("tarsier-7b", "v5e:2x2", 4, 8, 3.2 + 5.5),
+]
+
+
+@pytest.mark.parametrize(("model", "topology", "tensor", "slots", "arrays"), FIRST_TARSIER)
+def test_the_first_tarsier_fits(model: str, topology: str, tensor: int, slots: int, arrays: float) -> None:
+    """Prompts of 8 frames of 601 tokens."""
+    flags = {"model": model, "topology": topology, "tensor": tensor, "slots": slots, "tokens": 5632}
+    for temporaries, total, _ in memory(*(f"--{name}={value}" for name, value in flags.items())).values():
+        assert arrays < total and temporaries < 2.5

@@ -119,7 +119,7 @@ def compile_step(config: TrainConfig, model: ModelConfig, objective: Objective, 
     with jax.set_mesh(mesh):
         lowered = make_train_step(spec, objective.loss).lower(spec.shapes, abstract_step_batch(config, spec, objective))
         compiled = lowered.compile()
-    text = _text(compiled)
+    text = hlo_text(compiled)
     name, largest = _largest_replicated(spec)
     return Footprint(
         *bytes_of(compiled),
@@ -141,7 +141,8 @@ def bytes_of(compiled: Any) -> tuple[int, int, int]:
     return memory.argument_size_in_bytes, memory.peak_memory_in_bytes - memory.argument_size_in_bytes - outputs, outputs
 
 
-def _text(compiled: Any) -> str | None:
+def hlo_text(compiled: Any) -> str | None:
+    """Returns the compiled program, or None if JAX cannot print it."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:  # jaxlib's own parser is older than libtpu's programs

@@ -14,8 +14,7 @@ from eval.benchmarks.benchmark import Benchmark
 from eval.predictions import AnnotatedSample, Prediction, RowFormat, prediction_at, read_rows
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import warn
-
-_TIMES = ("start_time", "end_time")  # of a row with `text`
+from tarsier_jax.processing.prompt_rows import messages_of_prompt, with_prompt_answer
 
 
 def load_annotations(benchmark: Benchmark, directory: Path | None, limit: int | None = None) -> list[AnnotatedSample]:
@@ -46,13 +45,18 @@ def first_videos(rows: Iterable[AnnotatedSample], limit: int | None) -> list[Ann
     return [row for row, video in zip(rows, videos, strict=True) if video in selection]
 
 
-def messages_of(benchmark: Benchmark, row: AnnotatedSample) -> list[dict[str, Any]]:
+def messages_of(benchmark: Benchmark, row: AnnotatedSample, keep_prompt: bool = False) -> list[dict[str, Any]]:
     """Returns the messages of a row in the annotation format, without its answer.
 
     The last message is the assistant's; its text is the prefill. A row without a prompt or a prefill receives that of
-    the benchmark.
+    the benchmark. With `keep_prompt`, the prompt of a row with `text` is the only message (see `messages_of_prompt`).
     """
-    messages = _of_prompt(row) if "text" in row else [_open_turn(message) for message in row["messages"]]
+    if "text" in row:
+        messages = messages_of_prompt(row, keep_prompt)
+        if keep_prompt:
+            return messages
+    else:
+        messages = [_open_turn(message) for message in row["messages"]]
     if messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": [_text("")]})
     *_, user = (message for message in messages if message["role"] == "user")
@@ -104,7 +108,7 @@ def with_video_files(row: AnnotatedSample, files: Iterable[str | list[str]]) -> 
 def with_answer(row: AnnotatedSample, answer: str) -> dict[str, Any]:
     """Returns a row with an answer, in the format of the original's predictions."""
     if "text" in row:
-        return {**row, "text": {**row["text"], "prediction": answer}}
+        return with_prompt_answer(row, answer)
     *messages, last = row["messages"]
     if last["role"] != "assistant":
         return {**row, "messages": [*messages, last, {"role": "assistant", "content": [_text(answer)]}]}
@@ -119,18 +123,6 @@ def _open_turn(message: Mapping[str, Any]) -> dict[str, Any]:
         fields = {key: value for key, value in item.items() if value is not None and key != "reference"}
         content.append(_text("") if item.get("reference") else fields)
     return {**message, "content": content}
-
-
-def _of_prompt(row: AnnotatedSample) -> list[dict[str, Any]]:
-    """Returns the messages of a row with `text`."""
-    prompt = row["text"]["prompt"]
-    question, _, prefill = prompt.rpartition("ASSISTANT:") if "ASSISTANT:" in prompt else (prompt, "", "")
-    before, _, after = question.strip().removeprefix("USER:").rpartition("<video>")
-    file = row.get("video_file")
-    times = {key: row[key] for key in _TIMES if row.get(key) and not isinstance(file, list)}  # frames have no times
-    video = {"type": "video", "video": {"video_file": file, **times}}
-    content = [*([_text(before.strip())] if before.strip() else []), video, _text(after.strip())]
-    return [{"role": "user", "content": content}, {"role": "assistant", "content": [_text(prefill)]}]
 
 
 def _text(text: str) -> dict[str, Any]:

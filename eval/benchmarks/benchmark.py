@@ -26,7 +26,7 @@ class Benchmark:
         subsets: Number of samples per `dataset` of the complete benchmark; empty if it is not known.
         prompt: Prompt of a row without a text of the user.
         prefill: Beginning of the answer for a row without one.
-        n_frames: Frames per video.
+        n_frames: Frames per video; `eval.run` sets the default of the model.
         max_new_tokens: Limit of an answer.
         judge: The benchmark's own judge, which needs no --judge.
     """

@@ -14,6 +14,7 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.jsonl import parse_json, read_lines, to_json
 from tarsier_jax.processing.processor import media_sample
+from tarsier_jax.processing.prompt_rows import is_prompt_row, with_prompt_answer
 from tarsier_jax.processing.sample import MEDIA_KEYS
 from tarsier_jax.processing.video import ACCEPTED, find_inputs
 
@@ -44,7 +45,7 @@ class Item:
 
     @property
     def is_annotation(self) -> bool:
-        return is_conversation(self.line)
+        return is_conversation(self.line) or is_prompt_row(self.line)
 
     def sample(self, prompt: str) -> dict[str, Any]:
         """Returns the sample without the answer of an annotation.
@@ -54,6 +55,8 @@ class Item:
         """
         if self.problem:
             raise InputError(self.problem)
+        if is_prompt_row(self.line):
+            return dict(self.line)
         if self.is_annotation:
             return open_answer(self.line)
         for key in _ANNOTATION_KEYS:
@@ -87,7 +90,12 @@ def open_answer(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_prediction(line: Mapping[str, Any], caption: str) -> dict[str, Any]:
-    """Returns the annotation with the caption as the text of its last turn, beside the reference."""
+    """Returns the annotation with the caption as the text of its last turn, beside the reference.
+
+    In a row with `text`, the caption is the `prediction` beside the response.
+    """
+    if is_prompt_row(line):
+        return with_prompt_answer(line, caption)
     opened = open_answer(line)
     messages = list(opened["messages"])
     if messages[-1].get("role") != "assistant":
@@ -158,7 +166,7 @@ def _item(path: Path, number: int, line: Any) -> Item:
     if isinstance(line, str):
         return Item(number, number, line, {"input": line})
     source = line.get("input") if isinstance(line, Mapping) else None
-    if not isinstance(line, Mapping) or not (is_conversation(line) or isinstance(source, str)):
+    if not isinstance(line, Mapping) or not (is_conversation(line) or is_prompt_row(line) or isinstance(source, str)):
         return Item(number, number, place, {}, f'{place} has neither "messages" nor "input". Add one of them.')
     idx = json.loads(to_json(line.get("idx")))  # as in the output
     return Item(number, number if idx is None else idx, source if isinstance(source, str) and source else place, line)

@@ -74,7 +74,7 @@ CHATML = _SYSTEM + BARE_CHATML  # the default for a checkpoint without a templat
 # prompt ends with a space. A line break follows an image or video, except before white space. A single question that
 # contains "USER:" and, after it, "ASSISTANT:" is a complete prompt, which remains as it is. A message without a text is
 # without a separator. As in `BARE_CHATML`, the answer and its end token are trained on, and `num_vision_tokens` counts
-# placeholders.
+# placeholders. White space at the start of an answer, as in the prefill " Answer: (", replaces the space before it.
 VICUNA = """\
 {%- set prompt = namespace(is_complete=false) -%}
 {%- for message in messages -%}
@@ -99,7 +99,9 @@ VICUNA = """\
         {{- content if prompt.is_complete else 'USER: ' + content -}}
         {%- if not prompt.is_complete and (content or messages | length == 1) -%}{{- ' ' -}}{%- endif -%}
     {%- elif message.role == 'assistant' -%}
-        {%- if not prompt.is_complete -%}{{- 'ASSISTANT: ' -}}{%- endif -%}
+        {%- if not prompt.is_complete -%}
+            {{- 'ASSISTANT:' + ('' if content and content[0].isspace() else ' ') -}}
+        {%- endif -%}
         {%- generation -%}
             {{- content -}}
             {%- if content and not (loop.last and strip_final_eos) -%}{{- eos_token -}}{%- endif -%}

@@ -10,12 +10,13 @@ import numpy as np
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.processing.batch import Batch, Buckets, Example, make_batch
-from tarsier_jax.processing.chat import CHATML, encode_messages, load_chat_template, load_tokenizer
+from tarsier_jax.processing.chat import CHATML, VICUNA, encode_messages, load_chat_template, load_tokenizer
 from tarsier_jax.processing.formats import normalize_sample
 from tarsier_jax.processing.frame_sampling import SAMPLERS, SamplingRules
 from tarsier_jax.processing.image import Qwen2ImageProcessor, load_image_processor, read_json
 from tarsier_jax.processing.image_files import is_animation
 from tarsier_jax.processing.positions import insert_separators, rope_positions
+from tarsier_jax.processing.prompt_rows import is_prompt_row, messages_of_prompt
 from tarsier_jax.processing.sample import Visual, is_number, open_visuals, read_messages
 from tarsier_jax.processing.square_image import ClipImageProcessor
 from tarsier_jax.processing.video import kind_of
@@ -107,7 +108,8 @@ class Processor:
         """Decodes, resizes and tokenizes a sample, which does not change.
 
         Args:
-            sample: A sample in the annotation format, or in one that `normalize_sample` converts.
+            sample: A sample in the annotation format, in one that `normalize_sample` converts, or a row of the first
+                Tarsier's annotation files (see `processing.prompt_rows`).
             training: Ends the last answer with its end-of-turn token, truncates text beyond max_seq_len, and makes
                 sampler v2 random.
             rng: Random generator of sampler v2. Without it, every call draws other frames.
@@ -115,6 +117,8 @@ class Processor:
         Raises:
             InputError: the sample or one of its files cannot be used, or the sample is too long.
         """
+        if is_prompt_row(sample):
+            sample = {"messages": messages_of_prompt(sample, self.keeps_complete_prompts)}
         sample = normalize_sample(sample)
         messages, options = read_messages(sample), self.options
         if training and rng is None:
@@ -155,6 +159,11 @@ class Processor:
     def double_frames(self) -> bool:
         """Whether every frame of a video fills its own temporal patch."""
         return self.options.double_frames and self.image.double_frames
+
+    @property
+    def keeps_complete_prompts(self) -> bool:
+        """Whether the chat template leaves a question such as "USER: ... ASSISTANT: Answer: (" as it is."""
+        return self.chat_template == VICUNA
 
     @property
     def largest_frame(self) -> int:

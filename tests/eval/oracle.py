@@ -30,6 +30,7 @@ class SampleProcessor:
     """
 
     config = SimpleNamespace(vision=SimpleNamespace(patch_size=14))
+    keeps_complete_prompts = False
 
     def __init__(self) -> None:
         self.samples: list[Mapping[str, Any]] = []
