@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def listed(tmp_path: Path) -> Path:
+def list_file(tmp_path: Path) -> Path:
     """A list of a file, an annotation with messages and one with a prompt, with the names of their golden cases."""
     gif = {"type": "video", "video": {"video_file": str(MEDIA / "short.gif")}}
     question = {"type": "text", "text": "Describe the video in detail."}
@@ -66,16 +66,16 @@ def test_describe(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (line["caption"], line["n_frames"], line["prompt_tokens"]) == (golden_text("gif"), 8, 186)
 
 
-def test_caption_a_list(checkpoint: Path, listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", checkpoint, "--input", listed, "--output", tmp_path / "out.jsonl", "--slots", 2, *TOKENS]
+def test_caption_a_list(checkpoint: Path, list_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", checkpoint, "--input", list_file, "--output", tmp_path / "out.jsonl", "--slots", 2, *TOKENS]
     assert caption.main(caption.parse([str(flag) for flag in flags])) == 0
     assert "0 compilations after warm-up" in capsys.readouterr().err
     check_lines(tmp_path / "out.jsonl")
 
 
 @pytest.mark.slow
-def test_caption_over_four_devices(checkpoint: Path, listed: Path, tmp_path: Path) -> None:
-    flags = ["--model", checkpoint, "--input", listed, "--output", tmp_path / "out.jsonl", "--slots", 2, *TOKENS]
+def test_caption_over_four_devices(checkpoint: Path, list_file: Path, tmp_path: Path) -> None:
+    flags = ["--model", checkpoint, "--input", list_file, "--output", tmp_path / "out.jsonl", "--slots", 2, *TOKENS]
     command = [sys.executable, "-m", "infer.caption", *map(str, flags), "--mesh", "data=2,tensor=2"]
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     done = subprocess.run(command, env={**os.environ, **devices}, capture_output=True, text=True, check=False)

@@ -18,21 +18,21 @@ from tests.processing.test_tarsier1 import rows_of, run
 from tests.tarsier1 import GOLDENS, read_cases, write_checkpoint
 
 TOKENS = 32
-Loaded = tuple[Tarsier, Processor]
+ModelAndProcessor = tuple[Tarsier, Processor]
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def tarsier1(tmp_path_factory: pytest.TempPathFactory) -> ModelAndProcessor:
     return load(tmp_path_factory.mktemp("tarsier1"), "t56-gqa")
 
 
 @pytest.fixture(scope="module")
-def engine(loaded: Loaded) -> Engine:
+def engine(tarsier1: ModelAndProcessor) -> Engine:
     """It has fewer slots than the tests have prompts, and its rows contain several prompts."""
-    return Engine(*loaded, fit_config(loaded[1], slots=4, new_tokens=TOKENS))
+    return Engine(*tarsier1, fit_config(tarsier1[1], slots=4, new_tokens=TOKENS))
 
 
-def load(directory: Path, name: str, **options: Any) -> Loaded:
+def load(directory: Path, name: str, **options: Any) -> ModelAndProcessor:
     """Loads a golden checkpoint. Batches of one example have one shape, so that few programs are compiled."""
     model, processor = tarsier_jax.load(write_checkpoint(directory, name), **options)
     patches, tokens = processor.buckets.patches, fit_config(processor, 1, 1).prompt_tokens
