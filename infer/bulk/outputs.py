@@ -16,7 +16,7 @@ from tarsier_jax.errors import InputError, reason_of
 from tarsier_jax.files import atomic_write, is_special
 from tarsier_jax.processing.jsonl import to_json
 
-_RESULTS = {"caption", "messages", "error"}  # every line has one of them
+_RESULTS = {"caption", "messages", "text", "error"}  # every line has one of them
 _ROWS = 10_000  # of a Parquet file, in memory at once
 
 

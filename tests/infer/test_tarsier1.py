@@ -71,6 +71,8 @@ def test_caption_a_list(checkpoint: Path, list_file: Path, tmp_path: Path, capsy
     assert caption.main(caption.parse([str(flag) for flag in flags])) == 0
     assert "0 compilations after warm-up" in capsys.readouterr().err
     check_lines(tmp_path / "out.jsonl")
+    assert caption.main(caption.parse([str(flag) for flag in flags])) == 0  # resumes with nothing to do
+    assert "3 clips, 3 of them captioned before" in capsys.readouterr().err
 
 
 @pytest.mark.slow
