@@ -28,7 +28,7 @@ import torch
 import tarsier_jax
 from benchmarks.describe import make_prompt, make_reference
 from benchmarks.samples import NoTexts
-from convert.backends import HuggingFace
+from convert.references import Qwen2VlReference
 from eval.shapes.annotations import user_turn
 from eval.shapes.clips import draw_clips
 from infer.engine import Completion, Engine, EngineConfig, Request, fit_config
@@ -86,7 +86,7 @@ def random_case(clips: int, tokens: int, slots: int, directory: Path) -> tuple[E
 def embedded_case(clips: int, slots: int) -> tuple[Engine, Reference, list, list[int]]:
     model, processor = tarsier_jax.load(EMBEDDED)
     examples = [processor({"messages": [user_turn(clip.video)]}) for clip in draw_clips(2 * 10**9, clips)]
-    theirs = HuggingFace(resolve(EMBEDDED), model.config, processor.eos_token_ids)
+    theirs = Qwen2VlReference(resolve(EMBEDDED), model.config, processor.eos_token_ids)
     engine = Engine(model, processor, fit_config(processor, slots, 96))
     return engine, Reference(theirs.model, processor.eos_token_ids), examples, [96] * clips
 

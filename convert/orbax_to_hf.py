@@ -1,7 +1,7 @@
 """Writes a converted checkpoint back as a Hugging Face directory: `python -m convert.orbax_to_hf DIR OUT`.
 
-Every tensor is restored bit for bit. --layout writes the names and the config.json of the other layout. --dtype rounds
-the values to that dtype, for example after training in float32.
+Every tensor is restored bit for bit. --layout writes the names and the config.json of the other layout; the first
+Tarsier has one layout. --dtype rounds the values to that dtype, for example after training in float32.
 """
 
 import argparse

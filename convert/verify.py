@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 import tarsier_jax
-from convert.backends import Backend, HuggingFace, Ours
+from convert.backends import Backend, Ours, load_reference
 from tarsier_jax.files import path_text
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.programs import run
@@ -67,7 +67,7 @@ def verify(directory: str, other: str | None, dtype: str, int8: bool, max_new_to
     ours = Ours(model, processor)
     other = directory if int8 and other is None else other
     if other is None:
-        theirs: Backend = HuggingFace(resolve(directory), processor.config, processor.eos_token_ids)
+        theirs: Backend = load_reference(resolve(directory), processor.config, processor.eos_token_ids)
     else:
         theirs = Ours(*tarsier_jax.load(other, dtype=dtype))
     weights = "weights in int8, " if int8 else ""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tarsier_jax
-from convert.backends import HuggingFace
+from convert.backends import load_reference
 from eval.answers import Engines
 from eval.benchmarks import Benchmark
 from eval.benchmarks.shapes import SHAPES_QA, question_samples
@@ -66,7 +66,7 @@ def captions(engine: Engine, clips: list[ShapeClip]) -> list[str]:
 def reference_captions(directory: Path, clips: list[ShapeClip]) -> list[str]:
     """Those of transformers, one by one."""
     model, processor = tarsier_jax.load(directory)
-    theirs = HuggingFace(directory, model.config, processor.eos_token_ids)
+    theirs = load_reference(directory, model.config, processor.eos_token_ids)
     examples: list[Example] = [processor(question(clip)) for clip in clips]
     return [processor.decode(theirs.answer(example, TOKENS)) for example in examples]
 

@@ -73,10 +73,15 @@ def convert_to_hf(
         The names of the tensors written.
 
     Raises:
-        CheckpointError: the source is damaged, `out` exists, or the disk is full.
+        CheckpointError: the source is damaged, its family has other layouts, `out` exists, or the disk is full.
     """
     manifest, config = read_manifest(source), load_config(source)
-    layout = layout or manifest.layout
+    layout, family = layout or manifest.layout, family_of(config)
+    if layout not in family.layouts:
+        raise CheckpointError(
+            f"{source} is a {family.name} checkpoint, which has no layout {layout}. Choose one of "
+            f"{', '.join(family.layouts)}, or none for its own."
+        )
     check_arrays(source, abstract_state(config)[1])
     entries = []
     for parameter in parameters(config, layout):
@@ -87,7 +92,7 @@ def convert_to_hf(
             read = lambda part=part, target=target: part.read().result().astype(target, copy=False)  # noqa: E731
             entries.append(Entry(name, parameter.tensor_shape, target, read))
     if manifest.tied_head:
-        entries.append(_tied_head(entries, family_of(config).layouts[layout]))
+        entries.append(_tied_head(entries, family.layouts[layout]))
     with new_directory(out, sum(entry.nbytes for entry in entries)) as partial:
         write_shards(partial, entries, progress)
         copy_assets(source, partial)

@@ -46,11 +46,11 @@ def test_json_lines(checkpoint: Path, gif: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_caption_is_the_references(checkpoint: Path, gif: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a file to text, against transformers on the same checkpoint."""
-    from convert.backends import HuggingFace
+    from convert.backends import load_reference
 
     describe_main("--model", checkpoint, "--input", gif, "--max_new_tokens", 16, "--json")
     _, processor = tarsier_jax.load(checkpoint)
-    theirs = HuggingFace(checkpoint, processor.config, processor.eos_token_ids)
+    theirs = load_reference(checkpoint, processor.config, processor.eos_token_ids)
     example = processor(media_sample(gif, "Describe the video in detail."))
     expected = processor.decode(theirs.answer(example, 16))
     assert json.loads(capsys.readouterr().out)["caption"] == expected

@@ -70,6 +70,13 @@ def test_a_loaded_model_is_exported_bit_for_bit(checkpoints: Path, tmp_path: Pat
     assert bits(tmp_path) == bits(checkpoints / "t56-gqa")
 
 
+def test_the_layout_of_another_family(checkpoints: Path, tmp_path: Path) -> None:
+    convert_hf(checkpoints / "t56-gqa", tmp_path / "orbax")
+    with pytest.raises(CheckpointError, match="is a first Tarsier checkpoint, which has no layout qwen2_vl. Choose on"):
+        convert_to_hf(tmp_path / "orbax", tmp_path / "back", layout="qwen2_vl")
+    assert not (tmp_path / "back").exists()
+
+
 def test_missing_extra_and_misshapen_tensors(checkpoints: Path, tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["language_model.model.layers.0.self_attn.q_proj.bias"] = torch.zeros(128)
