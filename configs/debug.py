@@ -3,13 +3,19 @@
 from ml_collections import ConfigDict
 
 
-def sized(config: ConfigDict, size: str) -> ConfigDict:
-    """Returns the recipe ("full") or its debug size, with the same learning rates and loss."""
+def sized(config: ConfigDict, size: str, model: str = "random") -> ConfigDict:
+    """Returns the recipe ("full") or its debug size, with the same learning rates and loss.
+
+    Args:
+        config: The recipe.
+        size: "full" or "debug".
+        model: Model of the debug size, a key of `train.debug_data.MODELS`.
+    """
     if size not in ("full", "debug"):
         raise ValueError(f"Size {size!r} does not exist. A recipe has the sizes full and debug.")
     if size == "full":
         return config
-    config.model = config.data.train = config.data.eval = "random"
+    config.model, config.data.train, config.data.eval = model, "random", "random"
     config.num_train_steps, config.log_every, config.save_every, config.eval_every = 20, 1, 10, 10
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 2)
     config.processor.n_frames, config.processor.max_pixels = 4, 12_544

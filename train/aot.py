@@ -4,8 +4,8 @@
 
 Prints the bytes per chip (arguments, temporaries, outputs), the largest replicated array, the collectives by kind and
 count, and FITS or the excess. Needs the extra `tpu`: libtpu compiles on any machine. The compiler's estimates
-of FLOPs and time ignore loop counts and are not printed. If config.model is not a local directory, the sizes are those
-of Qwen2-VL-7B.
+of FLOPs and time ignore loop counts and are not printed. The sizes are those of the config.json in config.model, or of
+Qwen2-VL-7B if that is not a local directory.
 """
 
 import collections
@@ -191,15 +191,17 @@ def main() -> int:
     if kind not in ROOM:
         raise InputError(f"--topology {values.topology}: the kind of chip is one of {', '.join(ROOM)}.")
     directory = Path(config.model)
-    model = load_config(directory) if (directory / "config.json").exists() else ModelConfig()
+    is_local = (directory / "config.json").exists()
+    model = load_config(directory) if is_local else ModelConfig()
     mesh = build_mesh(config.mesh, topology_devices(values.topology))
     objective = OBJECTIVES[values.program](config)
     packing = fit_packing(config.data, config.processor, model.vision, objective.answers)
     config = dataclasses.replace(config, data=packing)
     model = run_config(model, config, "tpu")
     text, data = model.text, config.data
+    source = "" if is_local else "Qwen2-VL-7B, "
     print(
-        f"{objective.name}, {text.num_layers} x {text.hidden_size}, {values.topology} ({dict(mesh.shape)}), "
+        f"{objective.name}, {source}{text.num_layers} x {text.hidden_size}, {values.topology} ({dict(mesh.shape)}), "
         f"{data.global_batch_size} rows of {data.seq_len} tokens and {data.vision_bins} x {data.patches_per_bin} "
         f"patches, {config.grad_accum_steps} accumulation steps",
         flush=True,

@@ -82,7 +82,7 @@ class TrainConfig:
     """Configuration of a training run.
 
     Attributes:
-        model: Starting checkpoint: a Hugging Face directory, hub id or converted directory; "random" for a tiny one.
+        model: Starting checkpoint: a Hugging Face directory, hub id, converted directory or key of debug_data.MODELS.
         num_train_steps: Optimizer steps.
         seed: Seed of the data order and of every random choice.
         grad_accum_steps: Parts of a step's rows that are computed one after the other; their gradients are summed.

@@ -1,4 +1,4 @@
-"""A tiny random checkpoint and rendered clips for the debug size of a recipe, which then needs no files."""
+"""Tiny random checkpoints and rendered clips for the debug size of a recipe, which then needs no files."""
 
 import dataclasses
 import functools
@@ -11,9 +11,9 @@ from PIL import Image
 
 from train.config import TrainConfig
 from train.processes import write_once
-from train.untrained import UntrainedModel, write_untrained
+from train.untrained import TARSIER1, UntrainedModel, write_untrained
 
-RANDOM = "random"  # in config.model the checkpoint, in config.data.train the clips
+RANDOM = "random"  # in config.data.train: the clips
 _CLIPS = 8
 _COLORS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 210), "yellow": (220, 200, 60)}
 _PROMPT = "Describe the video in detail."
@@ -37,12 +37,34 @@ TINY = UntrainedModel(
     vision={"depth": 2, "embed_dim": 64, "num_heads": 2},
     texts=_texts,
 )
+TINY_TARSIER1 = UntrainedModel(
+    text={
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+    },
+    vision={
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,  # two of them run
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    },
+    texts=_texts,
+    release=TARSIER1,
+)
+# In config.model: the checkpoint.
+MODELS = {"random": TINY, "random_tarsier1": TINY_TARSIER1}
 
 
 def write_debug_data(config: TrainConfig, workdir: Path) -> TrainConfig:
-    """Returns the configuration with files in the workdir in place of "random"."""
-    if config.model == RANDOM:
-        write = functools.partial(write_untrained, untrained=TINY)
+    """Returns the configuration with files in the workdir in place of the keys of `MODELS` and of `RANDOM`."""
+    if untrained := MODELS.get(config.model):
+        write = functools.partial(write_untrained, untrained=untrained)
         config = dataclasses.replace(config, model=str(write_once(workdir / "random_model", write)))
     if config.data.train == RANDOM:
         directory = write_once(workdir / "random_clips", write_debug_clips)

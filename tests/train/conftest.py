@@ -9,7 +9,7 @@ from PIL import Image
 from tarsier_jax.families import parse_config
 from tarsier_jax.processing.processor import Processor, load_processor
 from train.debug_data import TINY
-from train.untrained import train_tokenizer, untrained_config
+from train.untrained import train_tokenizer
 
 
 @pytest.fixture
@@ -24,11 +24,12 @@ def clip(tmp_path: Path) -> str:
 
 @pytest.fixture
 def processor(tmp_path: Path) -> Processor:
-    tokenizer = train_tokenizer(TINY.texts)
+    release = TINY.release
+    tokenizer = train_tokenizer(TINY.texts, release.special_tokens)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens))
-    return load_processor(tmp_path, parse_config(untrained_config(TINY, tokenizer)))
+    return load_processor(tmp_path, parse_config(release.config_json(TINY.text, TINY.vision, tokenizer)))
 
 
 def trained_on(processor: Processor, sample: dict) -> str:

@@ -11,10 +11,12 @@ from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tarsier_jax.config import ModelConfig, Qwen2VisionConfig
+from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import InputError
+from tarsier_jax.families import parse_config
 from tarsier_jax.sharding import parameter_path
 from tarsier_jax.weights.names import abstract_state
+from tests.tarsier1 import TARSIER_7B
 from train.config import (
     FORMER_KEYS,
     REMOVED_KEYS,
@@ -25,6 +27,7 @@ from train.config import (
     read_flags,
 )
 from train.data.packing import DataConfig, fit_packing
+from train.debug_data import MODELS
 from train.mesh import build_mesh, check_rows
 from train.optimizer import lr_factors, make_schedule, split_frozen
 from train.record import flatten
@@ -298,30 +301,54 @@ def test_no_recipe(command_line: Callable[..., TrainConfig], arguments: list[str
 # The recipes
 
 
+# The full model of a recipe, by the model of its debug size.
+FULL_MODELS = {"random": ModelConfig(), "random_tarsier1": parse_config(TARSIER_7B)}
+
+
 @pytest.fixture(scope="session")
-def parameters() -> dict[str, Any]:
-    """Names and shapes of the 7B's parameters."""
-    _, abstract = abstract_state(ModelConfig())
-    return {parameter_path(path): leaf for path, leaf in nnx.to_flat_state(abstract)}
+def parameters() -> dict[str, dict[str, Any]]:
+    """Names and shapes of the parameters of each of `FULL_MODELS`."""
+    states = {name: abstract_state(config)[1] for name, config in FULL_MODELS.items()}
+    return {
+        name: {parameter_path(path): leaf for path, leaf in nnx.to_flat_state(state)} for name, state in states.items()
+    }
 
 
 @pytest.mark.parametrize("size", ["", ":debug"], ids=["full", "debug"])
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_every_recipe(
-    command_line: Callable[..., TrainConfig], parameters: dict[str, Any], path: Path, size: str
+    command_line: Callable[..., TrainConfig], parameters: dict[str, dict[str, Any]], path: Path, size: str
 ) -> None:
-    config = command_line(f"--config={path}{size}")
-    trained, _ = split_frozen(parameters, config.optimizer.freeze)
+    config, model = command_line(f"--config={path}{size}"), command_line(f"--config={path}:debug").model
+    trained, _ = split_frozen(parameters[model], config.optimizer.freeze)
     lr_factors(trained, config.optimizer)
     schedule = make_schedule(config.optimizer, config.num_train_steps)
     assert 0 < schedule(config.optimizer.warmup_steps) <= np.float32(1e-3)
-    shape = fit_packing(config.data, config.processor, Qwen2VisionConfig()).row_shape
-    assert shape.tokens % 64 == 0 and shape.patches % 4 == 0  # whole merged patches
+    vision = FULL_MODELS[model].vision
+    shape = fit_packing(config.data, config.processor, vision).row_shape
+    assert shape.tokens % 64 == 0 and shape.patches % vision.bin_multiple == 0
     check_rows(config, build_mesh(config.mesh, jax.devices()[:1] * 2))
     if size:
-        assert config.model == config.data.train == config.data.eval == "random" and config.num_train_steps <= 50
+        assert config.data.train == config.data.eval == "random" and config.num_train_steps <= 50
+        assert config.model in MODELS
     else:
-        assert "random" not in (config.model, config.data.train, config.data.eval)
+        assert config.model not in MODELS and "random" not in (config.data.train, config.data.eval)
+
+
+def test_the_first_tarsiers_recipes_train_the_projector_and_the_decoder(
+    command_line: Callable[..., TrainConfig], parameters: dict[str, dict[str, Any]]
+) -> None:
+    """As published, with rows of three samples of 8 frames."""
+    for stage in (1, 2):
+        config = command_line(f"--config={RECIPES[0].with_name(f'tarsier1_stage{stage}.py')}")
+        trained, frozen = split_frozen(parameters["random_tarsier1"], config.optimizer.freeze)
+        assert {path.rpartition("/")[0] for path in trained if path.startswith("vision/")} == {
+            "vision/projector/linear_1",
+            "vision/projector/linear_2",
+        }
+        assert not any(path.startswith("decoder/") for path in frozen)
+        shape = fit_packing(config.data, config.processor, FULL_MODELS["random_tarsier1"].vision).row_shape
+        assert (shape.patches, shape.frames, shape.bins) == (576, 1, 27) and config.processor.n_frames == 8
 
 
 def test_there_are_recipes() -> None:

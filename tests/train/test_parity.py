@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,21 @@ def learning_rate(step: int) -> float:
     return o.final_lr + (o.peak_lr - o.final_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
-def torch_optimizer(model: Any) -> torch.optim.AdamW:
+def layer_factor(model: Any, name: str) -> float:
+    """Factor of the learning rate of a parameter of Qwen2-VL."""
+    depth = len(model.model.visual.blocks)
+    if ".visual.blocks." in name:
+        return OPTIMIZER.vision_layer_decay ** (depth - int(name.split(".blocks.")[1].split(".")[0]))
+    return OPTIMIZER.vision_layer_decay ** (depth + 1) if ".visual.patch_embed." in name else 1.0
+
+
+def torch_optimizer(model: Any, factor_of: Callable[[Any, str], float] = layer_factor) -> torch.optim.AdamW:
     """A group for each parameter: its learning rate's factor is kept as "factor"."""
-    depth, groups = len(model.model.visual.blocks), []
+    groups = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = 1.0
-        if ".visual.blocks." in name:
-            factor = OPTIMIZER.vision_layer_decay ** (depth - int(name.split(".blocks.")[1].split(".")[0]))
-        elif ".visual.patch_embed." in name:
-            factor = OPTIMIZER.vision_layer_decay ** (depth + 1)
+        factor = factor_of(model, name)
         plain = name.endswith("bias") or "norm" in name or ".ln_q." in name
         decay = 0.0 if plain else OPTIMIZER.weight_decay
         groups.append({"params": [parameter], "factor": factor, "weight_decay": decay})
@@ -50,18 +55,23 @@ def torch_optimizer(model: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1.0, betas=(o.b1, o.b2), eps=o.eps)
 
 
-def torch_step(model: Any, optimizer: torch.optim.AdamW, step: int, loss: torch.Tensor) -> None:
+def torch_step(model: Any, optimizer: torch.optim.AdamW, step: int, loss: torch.Tensor) -> float:
+    """Returns the norm of the gradient before clipping."""
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], OPTIMIZER.clip_norm)
+    gradients = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(gradients, OPTIMIZER.clip_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step) * group["factor"]
     optimizer.step()
+    return float(norm)
 
 
-def answer_log_prob(model: Any, example: Example) -> tuple[torch.Tensor, int]:
+def answer_log_prob(
+    model: Any, example: Example, inputs: Callable[[Example], dict[str, Any]] = reference.reference_inputs
+) -> tuple[torch.Tensor, int]:
     """Sum of the log-probabilities of the answer's tokens, and their number."""
-    logits = model(**reference.reference_inputs(example)).logits[0].float()
+    logits = model(**inputs(example)).logits[0].float()
     targets = torch.from_numpy(example.labels).long()[1:]
     known = targets >= 0
     log_probs = torch.log_softmax(logits[:-1], dim=-1)[known]

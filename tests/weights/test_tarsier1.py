@@ -72,7 +72,7 @@ def test_a_loaded_model_is_exported_bit_for_bit(checkpoints: Path, tmp_path: Pat
 
 def test_the_layout_of_another_family(checkpoints: Path, tmp_path: Path) -> None:
     convert_hf(checkpoints / "t56-gqa", tmp_path / "orbax")
-    with pytest.raises(CheckpointError, match="is a first Tarsier checkpoint, which has no layout qwen2_vl. Choose on"):
+    with pytest.raises(CheckpointError, match=r"is a first Tarsier checkpoint, which has no layout qwen2_vl\. Choose"):
         convert_to_hf(tmp_path / "orbax", tmp_path / "back", layout="qwen2_vl")
     assert not (tmp_path / "back").exists()
 
