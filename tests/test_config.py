@@ -205,7 +205,7 @@ def test_pixel_shuffle_and_qwen2() -> None:
         ),
         (
             {"architectures": ["LlavaForConditionalGeneration"]},
-            "model_type is 'llava', text_config.model_type is 'llam",
+            r"architectures is \['LlavaFor.*'\], which is not supported.*which lacks newline embeddings",
         ),
     ],
 )

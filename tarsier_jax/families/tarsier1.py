@@ -27,7 +27,7 @@ from tarsier_jax.processing.tarsier1 import load_processor
 
 _SUPPORTED = (
     "the first Tarsier (model_type llava with a text_config of type llama or qwen2 and a vision_config of type "
-    "clip_vision_model)"
+    "clip_vision_model, but not the architecture LlavaForConditionalGeneration, which lacks newline embeddings)"
 )
 
 LAYOUTS = {

@@ -1,0 +1,58 @@
+"""The first Tarsier in `convert.verify`: against transformers, in-process to save the start of a process."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert import verify
+from convert.backends import load_reference
+from convert.references import PixelShuffle
+from tarsier_jax.errors import CheckpointError
+from tarsier_jax.families import load_config
+from tarsier_jax.weights import convert_hf
+from tests import tarsier1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t56-gqa", "ps56-qwen2"])
+def test_verify_against_transformers(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both projectors and both decoders, from both kinds of directory."""
+    source = tarsier1.write_checkpoint(tmp_path, name)
+    convert_hf(source, tmp_path / "orbax")
+    capsys.readouterr()
+    for directory in (source, tmp_path / "orbax"):
+        assert verify.verify(str(directory), None, "float32", int8=False, max_new_tokens=6) == 0
+        stdout = capsys.readouterr().out
+        rows = {line.split()[0]: line.split() for line in stdout.splitlines() if line.startswith(" ")}
+        for probe in ("image", "video", "text"):
+            differences = [float(x) for x in rows[probe][2:5] if x != "-"]
+            assert differences and max(differences) < 1e-4
+            assert rows[probe][-1] == "100.0%" and f"{probe}: equal" in stdout
+
+
+def test_a_missing_tensor(tmp_path: Path) -> None:
+    directory = tarsier1.write_checkpoint(tmp_path, "t56-gqa")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["multi_modal_projector.linear_1.bias"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing: multi_modal_projector\.linear_1\.bias"):
+        load_reference(directory, load_config(directory), (2,))
+
+
+def test_the_order_of_the_pixel_shuffle(tmp_path: Path) -> None:
+    """Top left, top right, bottom left, bottom right, each with all its channels."""
+    config = load_config(tarsier1.write_checkpoint(tmp_path, "ps56-qwen2"))
+    projector = PixelShuffle(config)
+    projector.mlp = torch.nn.Sequential()
+    E, side = config.vision.embed_dim, 4
+    patches = np.arange(side * side * E, dtype=np.float32).reshape(1, side, side, E)
+    blocks = [
+        [patches[0, 2 * row + i, 2 * column + j] for i in range(2) for j in range(2)]
+        for row in range(2)
+        for column in range(2)
+    ]
+    ours = projector(torch.from_numpy(patches.reshape(1, -1, E)))
+    np.testing.assert_array_equal(ours[0].numpy(), np.stack([np.concatenate(block) for block in blocks]))
