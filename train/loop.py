@@ -90,7 +90,7 @@ class _Loop:
         self.first = self.step = int(self.state.step)
         self.log = Log(run.workdir, self.first)
         self.bad_samples = BadSamples(run.workdir)
-        vision_trained = any(path.startswith("vision/") for path in run.spec.shapes.params)
+        vision_trained = any(path.startswith("vision/blocks/") for path in run.spec.shapes.params)
         self.meter, self.whole = (Meter(run.spec.config, vision_trained) for _ in range(2))
         self.counts = DataProgress()  # of this process, since the start
         self.pending: tuple[int, dict[str, jax.Array], list[PackedRow]] | None = None

@@ -80,7 +80,8 @@ def work_of(batch: Batch) -> Work:
 def step_flops(config: ModelConfig, work: Work, vision_trained: bool = True) -> float:
     """Returns the FLOPs of a training step: matrix products, forward and twice that backward.
 
-    A vision tower that is not trained runs forward only. Recomputed activations and padding are not counted; see
+    A vision tower whose blocks are not trained runs forward only; the backward pass of a projector that is trained
+    nevertheless, a small part of the step, is not counted. Recomputed activations and padding are not counted; see
     `Family.forward_flops` for the rest.
     """
     decoder, tower = family_of(config).forward_flops(
