@@ -45,7 +45,6 @@ def make_examples(config: ModelConfig, seed: int) -> list[Example]:
 @pytest.mark.parametrize("name", ["t56-gqa", "ps56-qwen2"])
 def test_ten_steps_of_sft(tmp_path: Path, name: str) -> None:
     """Losses and gradient norms, with both projectors and both decoders."""
-
     directory = tarsier1.write_checkpoint(tmp_path, name)
     spec, state = make_run(directory, dataclasses.replace(OPTIMIZER, freeze=FREEZE), remat="full")
     reference = Tarsier1Reference(directory, spec.config, (2,))
