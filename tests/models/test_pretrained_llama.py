@@ -22,7 +22,7 @@ from tests import tarsier1
 from tests.reference import load_ours
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-NEW_TOKENS = 32
+NEW_TOKENS = 20
 PROMPTS = (
     "The capital of France is",
     "A dog is",
