@@ -110,7 +110,7 @@ class Tarsier1Reference(Reference):
         # transformers fills in missing fields itself. It would tie the output head by a field that the original
         # ignores.
         raw = {**(read_json(directory / "config.json") or {}), "tie_word_embeddings": self.config.text.tie_embeddings}
-        model = LlavaForConditionalGeneration(LlavaConfig.from_dict(raw))
+        model: Any = LlavaForConditionalGeneration(LlavaConfig.from_dict(raw))
         if self.config.vision.spatial_merge_size > 1:
             model.model.multi_modal_projector = PixelShuffle(self.config)
         return model

@@ -205,7 +205,7 @@ def test_pixel_shuffle_and_qwen2() -> None:
         ),
         (
             {"architectures": ["LlavaForConditionalGeneration"]},
-            r"architectures is \['LlavaFor.*'\], which is not supported.*which lacks newline embeddings",
+            "model_type is 'llava', text_config.model_type is 'llam.*not the architecture LlavaForConditionalG",
         ),
     ],
 )

@@ -50,8 +50,6 @@ def family_of_json(raw: Mapping[str, Any], source: str = "config.json") -> Famil
         half = raw.get(key)
         if isinstance(half, Mapping) and "model_type" in half:
             types[f"{key}.model_type"] = half["model_type"]
-    if raw.get("architectures"):
-        types["architectures"] = raw["architectures"]
     raise CheckpointError(
         f"{source}: {', '.join(f'{key} is {value!r}' for key, value in types.items())}, which is not supported. "
         f"Supported are {', '.join(family.supported for family in FAMILIES)}."
