@@ -97,7 +97,7 @@ def test_a_run(checkpoint: Path, tmp_path: Path) -> None:
     row = text_row(1, golden["instruction"], video_file=[str(MEDIA / name) for name in golden["file"]])
     write_rows(tmp_path / "annotations" / "Video-MME.jsonl", [row])
     directories = [f"--annotations={tmp_path / 'annotations'}", f"--data_root={tmp_path / 'videos'}"]
-    flags = [f"--model={checkpoint}", f"--output={tmp_path / 'output'}", "--slots=2", "--max_new_tokens=32"]
+    flags = [f"--model={checkpoint}", f"--output={tmp_path / 'output'}", "--slots=4", "--max_new_tokens=32"]
     assert main(parse(["--benchmarks", "video-mme", *directories, *flags])) == 0
     (line,) = map(json.loads, (tmp_path / "output" / "predictions" / "video-mme.jsonl").read_text().splitlines())
     assert line["text"]["prediction"] == golden["greedy_text"][0]

@@ -13,7 +13,7 @@ from infer import caption, describe
 from tests.tarsier1 import GOLDENS, read_cases, write_checkpoint
 
 MEDIA = GOLDENS / "media"
-TOKENS = ("--max_new_tokens", "32")
+SIZES = ("--slots", 4, "--max_new_tokens", 32)  # as in other tests: test processes share compiled programs
 FRAMES = [str(MEDIA / name) for name in ("wide.png", "tall.png", "gray.png", "wide.png")]
 PROMPT = "USER: <video> Which is the key frame?\nASSISTANT: Answer: ("
 
@@ -60,14 +60,14 @@ def check_lines(output: Path) -> None:
 
 def test_describe(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The default is 8 frames."""
-    flags = ["--model", str(checkpoint), "--input", str(MEDIA / "long.gif"), *TOKENS, "--json"]
+    flags = ["--model", str(checkpoint), "--input", str(MEDIA / "long.gif"), "--max_new_tokens", "32", "--json"]
     assert describe.main(describe.parse(flags)) == 0
     line = json.loads(capsys.readouterr().out)
     assert (line["caption"], line["n_frames"], line["prompt_tokens"]) == (golden_text("gif"), 8, 186)
 
 
 def test_caption_a_list(checkpoint: Path, list_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", checkpoint, "--input", list_file, "--output", tmp_path / "out.jsonl", "--slots", 2, *TOKENS]
+    flags = ["--model", checkpoint, "--input", list_file, "--output", tmp_path / "out.jsonl", *SIZES]
     assert caption.main(caption.parse([str(flag) for flag in flags])) == 0
     assert "0 compilations after warm-up" in capsys.readouterr().err
     check_lines(tmp_path / "out.jsonl")
@@ -77,7 +77,7 @@ def test_caption_a_list(checkpoint: Path, list_file: Path, tmp_path: Path, capsy
 
 @pytest.mark.slow
 def test_caption_over_four_devices(checkpoint: Path, list_file: Path, tmp_path: Path) -> None:
-    flags = ["--model", checkpoint, "--input", list_file, "--output", tmp_path / "out.jsonl", "--slots", 2, *TOKENS]
+    flags = ["--model", checkpoint, "--input", list_file, "--output", tmp_path / "out.jsonl", *SIZES]
     command = [sys.executable, "-m", "infer.caption", *map(str, flags), "--mesh", "data=2,tensor=2"]
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     done = subprocess.run(command, env={**os.environ, **devices}, capture_output=True, text=True, check=False)
