@@ -81,7 +81,7 @@ def test_prompts_are_the_originals(processor: Processor, case: str, benchmark: A
 def test_a_prefill_of_messages_follows_one_space(processor: Processor, tmp_path: Path) -> None:
     """A row with `messages` has the prefill " Answer: ("."""
     example = example_of(processor, TVBENCH, question_row(1, video_file=GIF), tmp_path)
-    text = processor.tokenizer.decode(example.input_ids[-30:])
+    text = str(processor.tokenizer.decode(example.input_ids[-30:]))
     assert text.endswith("(A) A ring.\n(B) A star. ASSISTANT: Answer: (")
 
 
