@@ -37,7 +37,7 @@ def test_verify_against_transformers(
         directory = tmp_path / "orbax"
     assert verify.verify(str(directory), None, "float32", int8=False, max_new_tokens=6) == 0
     stdout = capsys.readouterr().out
-    rows = {line.split()[0]: line.split() for line in stdout.splitlines() if line.startswith(" ")}
+    rows = {line.split()[0]: line.split() for line in stdout.splitlines() if line.startswith("   ")}
     assert rows.keys() == {"probe", *probes}
     for probe in probes:
         differences = [float(x) for x in rows[probe][2:5] if x != "-"]
