@@ -1,5 +1,6 @@
 """The PyTorch models in transformers that `convert.verify` compares with. Needs torch."""
 
+import abc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tarsier_jax.processing.image import read_json
 from tarsier_jax.weights import hf_tensors
 
 
-class Reference:
+class Reference(abc.ABC):
     """A model of transformers with the weights of a checkpoint, in float32. It is a `convert.backends.Backend`."""
 
     model: Any
@@ -40,20 +41,20 @@ class Reference:
         _restore_buffers(self.model)
         self.model.eval().requires_grad_(False)
 
+    @abc.abstractmethod
     def _build(self, directory: Path) -> Any:
         """Returns the model without values."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _tensors(self, directory: Path) -> dict[str, np.ndarray]:
         """Returns the tensors with the model's names, float32."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def inputs(self, example: Example) -> dict[str, Any]:
         """Returns the arguments of the model for an example."""
-        raise NotImplementedError
 
-    def vision(self, example: Example) -> np.ndarray:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def vision(self, example: Example) -> np.ndarray: ...
 
     def hidden(self, example: Example) -> np.ndarray:
         inputs = self.inputs(example)

@@ -8,7 +8,7 @@ import numpy as np
 from eval import bootstrap
 from eval.bootstrap import Difference, Estimate
 from eval.judges.judge import Judge, JudgeError
-from eval.metrics.autodq import AUTODQ, entailed_share, extract
+from eval.metrics.autodq import AUTODQ, entailed_share, events_of_reference, extract
 from eval.metrics.judging import map_predictions
 from eval.metrics.open_qa import OPEN_QA, answer_task
 from eval.metrics.scores import OVERALL, Metric, ScoreArrays, arrays_of
@@ -92,10 +92,8 @@ def _all_verdicts(metric: Metric, predictions: Sequence[Prediction], judges: Seq
 def event_verdicts(prediction: Prediction, judges: Sequence[Judge]) -> Verdicts:
     """Returns whether each judge finds an event entailed, for the same events: the reference's, and A's."""
     reference, description = prediction.reference.lower(), (prediction.text or "").lower()
-    events = prediction.extra_info.get("events")
-    reference_events = events if isinstance(events, list) else extract(judges[0], reference)
     sides = {
-        "reference events": (description, reference_events, reference),
+        "reference events": (description, events_of_reference(judges[0], prediction), reference),
         "predicted events": (reference, extract(judges[0], description), description),
     }
     return {kind: _entailed_pairs(judges, *side) for kind, side in sides.items()}

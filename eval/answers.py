@@ -14,8 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from eval.benchmarks import Benchmark
-from eval.benchmarks.annotations import messages_of, videos_of, with_answer, with_videos
+from eval.benchmarks.annotations import messages_of, videos_of, with_videos
 from eval.predictions import ERROR, AnnotatedSample, Prediction, prediction_at, read_rows
+from infer.bulk.inputs import with_answer
 from infer.bulk.journal import Journal
 from infer.bulk.outputs import LineWriter
 from infer.engine import Completion, Engine, Frontend, RequestError, fit_config
@@ -129,7 +130,7 @@ def _answer_missing(
     """Yields the lines of the predictions in the order in which answers end."""
     with tempfile.TemporaryDirectory() as media, Journal(path) as journal:
         prepare = functools.partial(_prepare, engine.processor, benchmark, Path(media), view, journal)
-        _try_suspects(rows, prepare, journal)
+        journal.try_suspects(((_key(row), row) for row in rows), prepare)
         with Frontend(engine, prepare=prepare) as frontend:
             results = frontend.answer_all(enumerate(rows), SamplingOptions(benchmark.max_new_tokens))
             for i, result in results:
@@ -157,16 +158,6 @@ def _prepare(
             pairs = zip(videos, row["visuals"], strict=True)
             videos = [view(video or {}, visual["frame_indices"]) for video, visual in pairs]
         return processor({"messages": with_videos(messages, videos)})
-
-
-def _try_suspects(
-    rows: Sequence[AnnotatedSample], prepare: Callable[[AnnotatedSample], Example], journal: Journal
-) -> None:
-    """Prepares the journal's suspects one at a time: the next crash shows which of them it is."""
-    for row in rows:
-        if _key(row) in journal.suspects:
-            with contextlib.suppress(Exception):  # reported when the sample is prepared again
-                prepare(row)
 
 
 def _line(row: AnnotatedSample, result: Completion | RequestError, processor: Processor) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from eval.benchmarks.benchmark import Benchmark
+from eval.bootstrap import point_figures
 from eval.judges.judge import Judge
 from eval.judges.usage import MeteredJudge, estimate_usage
 from eval.metrics.scores import STATUSES, Metric, SampleScore, Status, Table, arrays_of
@@ -127,11 +126,8 @@ def _missing(
 
 
 def figures_of(metric: Metric, scores: Sequence[SampleScore], strict: bool = False) -> dict[str, float]:
-    """Returns the figures of scores, without weights."""
-    if not scores:
-        return {}
-    arrays = arrays_of(scores, strict)
-    return {name: float(value[0]) for name, value in metric.figures(arrays, np.ones((1, len(scores)))).items()}
+    """Returns the figures of scores; empty without a sample."""
+    return point_figures(metric, arrays_of(scores, strict)) if scores else {}
 
 
 def _usage(judge: Judge | None) -> list[str]:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from eval.predictions import AnnotatedSample, Prediction
 from eval.texts import flatten_settings
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.jsonl import parse_json
+from tarsier_jax.weights.digest import digest_files
 
 _DIGITS = 16  # of a digest
 _BENCHMARKS = "benchmarks"  # key of the settings of single benchmarks
@@ -20,11 +20,8 @@ _BENCHMARKS = "benchmarks"  # key of the settings of single benchmarks
 
 def weights_digest(directory: Path) -> str:
     """Returns a digest of the names and contents of a checkpoint's files, without documents and hidden files."""
-    files = sorted(file for file in directory.rglob("*") if file.is_file() and _is_content(file.relative_to(directory)))
-    with ThreadPoolExecutor() as threads:
-        digests = list(threads.map(_digest, files))
-    names = [file.relative_to(directory).as_posix() for file in files]
-    return _short_digest(json.dumps(list(zip(names, digests, strict=True))))
+    files = [file for file in directory.rglob("*") if file.is_file() and _is_content(file.relative_to(directory))]
+    return digest_files(directory, files).hex()[:_DIGITS]
 
 
 def benchmark_settings(benchmark: Benchmark, rows: Sequence[AnnotatedSample]) -> dict[str, Any]:
@@ -73,11 +70,6 @@ def settings_for(settings: Mapping[str, Any], benchmark: str) -> dict[str, Any]:
 
 def _is_content(path: Path) -> bool:
     return path.suffix != ".md" and not any(part.startswith(".") for part in path.parts)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _short_digest(text: str) -> str:

@@ -1,5 +1,6 @@
 """Model configuration: frozen dataclasses. `tarsier_jax.families.load_config` reads them from a checkpoint."""
 
+import abc
 import dataclasses
 import math
 from typing import TypeVar
@@ -10,7 +11,7 @@ Patches = TypeVar("Patches", int, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(abc.ABC):
     """The sizes that every vision tower has.
 
     Frames have any size within a limit of pixels, unless a subclass overrides the members for the sizes of frames.
@@ -47,9 +48,9 @@ class VisionConfig:
         return self.embed_dim // self.num_heads
 
     @property
+    @abc.abstractmethod
     def mlp_dim(self) -> int:
         """Width of the mlp."""
-        raise NotImplementedError
 
     @property
     def merge_factor(self) -> int:

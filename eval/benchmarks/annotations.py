@@ -14,7 +14,7 @@ from eval.benchmarks.benchmark import Benchmark
 from eval.predictions import AnnotatedSample, Prediction, RowFormat, prediction_at, read_rows
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import warn
-from tarsier_jax.processing.prompt_rows import messages_of_prompt, with_prompt_answer
+from tarsier_jax.processing.prompt_rows import messages_of_prompt
 
 
 def load_annotations(benchmark: Benchmark, directory: Path | None, limit: int | None = None) -> list[AnnotatedSample]:
@@ -103,17 +103,6 @@ def with_video_files(row: AnnotatedSample, files: Iterable[str | list[str]]) -> 
         return {**row, "video_file": file}
     videos = zip(videos_of(row["messages"]), files, strict=True)
     return {**row, "messages": with_videos(row["messages"], ({**video, "video_file": file} for video, file in videos))}
-
-
-def with_answer(row: AnnotatedSample, answer: str) -> dict[str, Any]:
-    """Returns a row with an answer, in the format of the original's predictions."""
-    if "text" in row:
-        return with_prompt_answer(row, answer)
-    *messages, last = row["messages"]
-    if last["role"] != "assistant":
-        return {**row, "messages": [*messages, last, {"role": "assistant", "content": [_text(answer)]}]}
-    *items, item = last["content"]
-    return {**row, "messages": [*messages, {**last, "content": [*items, {**item, "text": answer}]}]}
 
 
 def _open_turn(message: Mapping[str, Any]) -> dict[str, Any]:

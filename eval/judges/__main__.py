@@ -10,10 +10,8 @@ the same.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from prettytable import PrettyTable
 
 from eval.agreement import PAIRS, Agreement, measure_agreement
 from eval.benchmarks import BENCHMARKS, Benchmark, add_benchmarks_flag, select
@@ -21,6 +19,7 @@ from eval.bootstrap import Difference, Estimate
 from eval.judges.flags import add_endpoint_flags, make_judge
 from eval.judges.judge import Judge
 from eval.judges.usage import MeteredJudge, estimate_usage
+from eval.metrics.scores import Table
 from eval.predictions import Prediction, PredictionFiles
 from eval.texts import digits_of, flatten_settings, with_interval
 from tarsier_jax.errors import InputError
@@ -100,8 +99,8 @@ def report(agreement: Agreement) -> str:
         (
             f"\n{agreement.benchmark}: {agreement.num_samples:,} samples, {agreement.num_failed:,} of them without "
             "verdicts of both judges",
-            _table(["Verdicts on", *PAIRS, "Agreement", "Cohen's kappa"], verdicts),
-            _table(["Figure", *_NAMES, f"B - A, {agreement.difference.num_shared:,} samples"], figures),
+            str(Table("", ["Verdicts on", *PAIRS, "Agreement", "Cohen's kappa"], verdicts)),
+            str(Table("", ["Figure", *_NAMES, f"B - A, {agreement.difference.num_shared:,} samples"], list(figures))),
         )
     )
 
@@ -115,12 +114,6 @@ def _difference_texts(agreement: Agreement) -> list[str]:
     return [
         with_interval(value, each.intervals[name], digits_of(name), sign=True) for name, value in each.figures.items()
     ]
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    table = PrettyTable(list(columns))
-    table.add_rows([list(row) for row in rows])
-    return str(table)
 
 
 def write_agreement(directory: Path, judges: Sequence[Judge], results: Sequence[Agreement]) -> None:

@@ -53,9 +53,7 @@ def _score(prediction: Prediction, judge: Judge) -> SampleScore:
     details: dict[str, Any] = {"gt": reference, "pred": description}
     zeros = {"recall": 0.0, "precision": 0.0}
     try:
-        reference_events = prediction.extra_info.get("events")
-        if not isinstance(reference_events, list):
-            reference_events = extract(judge, reference)
+        reference_events = events_of_reference(judge, prediction)
         predicted_events = extract(judge, description)
         recall, reference_verdicts = entailed_share(judge, description, reference_events, reference)
         precision, predicted_verdicts = entailed_share(judge, reference, predicted_events, description)
@@ -70,6 +68,12 @@ def _score(prediction: Prediction, judge: Judge) -> SampleScore:
     }
     values = {"recall": recall, "precision": precision}
     return SampleScore(prediction, status_of(prediction), values, zeros if prediction.is_missing else values, details)
+
+
+def events_of_reference(judge: Judge, prediction: Prediction) -> list[str]:
+    """Returns the events in the annotation, if it has a list of them, or else the extracted ones. Raises JudgeError."""
+    events = prediction.extra_info.get("events")
+    return events if isinstance(events, list) else extract(judge, prediction.reference.lower())
 
 
 def extract(judge: Judge, caption: str) -> list[str]:

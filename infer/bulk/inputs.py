@@ -94,15 +94,19 @@ def with_prediction(line: Mapping[str, Any], caption: str) -> dict[str, Any]:
 
     In a row with `text`, the caption is the `prediction` beside the response.
     """
-    if is_prompt_row(line):
-        return with_prompt_answer(line, caption)
-    opened = open_answer(line)
-    messages = list(opened["messages"])
+    return with_answer(line if is_prompt_row(line) else open_answer(line), caption)
+
+
+def with_answer(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    """Returns a row of the original, in one of its two formats, with an answer as in the original's predictions."""
+    if is_prompt_row(row):
+        return with_prompt_answer(row, answer)
+    messages = list(row["messages"])
     if messages[-1].get("role") != "assistant":
         messages.append({"role": "assistant", "content": [{"type": "text", "text": ""}]})
     content = list(messages[-1]["content"]) or [{"type": "text"}]
-    messages[-1] = {**messages[-1], "content": [*content[:-1], {**content[-1], "text": caption}]}
-    return {**opened, "messages": messages}
+    messages[-1] = {**messages[-1], "content": [*content[:-1], {**content[-1], "text": answer}]}
+    return {**row, "messages": messages}
 
 
 def find_items(source: str) -> list[Item]:

@@ -4,13 +4,14 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import hidden, is_special
 
+ClipT = TypeVar("ClipT")
 _CRASHES = 2  # after which a clip is not decoded again
 
 
@@ -40,6 +41,13 @@ class Journal:
     def suspects(self) -> frozenset[str]:
         """Clips that were in progress at one crash and have not been decoded since."""
         return frozenset(name for name, crashes in self._crashes.items() if crashes < _CRASHES)
+
+    def try_suspects(self, clips: Iterable[tuple[str, ClipT]], decode: Callable[[ClipT], object]) -> None:
+        """Decodes the suspects among named clips, one at a time: the next crash shows which of them it is."""
+        for name, clip in clips:
+            if name in self.suspects:
+                with contextlib.suppress(Exception):  # reported when the clip is decoded again for its answer
+                    decode(clip)
 
     @contextlib.contextmanager
     def note(self, name: str) -> Iterator[None]:

@@ -40,7 +40,5 @@ class ItemLoader:
 
     def try_suspects(self, items: Sequence[Item]) -> None:
         """Loads the journal's suspects among the items, one at a time: the next crash shows which of them it is."""
-        for item in items:
-            if self._journal and item.input in self._journal.suspects:
-                with contextlib.suppress(Exception):  # reported when the item is loaded again for its caption
-                    self(item)
+        if self._journal:
+            self._journal.try_suspects(((item.input, item) for item in items), self)

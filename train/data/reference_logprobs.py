@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, SupportsIndex, TextIO
 
@@ -20,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.weights import is_converted
+from tarsier_jax.weights.digest import digest_files
 from tarsier_jax.weights.orbax import PARAMS
 from tarsier_jax.weights.safetensors import open_tensors
 from train.config import TrainConfig
@@ -138,16 +138,7 @@ def digest_weights(directory: Path) -> bytes:
         files = [path for path in (directory / PARAMS).glob("*/**/*") if path.is_file()]
     else:
         files = list({tensor.file for tensor in open_tensors(directory).values()})
-    total = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        for file, digest in zip(sorted(files), pool.map(_digest, sorted(files)), strict=True):
-            total.update(str(file.relative_to(directory)).encode() + digest)
-    return total.digest()
-
-
-def _digest(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").digest()
+    return digest_files(directory, files)
 
 
 def _broadcast(digest: Callable[[], bytes]) -> bytes:

@@ -15,11 +15,11 @@ from eval.benchmarks.annotations import (
     load_annotations,
     messages_of,
     videos_of,
-    with_answer,
     with_video_files,
     with_videos,
 )
 from eval.predictions import Prediction
+from infer.bulk.inputs import with_answer
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.sample import read_messages
 from tests.eval.benchmarks.rows import caption_row, question_row, text_row, write_rows
