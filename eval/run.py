@@ -21,7 +21,7 @@ import tarsier_jax
 from eval.answers import SLOTS, Engines
 from eval.benchmarks import Benchmark, add_benchmarks_flag, select
 from eval.evaluation import BenchmarkInput, evaluate
-from eval.judges import add_judge_flags, judge_of
+from eval.judges.flags import add_judge_flags, judge_of
 from eval.judges.judge import Judge
 from eval.predictions import Prediction, read_rows
 from eval.report import screen_text, write_report

@@ -13,7 +13,7 @@ from typing import Any
 
 from eval.benchmarks import Benchmark, add_benchmarks_flag, select
 from eval.benchmarks.annotations import load_annotations
-from eval.judges import add_judge_flags, judge_of
+from eval.judges.flags import add_judge_flags, judge_of
 from eval.judges.judge import Judge
 from eval.predictions import Prediction, PredictionFiles
 from eval.report import screen_text, write_report

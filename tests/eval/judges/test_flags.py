@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from eval.judges import add_judge_flags, judge_of
 from eval.judges.endpoint import EndpointJudge
-from eval.judges.flags import make_judge
+from eval.judges.flags import add_judge_flags, judge_of, make_judge
 from eval.judges.prompts import DEFAULT_PROMPTS
 from eval.judges.tasks import EventExtraction
 from eval.judges.usage import Prices
