@@ -199,8 +199,9 @@ def test_pixel_shuffle_and_qwen2() -> None:
         ({"text_config": {"attention_bias": True}}, "attention_bias is True"),
         ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act is 'gelu'"),
         ({"vision_config": {"num_attention_heads": 7}}, "the vision width 768 is not a multiple of 7 heads"),
+        ({"vision_config": {"image_size": 250}}, "image_size 250 is not a multiple of patch_size 32"),
         (
-            {"projection_head": "Pixel_Shuffle", "vision_config": {"image_size": 98}},
+            {"projection_head": "Pixel_Shuffle", "vision_config": {"image_size": 96}},
             "3 patches per side cannot be join",
         ),
         (

@@ -184,6 +184,8 @@ def _check(text: TextConfig, vision: ClipVisionConfig, config: ModelConfig, sour
     problems = head_problems(text)
     if vision.embed_dim % vision.num_heads:
         problems.append(f"the vision width {vision.embed_dim} is not a multiple of {vision.num_heads} heads")
+    if vision.image_size % vision.patch_size:
+        problems.append(f"image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}")
     if not isinstance(vision.feature_layer, int) or not -vision.depth <= vision.feature_layer <= -1:
         problems.append(f"vision_feature_layer {vision.feature_layer} is not between -{vision.depth} and -1")
     if vision.grid_size % vision.spatial_merge_size:
