@@ -6,6 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 CLIPS = ["imageio[ffmpeg]>=2.34"]  # writes clips
+FETCH = ["httpx2>=2.16"]  # media by URL, other servers
+CHAT = [*FETCH, "prompt_toolkit>=3.0.50"]
 EVAL = [
     *CLIPS,
     "openai>=1.50",  # judges
@@ -17,7 +19,9 @@ EVAL = [
 INT8 = ["qwix>=0.1.8,<0.2"]
 SENTENCEPIECE = ["sentencepiece>=0.2", "protobuf"]  # read a tokenizer.model without a tokenizer.json
 RAY = ["ray[data]>=2.53,<2.64"]  # 2.64 takes away the flag that bounds retries
+SERVE = [*FETCH, "starlette>=1.0.1", "uvicorn>=0.54", "pydantic>=2.10", "prometheus-client>=0.22"]
 TRAIN = [*CLIPS, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6", "prettytable>=3.10"]
+WEB = [*FETCH, "gradio>=6.31,<7"]
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("tarsier_jax/__init__.py").read_text(encoding="utf-8"))
 assert VERSION is not None
@@ -63,12 +67,15 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "chat": CHAT,
         "demo": [],  # the library is enough
         "eval": EVAL,
         "int8": INT8,
         "ray": RAY,
         "sentencepiece": SENTENCEPIECE,
+        "serve": SERVE,
         "train": TRAIN,
+        "web": WEB,
         # jax[tpu] brings the TPU compiler, which needs no TPU.
         "test": [
             *EVAL,
@@ -76,6 +83,9 @@ setup(
             *INT8,
             *RAY,
             *SENTENCEPIECE,
+            *CHAT,
+            *SERVE,
+            *WEB,
             "pyarrow>=15",
             "gguf>=0.10",  # reads the weights of SmolLM2, which the Makefile installs
             "accelerate>=1",
