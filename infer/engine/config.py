@@ -14,6 +14,7 @@ _BIN_SIZES = 6  # one or several frames fill a bin of one of these sizes to with
 _MAX_FRAMES_PER_BIN = 8
 _LENGTHS = (0.75, 0.9375, 1.0)  # of rows, as fractions of the longest; one large clip rarely fills a row
 _READ_LENGTHS = (0.25, 0.5, 0.75, 1.0)  # of a slot that decoding reads, as fractions of its size
+_CHUNKS = (32, 256)  # tokens: a question, or a text
 _STEPS = 8  # approximate number of calls that run the bins of a row; calls for unused bins at its end are skipped
 
 
@@ -28,6 +29,7 @@ class EngineConfig:
         buckets: Shapes of the packed rows. They differ in the size of their vision bins, which one or a few frames of
             a bucket fill.
         groups: Number of groups of slots and rows, one per data-parallel part of the mesh.
+        reuse_prefixes: Whether a prompt that begins with the content of a free slot continues there.
 
     Raises:
         InputError: the slots cannot be split into groups, or a number is below 1.
@@ -38,6 +40,7 @@ class EngineConfig:
     new_tokens: int
     buckets: tuple[RowShape, ...]
     groups: int = 1
+    reuse_prefixes: bool = False
 
     def __post_init__(self) -> None:
         if min(self.slots, self.prompt_tokens, self.new_tokens, self.groups) < 1 or self.slots % self.groups:
@@ -61,6 +64,11 @@ class EngineConfig:
         """Lengths to which packed rows are truncated, in tokens, ascending."""
         longest = self.buckets[0].tokens
         return tuple(sorted({min(_round_up(longest * share, 64), longest) for share in _LENGTHS}))
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Numbers of tokens that continue a slot in one call, ascending."""
+        return tuple(sorted({min(tokens, self.prompt_tokens) for tokens in _CHUNKS}))
 
     def step(self, bucket: int) -> int:
         """Returns the number of bins of this bucket that run at a time, a divisor of the number of its bins."""
