@@ -12,7 +12,7 @@ from infer.bulk.inputs import Item, with_prediction
 from infer.engine import Completion, Engine, Frontend, RequestError, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
-from tarsier_jax.processing.processor import ProcessorOptions
+from tarsier_jax.processing.options import ProcessorOptions
 from tarsier_jax.programs import read_sampling_flags, resolve_dtype
 from tarsier_jax.sharding import make_mesh
 

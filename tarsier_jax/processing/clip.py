@@ -29,6 +29,32 @@ FrameDecoder = Callable[[Sequence[int]], Iterator[Frame]]  # takes strictly incr
 
 
 @dataclasses.dataclass(frozen=True)
+class ClipLimits:
+    """Limits of a clip, which are checked before a frame is decoded.
+
+    Attributes:
+        max_bytes: Largest size of a file.
+        max_pixels: Largest number of pixels of a frame.
+        max_frames: Largest number of frames of a video.
+        max_animation_frames: Largest number of frames of an animation, which are all decoded when it is opened.
+        max_selected_frames: Largest number of frames that an item selects.
+        max_seconds: Largest duration in seconds.
+    """
+
+    max_bytes: int = 256 << 20
+    max_pixels: int = 50_000_000
+    max_frames: int = 250_000
+    max_animation_frames: int = 2_000
+    max_selected_frames: int = 512
+    max_seconds: float = 3_600.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise InputError(f"{name} must be above 0, not {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Clip:
     """An opened clip.
 

@@ -18,6 +18,7 @@ from tarsier_jax.processing.clip import (
     IMAGE_SUFFIXES,
     MEDIA_SUFFIXES,
     Clip,
+    ClipLimits,
     check_file,
     kind_of,
 )
@@ -53,7 +54,7 @@ def find_inputs(path: str | Path, other_endings: collections.Counter[str] | None
     return [path]
 
 
-def open_clip(source: str | Path | Sequence[Any] | np.ndarray) -> Clip:
+def open_clip(source: str | Path | Sequence[Any] | np.ndarray, limits: ClipLimits | None = None) -> Clip:
     """Opens a video, a GIF, an image, a directory of frames, or a list of frames (files, PIL images, uint8 arrays).
 
     Raises:
