@@ -13,6 +13,7 @@ _SHORTEST_ROW = 1024  # tokens; several small prompts fill a row better than one
 _BIN_SIZES = 6  # one or several frames fill a bin of one of these sizes to within an eighth
 _MAX_FRAMES_PER_BIN = 8
 _LENGTHS = (0.75, 0.9375, 1.0)  # of rows, as fractions of the longest; one large clip rarely fills a row
+_SHORT_LENGTHS = (0.25, 0.5, 0.75, 1.0)  # the same for conversations, whose prompts are often alone in their rows
 _READ_LENGTHS = (0.25, 0.5, 0.75, 1.0)  # of a slot that decoding reads, as fractions of its size
 _CHUNKS = (32, 256)  # tokens: a question, or a text
 _STEPS = 8  # approximate number of calls that run the bins of a row; calls for unused bins at its end are skipped
@@ -63,7 +64,8 @@ class EngineConfig:
     def lengths(self) -> tuple[int, ...]:
         """Lengths to which packed rows are truncated, in tokens, ascending."""
         longest = self.buckets[0].tokens
-        return tuple(sorted({min(_round_up(longest * share, 64), longest) for share in _LENGTHS}))
+        shares = _SHORT_LENGTHS if self.reuse_prefixes else _LENGTHS
+        return tuple(sorted({min(_round_up(longest * share, 64), longest) for share in shares}))
 
     @property
     def chunks(self) -> tuple[int, ...]:

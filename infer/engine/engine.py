@@ -226,12 +226,12 @@ class Engine:
     def _decode(self, next_batch: tuple[PrefillBatch, Any] | None, source_ended: bool) -> tuple[jax.Array, jax.Array]:
         """Decodes until enough slots are free for the next batch. Returns which slots are done, and all tokens."""
         missing = sum(max(0, need - len(free)) for need, free in self._needs(next_batch[0])) if next_batch else 1
-        requests = [running.request for running in self._running.values()]
         steps = self.config.new_tokens if next_batch or source_ended else _STEPS
-        if any(request.options.stop for request in requests):
+        if any(running.request.options.stop for running in self._running.values()):
             steps = min(steps, _STEPS)
-        if any(request.on_tokens for request in requests):
-            steps = _STREAM_EVERY
+        streamed = [running for running in self._running.values() if running.request.on_tokens]
+        if streamed:  # the first token at once
+            steps = _STREAM_EVERY if all(running.num_streamed for running in streamed) else 1
         cancelled = np.zeros(self.config.slots, bool)
         for (group, slot), running in self._running.items():
             cancelled[self._index(group, slot)] = running.is_stopped or running.request.cancelled.is_set()
