@@ -11,6 +11,28 @@ class InputError(TarsierError):
     """A video, image, prompt or sample that cannot be used as it is."""
 
 
+class MediaError(InputError):
+    """An image or video that cannot be used.
+
+    Attributes:
+        reason: A short label, such as for a counter of errors: too_large, too_many_pixels, too_many_frames, too_long,
+            not_found, forbidden, unsupported, undecodable, timeout, crashed or fetch_failed.
+        detail: The part of the message that a library wrote, or "".
+    """
+
+    def __init__(self, message: str, reason: str, detail: str = ""):
+        super().__init__(message, reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+    @property
+    def public_message(self) -> str:
+        """The message without `detail`, which may contain addresses of memory."""
+        return self.args[0].replace(self.detail, "", 1) if self.detail else self.args[0]
+
+
 class CheckpointError(TarsierError):
     """A checkpoint directory that cannot be read, or lacks tensors of its configuration."""
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import check_local
 from tarsier_jax.models.attention import IMPLEMENTATIONS
-from tarsier_jax.processing.processor import ProcessorOptions
+from tarsier_jax.processing.options import ProcessorOptions
 from train.checks import check, check_at_least, check_choice, check_dtype
 from train.data.packing import DataConfig
 from train.optimizer import OptimizerConfig, make_schedule

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -12,7 +12,7 @@ from infer.bulk.inputs import Item, with_prediction
 from infer.engine import Completion, Engine, Frontend, RequestError, fit_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
-from tarsier_jax.processing.processor import ProcessorOptions
+from tarsier_jax.processing.options import ProcessorOptions
 from tarsier_jax.programs import read_sampling_flags, resolve_dtype
 from tarsier_jax.sharding import make_mesh
 
@@ -63,24 +63,57 @@ class CaptionConfig:
         mesh_sizes(self.mesh)
 
     def start(self) -> Engine:
-        """Loads the model over this process's devices and compiles the engine.
-
-        Raises:
-            CheckpointError, InputError: the model cannot be loaded, or does not fit the devices.
-        """
-        mesh = local_mesh(self.mesh)
-        model, processor = tarsier_jax.load(self.model, resolve_dtype(self.dtype), mesh, self.int8)
-        if self.n_frames is not None:
-            processor = processor.replace(n_frames=self.n_frames)
-        groups = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        config = fit_config(processor, self.slots, self.sampling.max_new_tokens, groups, self.prompt_tokens)
-        return Engine(model, processor, config)
+        """Loads the model over this process's devices and compiles the engine; see `start_engine`."""
+        return start_engine(
+            self.model,
+            dtype=self.dtype,
+            int8=self.int8,
+            mesh=self.mesh,
+            slots=self.slots,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.sampling.max_new_tokens,
+            options={} if self.n_frames is None else {"n_frames": self.n_frames},
+        )
 
     def lines(self, frontend: Frontend, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
         """Yields the output line of each item in the order in which captions end: its caption, or its error."""
         by_number = {item.number: item for item in items}
         for number, result in frontend.answer_all(by_number.items(), self.sampling):
             yield _line(by_number[number], result, self.prompt)
+
+
+def start_engine(
+    model: str,
+    *,
+    dtype: str,
+    int8: bool,
+    mesh: str,
+    slots: int,
+    prompt_tokens: int | None,
+    new_tokens: int,
+    options: Mapping[str, Any],
+) -> Engine:
+    """Loads a model over this process's devices and compiles its engine.
+
+    Args:
+        model: Checkpoint directory or hub id.
+        dtype: "auto", "float32" or "bfloat16".
+        int8: Store the decoder's weights in int8.
+        mesh: Sizes of mesh axes, such as "data=2,tensor=4".
+        slots: Number of answers in progress at once, over all devices.
+        prompt_tokens: Limit of a prompt, in tokens; None derives it from the processor's options.
+        new_tokens: Limit of an answer, in tokens.
+        options: Options of the processor, such as n_frames.
+
+    Raises:
+        CheckpointError, InputError: the model cannot be loaded, or does not fit the devices.
+    """
+    devices = local_mesh(mesh)
+    parameters, processor = tarsier_jax.load(model, resolve_dtype(dtype), devices, int8)
+    processor = processor.replace(**options)
+    groups = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
+    config = fit_config(processor, slots, new_tokens, groups, prompt_tokens)
+    return Engine(parameters, processor, config)
 
 
 def mesh_sizes(flag: str) -> dict[str, int]:

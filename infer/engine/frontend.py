@@ -32,12 +32,20 @@ class Submission:
         future: Resolves to the result. `asyncio.wrap_future(submission.future)` awaits it.
     """
 
-    def __init__(self, sample: Any, options: SamplingOptions, decode: Callable[[list[int]], str], stream: bool):
+    def __init__(
+        self,
+        sample: Any,
+        options: SamplingOptions,
+        decode: Callable[[list[int]], str],
+        stream: bool,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ):
         self.future: Future[_Result] = Future()
         self.future.set_running_or_notify_cancel()  # a cancelled future could not take the engine's result
         self._sample, self._options, self._decode = sample, options, decode
         self._cancelled = threading.Event()
         self._tokens: queue.SimpleQueue[list[int] | None] | None = queue.SimpleQueue() if stream else None
+        self._on_tokens = self._tokens.put if self._tokens else on_tokens
 
     def result(self, timeout: float | None = None) -> _Result:
         """Waits for the result.
@@ -58,29 +66,45 @@ class Submission:
         if self._tokens is None:
             raise ValueError("submit(..., stream=True) is needed to stream an answer.")
         self.future.add_done_callback(lambda _: self._tokens.put(None) if self._tokens else None)
-        tokens: list[int] = []
-        num_sent = 0
+        deltas = TextDeltas(self._decode, self._options)
         while (new_tokens := self._tokens.get()) is not None:
-            tokens += new_tokens
-            text = stable_text(self._decode(tokens), self._options)
-            if len(text) > num_sent:
-                yield text[num_sent:]
-                num_sent = len(text)
+            if text := deltas.add(new_tokens):
+                yield text
         result = self.result()
         if isinstance(result, RequestError):
             raise InputError(result.reason)
-        if len(result.text) > num_sent:
-            yield result.text[num_sent:]
+        if text := deltas.end(result.text):
+            yield text
 
     def cancel(self) -> None:
         """Ends the answer early. Its result contains the tokens generated until then."""
         self._cancelled.set()
 
 
+class TextDeltas:
+    """The text of an answer in pieces, from its tokens. Together the pieces are the text of the result."""
+
+    def __init__(self, decode: Callable[[list[int]], str], options: SamplingOptions):
+        self._decode, self._options = decode, options
+        self._tokens: list[int] = []
+        self._num_sent = 0
+
+    def add(self, tokens: list[int]) -> str:
+        """Returns the new text after further tokens, which may be empty; see `stable_text`."""
+        self._tokens += tokens
+        return self.end(stable_text(self._decode(self._tokens), self._options))
+
+    def end(self, text: str) -> str:
+        """Returns the rest of the whole text."""
+        rest = text[self._num_sent :]
+        self._num_sent += len(rest)
+        return rest
+
+
 class Frontend:
     """Answers samples from any number of threads with one engine. `close` it, or use it in a `with` statement.
 
-    At most three samples per slot are in progress, which bounds the memory that prepared frames take; then `submit`
+    The number of samples in progress is limited, which bounds the memory that prepared frames take; then `submit`
     blocks.
 
     Args:
@@ -88,12 +112,24 @@ class Frontend:
         workers: Number of threads that prepare samples; 0 prepares them in the thread that submits.
         prepare: Returns the example of a sample; `engine.processor` by default. An exception that it raises becomes
             the RequestError of this sample.
+        waiting: Largest number of samples that are prepared or wait for a slot; twice the slots by default.
+
+    Attributes:
+        capacity: Largest number of samples in progress: those in slots and the waiting ones.
     """
 
-    def __init__(self, engine: Engine, workers: int = 2, prepare: Callable[[Any], Example] | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        workers: int = 2,
+        prepare: Callable[[Any], Example] | None = None,
+        waiting: int | None = None,
+    ):
         self.engine = engine
         self._prepare = prepare or engine.processor
-        self._capacity = threading.Semaphore((1 + _WAITING) * engine.config.slots)
+        slots = engine.config.slots
+        self.capacity = slots + (_WAITING * slots if waiting is None else waiting)
+        self._capacity = threading.Semaphore(self.capacity)
         self._mutex = threading.Lock()
         self._numbers = itertools.count()
         self._pending: dict[int, Submission] = {}
@@ -105,8 +141,19 @@ class Frontend:
         for thread in (*self._workers, self._runner):
             thread.start()
 
+    @property
+    def num_pending(self) -> int:
+        """Number of samples in progress."""
+        return len(self._pending)
+
     def submit(
-        self, sample: Any, options: SamplingOptions | None = None, *, stream: bool = False, block: bool = True
+        self,
+        sample: Any,
+        options: SamplingOptions | None = None,
+        *,
+        stream: bool = False,
+        block: bool = True,
+        on_tokens: Callable[[list[int]], None] | None = None,
     ) -> Submission:
         """Submits one sample.
 
@@ -115,6 +162,8 @@ class Frontend:
             options: How the answer is generated.
             stream: Whether `Submission.stream` will be called.
             block: Wait while too many samples are in progress.
+            on_tokens: Called with new tokens while they are generated, in the thread that runs the engine; not with
+                `stream`.
 
         Raises:
             queue.Full: too many samples are in progress, and `block` is false.
@@ -122,7 +171,8 @@ class Frontend:
         """
         if not self._capacity.acquire(blocking=block):
             raise queue.Full("Too many requests are in progress.")
-        submission = Submission(sample, options or SamplingOptions(), self.engine.processor.decode, stream)
+        decode = self.engine.processor.decode
+        submission = Submission(sample, options or SamplingOptions(), decode, stream, on_tokens)
         with self._mutex:
             number = next(self._numbers)
             if self._error is None:
@@ -215,8 +265,7 @@ class Frontend:
             example = self._prepare(submission._sample)
         except Exception as error:  # one bad sample must not end the others
             return RequestError(number, reason_of(error))
-        on_tokens = submission._tokens.put if submission._tokens else None
-        return Request(number, example, submission._options, on_tokens, submission._cancelled)
+        return Request(number, example, submission._options, submission._on_tokens, submission._cancelled)
 
     def _run(self) -> None:
         error: BaseException | None = None

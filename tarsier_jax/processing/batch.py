@@ -10,20 +10,8 @@ from jaxtyping import Float, Int
 
 from tarsier_jax.config import ModelConfig, VisionConfig
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.frame_sampling import FrameSelection
 from tarsier_jax.typing import HostOrDeviceArray
-
-
-@dataclasses.dataclass(frozen=True)
-class FrameSelection:
-    """The frames of an image or video in an example.
-
-    Attributes:
-        indices: Indices of the frames in the clip.
-        times: Times of the frames in seconds from the first frame of the clip; None for frames without times.
-    """
-
-    indices: tuple[int, ...]
-    times: tuple[float, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)

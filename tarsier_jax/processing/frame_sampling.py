@@ -33,6 +33,25 @@ class SamplingRules:
     floor_times: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class FrameSelection:
+    """The frames of an image or video in an example. Two selections of the same frames are equal.
+
+    Attributes:
+        indices: Indices of the frames in the clip.
+        times: Times of the frames in seconds from the first frame of the clip; None for frames without times.
+        frame_size: Height and width in pixels of the frames that the model receives.
+        fetch_seconds: Seconds to fetch the content from a URL.
+        decode_seconds: Seconds to open, decode, resize and patchify it.
+    """
+
+    indices: tuple[int, ...]
+    times: tuple[float, ...] | None
+    frame_size: tuple[int, int]
+    fetch_seconds: float = dataclasses.field(default=0.0, compare=False)
+    decode_seconds: float = dataclasses.field(default=0.0, compare=False)
+
+
 def sample_uniform(length: int, n: int, repeat: bool = False) -> list[int]:
     """Sampler v1: n of `length` frames, evenly spaced, including the first and the last.
 

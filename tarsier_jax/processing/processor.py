@@ -12,58 +12,19 @@ from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.processing.batch import Batch, Buckets, Example, make_batch
 from tarsier_jax.processing.chat import CHATML, VICUNA, encode_messages, load_chat_template, load_tokenizer
 from tarsier_jax.processing.formats import normalize_sample
-from tarsier_jax.processing.frame_sampling import SAMPLERS, SamplingRules
+from tarsier_jax.processing.frame_sampling import SamplingRules
 from tarsier_jax.processing.image import Qwen2ImageProcessor, load_image_processor, read_json
 from tarsier_jax.processing.image_files import is_animation
+from tarsier_jax.processing.options import ProcessorOptions
 from tarsier_jax.processing.positions import insert_separators, rope_positions
 from tarsier_jax.processing.prompt_rows import is_prompt_row, messages_of_prompt
-from tarsier_jax.processing.sample import Visual, is_number, open_visuals, read_messages
+from tarsier_jax.processing.sample import read_messages
 from tarsier_jax.processing.square_image import ClipImageProcessor
 from tarsier_jax.processing.video import kind_of
+from tarsier_jax.processing.visuals import VisualInputs, VisualStage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_UNSUPPORTED_STEPS = ("do_crop", "do_padding", "do_resize")
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessorOptions:
-    """Options of the user. The defaults are those of Tarsier2's default configuration.
-
-    Attributes:
-        n_frames: Frames per sample, shared by its videos.
-        max_n_frames: Largest number of frames per sample if `fps` selects more than n_frames.
-        max_pixels: Largest number of pixels of a frame or image, before rounding to whole patches.
-        min_pixels: Smallest number of pixels of a frame or image, before rounding to whole patches.
-        max_pixels_per_sample: Largest number of pixels of all frames together. A doubled frame counts twice.
-        max_seq_len: Largest number of tokens per sample, including visual tokens.
-        video_sampler: "v1" samples evenly with both ends, "v2" samples the middle of equal segments.
-        force_frames_n_divisible: Divisor of the number of frames per video; black frames are added.
-        double_frames: Whether every frame fills its own temporal patch, unless the checkpoint pairs frames
-            (`Qwen2ImageProcessor`).
-    """
-
-    n_frames: int = 16
-    max_n_frames: int = 256
-    max_pixels: int = 460_800
-    min_pixels: int = 0
-    max_pixels_per_sample: int = 128 * 384 * 384
-    max_seq_len: int = 16_384
-    video_sampler: str = "v1"
-    force_frames_n_divisible: int = 1
-    double_frames: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("n_frames", "max_pixels", "max_pixels_per_sample", "max_seq_len", "force_frames_n_divisible"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.n_frames > self.max_n_frames:
-            raise InputError(f"n_frames {self.n_frames} is above max_n_frames {self.max_n_frames}. Raise max_n_frames.")
-        if not 0 <= self.min_pixels <= self.max_pixels:
-            raise InputError(f"min_pixels {self.min_pixels} must be between 0 and max_pixels {self.max_pixels}.")
-        if self.video_sampler not in SAMPLERS:
-            raise InputError(f"video_sampler is {self.video_sampler!r}, but must be one of {', '.join(SAMPLERS)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,35 +78,49 @@ class Processor:
         Raises:
             InputError: the sample or one of its files cannot be used, or the sample is too long.
         """
+        messages, limits = self.read(sample)
+        if training and rng is None:
+            rng = np.random.default_rng()
+        return self.encode(messages, self.visual_stage(messages, limits, rng if training else None), training)
+
+    def read(self, sample: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Any]:
+        """Returns the checked messages of a sample and its image_processing_config. `sample` does not change.
+
+        Raises:
+            InputError: a message or item is malformed.
+        """
         if is_prompt_row(sample):
             sample = {"messages": messages_of_prompt(sample, self.keeps_complete_prompts)}
         sample = normalize_sample(sample)
-        messages, options = read_messages(sample), self.options
-        if training and rng is None:
-            rng = np.random.default_rng()
-        visuals = open_visuals(
-            messages,
-            options.n_frames,
-            options.max_n_frames,
-            options.video_sampler,
-            options.force_frames_n_divisible,
-            rng if training else None,
-            self.sampling,
-        )
-        pixel_values, grid_thw = self._patches(visuals, self._pixel_limits(sample, visuals))
-        counts = iter(self.config.vision.num_tokens(grid_thw.prod(axis=1)))
-        for item in (item for m in messages for item in m["content"] if item["type"] != "text"):
-            item["num_vision_tokens"] = int(next(counts))
+        return read_messages(sample), sample.get("image_processing_config")
+
+    @property
+    def visual_stage(self) -> VisualStage:
+        """The part of the processor that decodes and patchifies images and videos. It can run in another process."""
+        return VisualStage(self.image, self.config.vision, self.options, self.sampling)
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], visuals: VisualInputs, training: bool = False) -> Example:
+        """Tokenizes messages, the output of `read`, around their images and videos, the output of `visual_stage`.
+
+        Raises:
+            InputError: the chat template rejects the messages, or the sample is too long.
+        """
+        messages = _with_token_counts(messages, self.config.vision.num_tokens(visuals.grid_thw.prod(axis=1)))
         input_ids, labels = encode_messages(
             self.tokenizer, self.chat_template, messages, self._placeholder_ids, training
         )
-        input_ids, labels = insert_separators(input_ids, labels, grid_thw, self.config)
+        input_ids, labels = insert_separators(input_ids, labels, visuals.grid_thw, self.config)
         n = self._truncated_length(input_ids, training)
-        position_ids = rope_positions(input_ids[:n], grid_thw, self.config)
-        frames = sum(visual.count for visual in visuals)
-        cut = len(input_ids) - n
-        selections = tuple(visual.selection for visual in visuals)
-        return Example(input_ids[:n], labels[:n], pixel_values, grid_thw, position_ids, cut, frames, selections)
+        return Example(
+            input_ids[:n],
+            labels[:n],
+            visuals.pixel_values,
+            visuals.grid_thw,
+            rope_positions(input_ids[:n], visuals.grid_thw, self.config),
+            num_truncated=len(input_ids) - n,
+            frames=visuals.frames,
+            selections=visuals.selections,
+        )
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Pads examples to buckets; see `make_batch`."""
@@ -158,7 +133,7 @@ class Processor:
     @property
     def double_frames(self) -> bool:
         """Whether every frame of a video fills its own temporal patch."""
-        return self.options.double_frames and self.image.double_frames
+        return self.visual_stage.double_frames
 
     @property
     def keeps_complete_prompts(self) -> bool:
@@ -185,31 +160,6 @@ class Processor:
         separators = self.config.image_newline_id, self.config.image_new_id
         return [*self._placeholder_ids, *(id_ for id_ in separators if id_ is not None)]
 
-    def _pixel_limits(self, sample: Mapping[str, Any], visuals: Sequence[Visual]) -> tuple[int, int]:
-        """Returns min_pixels and max_pixels per frame, from the sample or the options, within the sample's budget."""
-        own = sample.get("image_processing_config")
-        own = _check_pixel_limits({} if own is None else own)
-        low, high = own.get("min_pixels", self.options.min_pixels), own.get("max_pixels", self.options.max_pixels)
-        if not 0 <= low <= high:
-            raise InputError(f"image_processing_config: min_pixels {low} is not between 0 and max_pixels {high}.")
-        T = self.config.vision.temporal_patch_size
-        times = {"image": T, "video": T if self.double_frames else 1}
-        num_frames = sum(visual.count * times[visual.kind] for visual in visuals)
-        high = min(int(high), self.options.max_pixels_per_sample // max(num_frames, 1))
-        return min(int(low), high), high
-
-    def _patches(self, visuals: Sequence[Visual], limits: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns pixel_values and grid_thw of all visuals."""
-        if not visuals:
-            return np.zeros((0, self.config.vision.patch_dim), np.float32), np.zeros((0, 3), np.int32)
-        parts, grids = [], []
-        for visual in visuals:
-            double = self.double_frames or visual.kind == "image"
-            patches, grid = self.image.patch(visual.frames(), visual.count, limits, double, visual.clip.name)
-            parts.append(patches)
-            grids.append(grid)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts), np.stack(grids)
-
     def _truncated_length(self, input_ids: np.ndarray, training: bool) -> int:
         """Returns the number of tokens of a prompt after truncation to max_seq_len."""
         limit, visual = self.options.max_seq_len, np.isin(input_ids, self._visual_ids)
@@ -223,24 +173,14 @@ class Processor:
         )
 
 
-def _check_pixel_limits(config: Any) -> dict[str, Any]:
-    """Returns the limits in an image_processing_config.
+def _with_token_counts(messages: Sequence[Mapping[str, Any]], counts: np.ndarray) -> list[dict[str, Any]]:
+    """Returns the messages with the number of tokens of each image and video as its num_vision_tokens."""
+    numbers = iter(counts.tolist())
 
-    Raises:
-        InputError: a value is invalid, or a step is not supported.
-    """
-    if not isinstance(config, Mapping):
-        raise InputError(f'image_processing_config must be like {{"max_pixels": 100000}}, not {config!r:.200}.')
-    unsupported = [key for key in _UNSUPPORTED_STEPS if config.get(key)]
-    if unsupported:
-        raise InputError(f"image_processing_config: {', '.join(unsupported)} is not supported. Remove it.")
-    limits = {key: config[key] for key in ("min_pixels", "max_pixels") if config.get(key) is not None}
-    for key, limit in limits.items():
-        if not is_number(limit):
-            raise InputError(f"image_processing_config: {key} must be a number, not {limit!r:.200}.")
-    if limits.get("max_pixels", 1) < 1:
-        raise InputError(f"image_processing_config: max_pixels must be at least 1, not {limits['max_pixels']}.")
-    return limits
+    def counted(item: Mapping[str, Any]) -> Mapping[str, Any]:
+        return item if item["type"] == "text" else {**item, "num_vision_tokens": next(numbers)}
+
+    return [{**message, "content": [counted(item) for item in message["content"]]} for message in messages]
 
 
 def media_sample(path: str | Path, prompt: str | None = None) -> dict[str, Any]:

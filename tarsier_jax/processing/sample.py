@@ -7,6 +7,7 @@
 import dataclasses
 import difflib
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tarsier_jax.errors import InputError
-from tarsier_jax.processing.batch import FrameSelection
+from tarsier_jax.errors import InputError, MediaError
+from tarsier_jax.processing.clip import ClipLimits, MediaFile
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.frame_sampling import SamplingRules, allocate_frames, select_frames
 from tarsier_jax.processing.perturb import PERTURBATIONS, perturb
@@ -56,6 +57,7 @@ class Visual:
         indices: Frame indices.
         mask_boxes: Boxes for `mask_frames`.
         blanks: Number of black frames to append.
+        open_seconds: Seconds to open the file.
     """
 
     kind: str
@@ -63,15 +65,16 @@ class Visual:
     indices: list[int]
     mask_boxes: Sequence[Any] | None = None
     blanks: int = 0
+    open_seconds: float = 0.0
 
     @property
     def count(self) -> int:
         return len(self.indices) + self.blanks
 
     @property
-    def selection(self) -> FrameSelection:
-        times = None if self.clip.times is None else tuple(self.clip.times[self.indices].tolist())
-        return FrameSelection(tuple(self.indices), times)
+    def times(self) -> tuple[float, ...] | None:
+        """Times of the frames in seconds, or None for frames without times."""
+        return None if self.clip.times is None else tuple(self.clip.times[self.indices].tolist())
 
     def frames(self) -> Iterator[Image.Image]:
         """Decodes the frames one by one.
@@ -111,6 +114,7 @@ def open_visuals(
     divisor: int,
     rng: np.random.Generator | None,
     rules: SamplingRules = SamplingRules(),
+    limits: ClipLimits | None = None,
 ) -> list[Visual]:
     """Opens every image and video of checked messages, in order, and selects the frames.
 
@@ -118,25 +122,19 @@ def open_visuals(
     numbers, and the kind if that is omitted, depend on the seed (default 0) and not on `rng`.
 
     Raises:
-        InputError: a file cannot be opened, or lacks selected frames.
+        InputError: a file cannot be opened, exceeds `limits`, or lacks selected frames.
     """
     items = [item for m in messages for item in m["content"] if item["type"] != "text"]
     videos = [item["video"] for item in items if item["type"] == "video"]
     counts = iter(allocate_frames(videos, len(items) - len(videos), n_frames, max_n_frames, divisor))
     visuals = []
     for item in items:
+        start = time.perf_counter()
         if item["type"] == "image":
-            visuals.append(_open_image(item["image"]))
-            continue
-        video = item["video"]
-        clip = open_clip(_source(video))
-        own = dataclasses.replace(rules, repeat_frames=rules.repeat_frames and clip.is_video)
-        n = next(counts)
-        indices = select_frames(video, clip.length, clip.rate, n, sampler, rng, clip.name, clip.times, own)
-        if (perturbation := video.get("disturb")) is not None:
-            seed = perturbation.get("seed") or 0
-            indices = perturb(indices, perturbation.get("kind"), np.random.default_rng(seed), clip.name)
-        visuals.append(Visual("video", clip, indices, video.get("mask_boxes"), -len(indices) % divisor))
+            visual = _open_image(item["image"], limits)
+        else:
+            visual = _open_video(item["video"], next(counts), sampler, divisor, rng, rules, limits)
+        visuals.append(dataclasses.replace(visual, open_seconds=time.perf_counter() - start))
     return visuals
 
 
@@ -277,20 +275,47 @@ def _source(item: Mapping[str, Any]) -> Any:
     return next(item[key] for key in _SOURCES if item.get(key) is not None)
 
 
-def _open_image(item: Mapping[str, Any]) -> Visual:
+def _open_video(
+    video: Mapping[str, Any],
+    n: int,
+    sampler: str,
+    divisor: int,
+    rng: np.random.Generator | None,
+    rules: SamplingRules,
+    limits: ClipLimits | None,
+) -> Visual:
+    clip = open_clip(_source(video), limits)
+    own = dataclasses.replace(rules, repeat_frames=rules.repeat_frames and clip.is_video)
+    indices = select_frames(video, clip.length, clip.rate, n, sampler, rng, clip.name, clip.times, own)
+    if (perturbation := video.get("disturb")) is not None:
+        seed = perturbation.get("seed") or 0
+        indices = perturb(indices, perturbation.get("kind"), np.random.default_rng(seed), clip.name)
+    if limits is not None and len(indices) > limits.max_selected_frames:
+        raise MediaError(
+            f"{clip.name}: {len(indices)} frames are selected, but {limits.max_selected_frames} are allowed. Select "
+            "fewer.",
+            "too_many_frames",
+        )
+    return Visual("video", clip, indices, video.get("mask_boxes"), -len(indices) % divisor)
+
+
+def _open_image(item: Mapping[str, Any], limits: ClipLimits | None) -> Visual:
     source, index = _source(item), item.get("frame_indices", 0)
     if isinstance(index, bool) or not isinstance(index, int):
         raise InputError(f"An image has one frame: frame_indices must be one number, not {_short(index)}.")
     if item.get("video_file") is not None:
         if "frame_indices" not in item:
             raise InputError(f"An image from {source} needs frame_indices, the number of its frame.")
-        clip = open_clip(source)
+        clip = open_clip(source, limits)
         return Visual("image", clip, [min(index, clip.length - 1) if index == clip.length else index])
     sources = source if isinstance(source, list | tuple) else [source]
     if len(sources) != 1:
         raise InputError(f"An image is one file or frame, not {len(sources)}. Use a video item for a sequence.")
-    name = str(sources[0]) if isinstance(sources[0], str | Path) else "an image in memory"
-    return Visual("image", dataclasses.replace(open_clip(sources), name=name), [0])
+    if isinstance(sources[0], MediaFile):
+        name = sources[0].name
+    else:
+        name = str(sources[0]) if isinstance(sources[0], str | Path) else "an image in memory"
+    return Visual("image", dataclasses.replace(open_clip(sources, limits), name=name), [0])
 
 
 def _short(value: Any) -> str:

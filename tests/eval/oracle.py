@@ -16,7 +16,7 @@ from eval.benchmarks.annotations import videos_of
 from eval.benchmarks.shapes import SHAPES, SHAPES_QA, description_samples, question_samples
 from eval.predictions import AnnotatedSample, Prediction
 from infer.engine import Completion, Engine, Request, RequestError
-from tarsier_jax.processing.batch import FrameSelection
+from tarsier_jax.processing.frame_sampling import FrameSelection
 
 FIRST_SEED = 5
 INDICES = (0, 3, 6, 9)  # of the frames of every video
@@ -38,7 +38,7 @@ class SampleProcessor:
     def __call__(self, sample: Mapping[str, Any]) -> Any:
         self.samples.append(sample)
         num_videos = len(videos_of(sample["messages"]))
-        selections = (FrameSelection(INDICES, tuple(i / 2 for i in INDICES)),) * num_videos
+        selections = (FrameSelection(INDICES, tuple(i / 2 for i in INDICES), (28, 28)),) * num_videos
         return SimpleNamespace(selections=selections, grid_thw=np.array([[len(INDICES), 2, 3]] * num_videos))
 
     def decode(self, tokens: list[int]) -> str:

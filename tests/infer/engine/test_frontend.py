@@ -12,7 +12,7 @@ import pytest
 
 import tarsier_jax
 from infer.engine import Completion, Engine, EngineError, Frontend, RequestError, fit_config
-from infer.engine.frontend import stable_text
+from infer.engine.frontend import TextDeltas, stable_text
 from tarsier_jax.api import answer
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
@@ -102,6 +102,16 @@ def test_text_is_streamed(engine: Engine, frontend: Frontend) -> None:
         next(frontend.submit(QUESTIONS[0], OPTIONS).stream())
 
 
+def test_tokens_are_passed_on(engine: Engine, frontend: Frontend) -> None:
+    """To a function of the caller. The deltas of their text are the text."""
+    pieces: list[str] = []
+    deltas = TextDeltas(engine.processor.decode, OPTIONS)
+    submission = frontend.submit(QUESTIONS[0], OPTIONS, on_tokens=lambda tokens: pieces.append(deltas.add(tokens)))
+    result = submission.result(60)
+    assert isinstance(result, Completion)
+    assert "".join(pieces) + deltas.end(result.text) == result.text and len(pieces) > 1
+
+
 def test_a_stop_string_is_never_streamed(engine: Engine, frontend: Frontend) -> None:
     (text, tokens), *_ = expected_answers(engine)
     stop = engine.processor.decode(tokens[8:11])
@@ -149,6 +159,18 @@ def test_errors_are_values(engine: Engine, frontend: Frontend) -> None:
     too_long = frontend.submit(QUESTIONS[0], SamplingOptions(25), stream=True)
     with pytest.raises(InputError, match="the answer may have 25"):
         list(too_long.stream())
+
+
+def test_the_number_of_waiting_samples() -> None:
+    engine: Any = StuckEngine()
+    with Frontend(engine, 1, prepare, waiting=1) as frontend:
+        submissions = [frontend.submit("a", block=False) for _ in range(2)]
+        with pytest.raises(queue.Full):
+            frontend.submit("a", block=False)
+        assert frontend.num_pending == frontend.capacity == 2
+        engine.resume.set()
+        assert all(isinstance(submission.result(60), Completion) for submission in submissions)
+        assert frontend.num_pending == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

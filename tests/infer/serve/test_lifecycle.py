@@ -1,0 +1,121 @@
+"""The process: flags, signals, and the failure of the engine."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from infer.serve import __main__ as program
+from tarsier_jax.programs import run
+from tarsier_jax.weights import EMBEDDED
+
+QUESTION = {"messages": [{"role": "user", "content": "What happens?"}], "max_tokens": 40}
+ROOT = Path(__file__).parents[3]
+
+
+def serve_main(*flags: str) -> int:
+    args = program.parse(list(flags))
+    return run(lambda: program.main(args), args.traceback)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--host", "0.0.0.0", "--port", "0"), "needs a key"),
+        (("--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid"),
+        (("--port", "70000"), "cannot listen"),
+        (("--media_root", "/no/such/directory"), "/no/such/directory is not a directory"),
+        (("--slots", "0"), "--slots is 0"),
+        (("--timeout", "0"), "--timeout is 0"),
+        (("--n_frames", "0"), "n_frames"),
+        (("--mesh", "rows=2"), "--mesh rows=2"),
+    ],
+)
+def test_wrong_flags(flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve_main(*flags) == 1
+    err = capsys.readouterr().err
+    assert message in err and "loading" not in err
+
+
+def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a file or the environment; short ones are refused, without printing them."""
+    file = tmp_path / "key"
+    file.write_text("a-key-of-some-length\n")
+    assert program.read_key(argparse.Namespace(api_key_file=file)) == "a-key-of-some-length"
+    assert program.read_key(argparse.Namespace(api_key_file=None)) is None
+    monkeypatch.setenv("TARSIER_API_KEY", "short-secret")
+    assert serve_main() == 1
+    err = capsys.readouterr().err
+    assert "TARSIER_API_KEY" in err and "short-secret" not in err
+
+
+def start(*args: str) -> tuple[subprocess.Popen[str], str]:
+    """Starts the server of `stub.py`; returns its process and URL."""
+    command = [sys.executable, "-m", "tests.infer.serve.stub", *args]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, f"http://127.0.0.1:{process.stdout.readline().strip()}"
+
+
+def post(url: str) -> httpx2.Response:
+    return httpx2.post(f"{url}/v1/chat/completions", json=QUESTION, timeout=60)
+
+
+def test_a_signal_drains_and_a_second_one_ends() -> None:
+    process, url = start("0.05")
+    responses: list[Any] = []
+    thread = threading.Thread(target=lambda: responses.append(post(url)))
+    thread.start()
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    with pytest.raises(httpx2.TransportError):  # no new connections
+        httpx2.get(f"{url}/health", timeout=5)
+    thread.join(30)
+    assert responses[0].status_code == 200 and process.wait(30) == 0
+    process, url = start("1")
+    thread = threading.Thread(target=lambda: pytest.raises(httpx2.TransportError, post, url))
+    thread.start()
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 130
+    thread.join(30)
+
+
+def test_a_failure_of_the_engine_ends_the_process() -> None:
+    process, url = start("0", "broken")
+    assert post(url).status_code == 503
+    assert process.wait(30) == 1
+    assert process.stderr is not None
+    assert "error: The engine failed: RuntimeError: RESOURCE_EXHAUSTED" in process.stderr.read().splitlines()
+
+
+@pytest.mark.slow
+def test_the_program(tmp_path: Path) -> None:
+    """From its start to an answer and its end, with a key."""
+    key = tmp_path / "key"
+    key.write_text("a-key-of-some-length")
+    command = [sys.executable, "-m", "infer.serve", "--port", "0", "--slots", "2", "--max_new_tokens", "40"]
+    process = subprocess.Popen(
+        [*command, "--api_key_file", str(key)], cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    assert process.stderr is not None
+    line = next(line for line in process.stderr if line.startswith("serving"))
+    assert f"serving {EMBEDDED} at http://127.0.0.1:" in line and "2 slots, up to 6 requests" in line
+    url = line.split()[3]
+    headers = {"Authorization": "Bearer a-key-of-some-length"}
+    response = httpx2.post(f"{url}/chat/completions", json=QUESTION, headers=headers, timeout=60)
+    assert response.status_code == 200, json.dumps(response.json())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
