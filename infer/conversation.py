@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 from PIL import Image
 
-from infer.engine import Completion, Engine, Frontend, Submission
+from infer.engine import Completion, Engine, EngineConfig, Frontend, Submission, fit_config
 from infer.media import MediaLoader
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
@@ -24,6 +24,8 @@ from tarsier_jax.processing.unpatch import pictures_of
 from tarsier_jax.processing.visuals import VisualInputs
 
 Messages = list[dict[str, Any]]
+
+_TEXT_TOKENS = 1024  # tokens of a conversation beside its images and videos
 
 
 class Media(Protocol):
@@ -162,6 +164,13 @@ class Conversation:
         """The images and videos, the result of the model's `read_media`; None before a file is opened."""
         return self._media
 
+    def pictures(self, index: int) -> list[Image.Image]:
+        """Returns the frames of one file as a LocalModel receives them."""
+        assert isinstance(self._model, LocalModel) and isinstance(self._media, VisualInputs)
+        items = [item for message in [*self.messages, _user(self._opened)] for item in message["content"]]
+        kinds = [item["type"] for item in items if item["type"] != "text"]
+        return self._model.pictures(self._media, index, kinds[index] == "image")
+
     def save(self, path: str | Path) -> None:
         """Appends the conversation to a file of JSON lines in the annotation format.
 
@@ -197,6 +206,24 @@ class Conversation:
     def _remove_opened(self) -> None:
         if self._opened:
             self._opened, self._media, self._selections = [], None, ()
+
+
+def fit_conversations(
+    processor: Processor, slots: int, new_tokens: int, prompt_tokens: int | None = None
+) -> EngineConfig:
+    """Returns the config of an engine for conversations, with prompts of two videos and text by default.
+
+    Args:
+        processor: Its options determine the size of a video.
+        slots: Number of answers in progress at once.
+        new_tokens: Limit of an answer, in tokens.
+        prompt_tokens: Limit of a conversation, in tokens.
+    """
+    if prompt_tokens is None:
+        video = fit_config(processor, slots, new_tokens).prompt_tokens
+        prompt_tokens = min(2 * video + _TEXT_TOKENS, processor.options.max_seq_len)
+    config = fit_config(processor, slots, new_tokens, prompt_tokens=prompt_tokens)
+    return dataclasses.replace(config, reuse_prefixes=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""The web page: its functions, and the page in headless Chromium."""
+
+import argparse
+import dataclasses
+import itertools
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tarsier_jax
+from infer import web
+from infer.conversation import Conversation, LocalModel, Messages, fit_conversations
+from infer.engine import Engine
+from infer.media import MediaLoader
+from tarsier_jax.errors import InputError
+from tarsier_jax.generation.sampling import SamplingOptions
+from tarsier_jax.processing.frame_sampling import sample_uniform
+from tarsier_jax.processing.video import open_clip
+from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP
+
+gradio = pytest.importorskip("gradio")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CAPTION = "Then the orange triangle disappears."
+SLOW = "word " * 200
+
+
+class SlowAnswer:
+    """Words at a rate at which a test can stop it."""
+
+    finish_reason = "cancelled"
+
+    def __init__(self, selections: Any):
+        self.selections, self._is_cancelled = selections, False
+
+    def stream(self) -> Iterator[str]:
+        for word in SLOW.split():
+            if self._is_cancelled:
+                return
+            time.sleep(0.05)
+            yield f"{word} "
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+
+
+class Model(LocalModel):
+    """The embedded model, which answers "count" slowly."""
+
+    def answer(self, messages: Messages, media: Any, sampling: SamplingOptions, options: Mapping[str, Any]) -> Any:
+        if messages[-1]["content"][-1]["text"] == "count":
+            return SlowAnswer(media.selections)
+        return super().answer(messages, media, sampling, options)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    parameters, processor = tarsier_jax.load(EMBEDDED)
+    processor = processor.replace(n_frames=8)
+    config = fit_conversations(processor, 2, 48)
+    engine = Engine(parameters, processor, dataclasses.replace(config, buckets=config.buckets[-1:]))
+    with MediaLoader(processor, root="/") as loader, Model(engine, loader) as model:
+        yield model
+
+
+def test_a_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "_show", pytest.fail)
+    conversation = Conversation(model, SamplingOptions(48))
+    _, frames = web.open_files([str(EMBEDDED_CLIP)], conversation, 4)
+    clip = open_clip(EMBEDDED_CLIP)
+    assert clip.times is not None
+    assert [caption for _, caption in frames] == [f"{clip.times[i]:.2f} s" for i in sample_uniform(clip.length, 4)]
+    steps = list(web.answer("Describe the video in detail.", conversation, 4, 0.0, 1.0))
+    messages, field, _ = steps[-1]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[0]["content"] == "[clip.mp4]\nDescribe the video in detail."
+    assert messages[1]["content"].startswith("The blue cross") and field == ""
+    streamed = [messages[-1]["content"] for messages, _, _ in steps[1:-1]]
+    assert len(streamed) > 2 and all(b.startswith(a) for a, b in itertools.pairwise(streamed))
+
+
+def test_a_file_that_cannot_be_used(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(gradio, "Warning", lambda message, **_: warnings.append(message))
+    broken = tmp_path / "<b>broken.mp4"
+    broken.write_bytes(EMBEDDED_CLIP.read_bytes()[:2000])
+    conversation = Conversation(model, SamplingOptions(48))
+    _, frames = web.open_files([str(broken), str(EMBEDDED_CLIP)], conversation, 4)
+    assert len(frames) == 4  # of the other file
+    assert "&lt;b&gt;broken.mp4" in warnings[0] and "cannot be" in warnings[0]
+
+
+def test_a_key_is_needed_on_other_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TARSIER_API_KEY", raising=False)
+    with pytest.raises(InputError, match=r"--host 0\.0\.0\.0 is reachable from other machines, which needs a key"):
+        web.main(web.parse(["--host", "0.0.0.0"]))
+    monkeypatch.setenv("TARSIER_API_KEY", "short")
+    with pytest.raises(InputError, match="must have at least 16 printable ASCII characters"):
+        web.main(argparse.Namespace(**vars(web.parse([]))))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_page_in_a_browser(model: Model, tmp_path: Path) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    page = web.make_page(model, 8, SamplingOptions(48))
+    page.queue(api_open=False)
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, server_port=None)
+    try:
+        with sync_api.sync_playwright() as playwright:
+            flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+            _use(browser.new_page(), url, tmp_path)
+            browser.close()
+    finally:
+        page.close()
+
+
+def _use(page: Any, url: str, tmp_path: Path) -> None:
+    """Uploads, asks, stops, asks again, restarts, and uploads a broken file."""
+    others: list[str] = []
+    page.on("request", lambda request: others.append(request.url))
+    page.set_default_timeout(60_000)
+    page.goto(url)
+    upload, ask = page.locator("input[type=file]").first, page.get_by_role("button", name="Ask")
+    question = page.get_by_label("Question")
+    upload.set_input_files(str(EMBEDDED_CLIP))
+    page.get_by_text("0.00 s").wait_for()
+    assert page.locator(".thumbnail-item").count() == 8
+    ask.click()
+    page.get_by_text(CAPTION).wait_for()
+
+    question.fill("count")
+    ask.click()
+    page.get_by_text("word word word").wait_for()  # while the answer is streamed
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_timeout(1000)
+    words = page.get_by_text("word word word").inner_text()
+    assert 3 <= len(words.split()) < 200
+
+    question.fill("Describe the video in detail.")
+    ask.click()
+    page.get_by_test_id("bot").nth(2).get_by_text("The ").wait_for()  # its content depends on the words before
+
+    page.get_by_role("button", name="Restart").click()
+    page.get_by_text(CAPTION).first.wait_for(state="detached")
+    assert page.locator(".thumbnail-item").count() == 0
+
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"<html>not found</html>")
+    upload.set_input_files(str(broken))
+    page.get_by_text("broken.mp4 cannot be decoded: it is a web page").wait_for()
+    upload.set_input_files(str(EMBEDDED_CLIP))
+    page.get_by_text("0.00 s").wait_for()
+    assert not [other for other in others if not other.startswith((url, "data:", "blob:"))]
