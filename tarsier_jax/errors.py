@@ -27,6 +27,11 @@ class MediaError(InputError):
     def __str__(self) -> str:
         return self.args[0]
 
+    @property
+    def public_message(self) -> str:
+        """The message without `detail`, which may contain addresses of memory."""
+        return self.args[0].replace(self.detail, "", 1) if self.detail else self.args[0]
+
 
 class CheckpointError(TarsierError):
     """A checkpoint directory that cannot be read, or lacks tensors of its configuration."""

@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 
 from tarsier_jax.config import ClipVisionConfig, ModelConfig
 from tarsier_jax.processing.batch import Example
-from tarsier_jax.processing.video_files import open_video
+from tarsier_jax.processing.video import open_clip
 
 GOLDENS = Path(__file__).parent / "data" / "tarsier1"
 FIRST_CLASS = ("t56-gqa", "t336-mha")
@@ -143,7 +143,7 @@ def _read(file: Any, n: int, row: dict[str, Any]) -> list[Image.Image]:
     if path.suffix == ".gif":
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(path))]
         return [frames[i] for i in sorted(set(_indices(0, len(frames), n)))]
-    clip = open_video(_clips() / file)
+    clip = open_clip(_clips() / file)
     assert clip.rate is not None
     start = min(clip.length - 1, int(clip.rate * row.get("start_time", 0)))
     end = clip.length - 1

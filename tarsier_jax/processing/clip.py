@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tarsier_jax.errors import InputError
+from tarsier_jax.errors import InputError, MediaError
 from tarsier_jax.files import check_local
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".wmv")
@@ -52,6 +52,71 @@ class ClipLimits:
         for name, value in vars(self).items():
             if value <= 0:
                 raise InputError(f"{name} must be above 0, not {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaFile:
+    """A file to decode.
+
+    Attributes:
+        path: Where its content is.
+        name: Its name in errors.
+        kind: "video", "gif" or "image".
+        limits: Limits of the clip; None for a trusted file.
+    """
+
+    path: Path
+    name: str
+    kind: str
+    limits: ClipLimits | None = None
+
+    def check_frame_size(self, width: int, height: int) -> None:
+        """Raises MediaError if frames of that size exceed the limits."""
+        if self.limits is not None and width * height > self.limits.max_pixels:
+            raise MediaError(
+                f"{self.name} has frames of {width} x {height} pixels, but {self.limits.max_pixels} pixels are "
+                "allowed. Scale it down.",
+                "too_many_pixels",
+            )
+
+    def check_length(self, count: int, limit: int, seconds: float = 0.0) -> None:
+        """Raises MediaError if `count` frames exceed `limit`, or if the duration exceeds the limits."""
+        if self.limits is None:
+            return
+        if count > limit:
+            raise MediaError(
+                f"{self.name} has more than {limit} frames, the limit. Cut it into parts.", "too_many_frames"
+            )
+        if seconds > self.limits.max_seconds:
+            raise MediaError(
+                f"{self.name} lasts {seconds:.0f} seconds, but {self.limits.max_seconds:.0f} are allowed. Cut it into "
+                "parts.",
+                "too_long",
+            )
+
+
+def media_file(source: str | Path | MediaFile, limits: ClipLimits | None = None) -> MediaFile:
+    """Returns a path as a file to decode; a MediaFile stays as it is.
+
+    Raises:
+        MediaError: the file is missing, empty, too large, or of an unknown type.
+    """
+    if isinstance(source, MediaFile):
+        return source
+    check_file(source)
+    path = Path(source)
+    if limits is not None:
+        check_size(str(source), path.stat().st_size, limits.max_bytes)
+    return MediaFile(path, str(source), kind_of(source), limits)
+
+
+def check_size(name: str, size: int, limit: int) -> None:
+    """Raises MediaError if a file of `size` bytes exceeds `limit`."""
+    if size > limit:
+        raise MediaError(
+            f"{name} is larger than {limit} bytes, the limit. Encode it in a smaller size, or cut it into parts.",
+            "too_large",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +172,8 @@ def kind_of(path: str | Path) -> str:
         return "gif"
     if suffix in IMAGE_SUFFIXES:
         return "image"
-    raise InputError(f"{path}: files ending in {suffix or 'nothing'} are not read. {ACCEPTED} Convert or rename it.")
+    message = f"{path}: files ending in {suffix or 'nothing'} are not read. {ACCEPTED} Convert or rename it."
+    raise MediaError(message, "unsupported")
 
 
 def check_file(path: str | Path) -> None:
@@ -120,7 +186,8 @@ def check_file(path: str | Path) -> None:
         problem = "is empty" if path.is_file() else "does not exist" if not path.exists() else "is not a file"
     except (OSError, ValueError) as e:
         problem = f"cannot be looked up ({getattr(e, 'strerror', None) or e})"
-    raise InputError(f"{str(path)[:_NAME]} {problem}. Check the path, or copy the file again.")
+    reason = "undecodable" if problem == "is empty" else "forbidden" if problem == "is not a file" else "not_found"
+    raise MediaError(f"{str(path)[:_NAME]} {problem}. Check the path, or copy the file again.", reason)
 
 
 def name_content(path: str | Path) -> str | None:
@@ -152,14 +219,19 @@ def name_content(path: str | Path) -> str | None:
 
 
 def undecodable(
-    name: str, error: Exception, remedy: str = "repair a video with `ffmpeg -i broken.mp4 repaired.mp4`"
-) -> InputError:
-    """Returns the error for a file whose decoding failed with `error`."""
-    if content := name_content(name):
-        return InputError(f"{name} cannot be decoded: it is {content}.")
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return InputError(
-        f"{name} cannot be decoded: it is cut off, damaged, or without pictures ({reason}). Copy it again, or {remedy}."
+    name: str,
+    path: str | Path,
+    error: Exception,
+    remedy: str = "repair a video with `ffmpeg -i broken.mp4 repaired.mp4`",
+) -> MediaError:
+    """Returns the error for the file `name`, at `path`, whose decoding failed with `error`."""
+    if content := name_content(path):
+        return MediaError(f"{name} cannot be decoded: it is {content}.", "undecodable")
+    detail = f" ({' '.join(str(error).split())[:200] or type(error).__name__})"
+    return MediaError(
+        f"{name} cannot be decoded: it is cut off, damaged, or without pictures{detail}. Copy it again, or {remedy}.",
+        "undecodable",
+        detail,
     )
 
 

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin
 
-from tarsier_jax.errors import InputError
+from tarsier_jax.errors import InputError, MediaError
 from tarsier_jax.files import warn
-from tarsier_jax.processing.clip import Clip, Frame, check_file, kind_of, undecodable
+from tarsier_jax.processing.clip import Clip, ClipLimits, Frame, MediaFile, media_file, undecodable
 
 MAX_PIXELS = 500_000_000  # a picture of this size takes 2 GB of memory
 _FULL_PIXELS = 100_000_000  # JPEGs with more pixels are decoded at a reduced size
@@ -30,6 +30,8 @@ warnings.filterwarnings("ignore", "Corrupt EXIF data")  # broken Exif data is ig
 
 # The errors that Pillow raises for broken files.
 _IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error)
+# The formats of files that are not trusted. Pillow knows many more, and starts Ghostscript for one of them.
+_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF")
 _ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # Pillow's names of the formats whose frames have times
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of more than 8 bits, which Pillow clips
 _ALPHA_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa")
@@ -44,19 +46,21 @@ _TURNS = {
 }
 
 
-def load_image(source: str | Path | Image.Image | np.ndarray) -> Frame:
+def load_image(source: str | Path | MediaFile | Image.Image | np.ndarray, limits: ClipLimits | None = None) -> Frame:
     """Returns one image as RGB, as an image viewer shows it.
 
     Args:
         source: A file, a PIL image, or a uint8 array (H, W, 3). A PIL image is treated like a file of its mode and
             metadata: it is turned if its Exif data says so. Of a file with several frames or pages the first one is
             used, with a warning.
+        limits: Limits of a path; None for a trusted file.
 
     Raises:
         InputError: The source is missing, undecodable, too large, a video, or an array of another type or shape.
     """
     if isinstance(source, Image.Image):
-        with _input_errors(str(getattr(source, "filename", "") or "A PIL image in memory")):
+        name = str(getattr(source, "filename", "") or "A PIL image in memory")
+        with _input_errors(name, name):
             return as_shown(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3 or source.size == 0:
@@ -64,43 +68,47 @@ def load_image(source: str | Path | Image.Image | np.ndarray) -> Frame:
                 f"A frame in memory is an array {source.dtype} {source.shape}. Pass uint8 arrays of shape (H, W, 3)."
             )
         return Image.fromarray(source)
-    if not isinstance(source, str | Path):
-        raise InputError(f"{source!r} is not an image. Pass a path, a PIL image, or a uint8 array of shape (H, W, 3).")
-    check_file(source)
-    if kind_of(source) == "video":
+    if not isinstance(source, str | Path | MediaFile):
         raise InputError(
-            f"{source} is a video instead of an image. Use a video item, or video_file with frame_indices."
+            f"{source!r:.200} is not an image. Pass a path, a PIL image, or a uint8 array of shape (H, W, 3)."
         )
-    with _opened(Path(source)) as (image, _):
+    file = media_file(source, limits)
+    if file.kind == "video":
+        raise MediaError(
+            f"{file.name} is a video instead of an image. Use a video item, or video_file with frame_indices.",
+            "unsupported",
+        )
+    with _opened(file) as (image, _):
         if _is_animated(image):
-            warn(f"{source} is an animation; only its first frame is used. Use a video item for all frames.")
+            warn(f"{file.name} is an animation; only its first frame is used. Use a video item for all frames.")
         elif image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-            warn(f"{source} has several pages; only the first one is used. Save the others as files.")
+            warn(f"{file.name} has several pages; only the first one is used. Save the others as files.")
         return as_shown(image)
 
 
-def open_picture(path: Path) -> Clip:
+def open_picture(file: MediaFile) -> Clip:
     """Opens a picture file: a GIF, an animated PNG or an animated WebP with all its frames, others as one frame.
 
     Raises:
-        InputError: The file cannot be decoded, or its end is missing.
+        InputError: The file cannot be decoded, its end is missing, or it exceeds its limits.
     """
-    with _opened(path) as (image, file):
+    with _opened(file) as (image, stream):
         if image.format != "GIF" and not _is_animated(image):
-            return Clip(str(path), 1, None, lambda indices: (load_image(path) for _ in indices))
+            return Clip(file.name, 1, None, lambda indices: (load_image(file) for _ in indices))
         first = int(getattr(image, "default_image", False))  # a PNG for programs that do not know animations
-        durations = _durations(image, file)[first:]
+        durations = _durations(image, stream, file)[first:]
     # Browsers show frames of up to 10 ms, and frames without a duration, for 100 ms.
     ends = np.cumsum([ms if ms > 10 else 100 for ms in durations])
     times = np.concatenate([[0.0], ends[:-1]]) / 1000
     rate = float(1000 * len(ends) / ends[-1])
-    return Clip(str(path), len(ends), rate, lambda indices: _decode_animation(path, indices, first), times)
+    file.check_length(len(ends), len(ends), float(ends[-1]) / 1000)
+    return Clip(file.name, len(ends), rate, lambda indices: _decode_animation(file, indices, first), times)
 
 
 def is_animation(path: str | Path) -> bool:
     """Whether a picture file has several frames with times. False for a file that cannot be read."""
     try:
-        with _opened(Path(path)) as (image, _):
+        with _opened(MediaFile(Path(path), str(path), "image")) as (image, _):
             return _is_animated(image)
     except InputError:
         return False
@@ -191,28 +199,35 @@ def _to_srgb(image: Image.Image, frame: Frame) -> Frame:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[ImageFile.ImageFile, BinaryIO]]:
+def _opened(file: MediaFile) -> Iterator[tuple[ImageFile.ImageFile, BinaryIO]]:
     """Opens a picture file and yields it with its file object. Errors in the block are raised as InputError."""
+    formats = None if file.limits is None else _FORMATS
     # Pillow maps some files that it opens by name into memory, and then rotates a TIFF with alpha wrongly.
-    with _input_errors(str(path)), path.open("rb") as file, Image.open(file) as image:
+    with (
+        _input_errors(file.name, file.path),
+        file.path.open("rb") as stream,
+        Image.open(stream, formats=formats) as image,
+    ):
+        file.check_frame_size(image.width, image.height)
         scale = math.ceil(math.sqrt(image.width * image.height / _FULL_PIXELS))
         if scale > 1:
             image.draft(None, (image.width // scale, image.height // scale))  # only JPEG can
         _scale_transparency(image)
-        yield image, file
+        yield image, stream
 
 
 @contextlib.contextmanager
-def _input_errors(name: str) -> Iterator[None]:
+def _input_errors(name: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as e:
-        raise InputError(
+        raise MediaError(
             f"{name} is too large: pictures of up to {MAX_PIXELS // 10**6} megapixels are read ({e}). Scale it down, "
-            "for example with `magick large.png -resize 25% small.png`."
+            "for example with `magick large.png -resize 25% small.png`.",
+            "too_many_pixels",
         ) from None
     except _IMAGE_ERRORS as e:
-        raise undecodable(name, e, "convert it to PNG or JPEG if a viewer shows it") from None
+        raise undecodable(name, path, e, "convert it to PNG or JPEG if a viewer shows it") from None
 
 
 def _scale_transparency(image: ImageFile.ImageFile) -> None:
@@ -231,8 +246,11 @@ def _is_animated(image: Image.Image) -> bool:
     return image.format in _ANIMATIONS and getattr(image, "is_animated", False)
 
 
-def _durations(image: Image.Image, file: BinaryIO) -> list[float]:
+def _durations(image: Image.Image, stream: BinaryIO, file: MediaFile) -> list[float]:
     """Returns the duration of each frame in ms, 0 for none. Decodes every frame to find broken ones."""
+    if file.limits is not None:
+        limit = file.limits.max_animation_frames
+        file.check_length(_count_frames(image, limit + 1), limit)
     durations = []
     with contextlib.suppress(EOFError):
         while True:
@@ -240,8 +258,8 @@ def _durations(image: Image.Image, file: BinaryIO) -> list[float]:
             image.load()
             durations.append(image.info.get("duration", 0))
     if image.format == "GIF":
-        file.seek(-1, io.SEEK_CUR)
-        complete = file.read(1) == b";"  # the end mark; without it frames may be missing
+        stream.seek(-1, io.SEEK_CUR)
+        complete = stream.read(1) == b";"  # the end mark; without it frames may be missing
     else:
         complete = len(durations) == getattr(image, "n_frames", 1)
     if not complete:
@@ -249,8 +267,21 @@ def _durations(image: Image.Image, file: BinaryIO) -> list[float]:
     return durations
 
 
-def _decode_animation(path: Path, indices: Sequence[int], first: int) -> Iterator[Frame]:
-    with _opened(path) as (image, _):
+def _count_frames(image: Image.Image, most: int) -> int:
+    """Returns the number of frames, or `most` if there are more. The frames of a GIF are found, but not decoded."""
+    if image.format != "GIF":
+        return getattr(image, "n_frames", 1)  # in the header
+    count = 0
+    with contextlib.suppress(EOFError):
+        while count < most:
+            image.seek(count)
+            count += 1
+    image.seek(0)
+    return count
+
+
+def _decode_animation(file: MediaFile, indices: Sequence[int], first: int) -> Iterator[Frame]:
+    with _opened(file) as (image, _):
         for i in indices:
             image.seek(first + i)
             yield as_shown(image)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tarsier_jax.errors import InputError
-from tarsier_jax.processing.clip import ClipLimits
+from tarsier_jax.errors import InputError, MediaError
+from tarsier_jax.processing.clip import ClipLimits, MediaFile
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.frame_sampling import SamplingRules, allocate_frames, select_frames
 from tarsier_jax.processing.perturb import PERTURBATIONS, perturb
@@ -290,6 +290,12 @@ def _open_video(
     if (perturbation := video.get("disturb")) is not None:
         seed = perturbation.get("seed") or 0
         indices = perturb(indices, perturbation.get("kind"), np.random.default_rng(seed), clip.name)
+    if limits is not None and len(indices) > limits.max_selected_frames:
+        raise MediaError(
+            f"{clip.name}: {len(indices)} frames are selected, but {limits.max_selected_frames} are allowed. Select "
+            "fewer.",
+            "too_many_frames",
+        )
     return Visual("video", clip, indices, video.get("mask_boxes"), -len(indices) % divisor)
 
 
@@ -305,7 +311,10 @@ def _open_image(item: Mapping[str, Any], limits: ClipLimits | None) -> Visual:
     sources = source if isinstance(source, list | tuple) else [source]
     if len(sources) != 1:
         raise InputError(f"An image is one file or frame, not {len(sources)}. Use a video item for a sequence.")
-    name = str(sources[0]) if isinstance(sources[0], str | Path) else "an image in memory"
+    if isinstance(sources[0], MediaFile):
+        name = sources[0].name
+    else:
+        name = str(sources[0]) if isinstance(sources[0], str | Path) else "an image in memory"
     return Visual("image", dataclasses.replace(open_clip(sources, limits), name=name), [0])
 
 

@@ -19,8 +19,10 @@ from tarsier_jax.processing.clip import (
     MEDIA_SUFFIXES,
     Clip,
     ClipLimits,
+    MediaFile,
     check_file,
     kind_of,
+    media_file,
 )
 from tarsier_jax.processing.image_files import load_image, open_picture
 from tarsier_jax.processing.video_files import open_video
@@ -54,21 +56,25 @@ def find_inputs(path: str | Path, other_endings: collections.Counter[str] | None
     return [path]
 
 
-def open_clip(source: str | Path | Sequence[Any] | np.ndarray, limits: ClipLimits | None = None) -> Clip:
+def open_clip(source: str | Path | MediaFile | Sequence[Any] | np.ndarray, limits: ClipLimits | None = None) -> Clip:
     """Opens a video, a GIF, an image, a directory of frames, or a list of frames (files, PIL images, uint8 arrays).
 
+    Args:
+        source: The source. A MediaFile has its own limits.
+        limits: Limits of each file; None for trusted files.
+
     Raises:
-        InputError: a file is missing, empty, undecodable or of an unknown type; a directory or a list is empty.
+        InputError: a file is missing, empty, undecodable, of an unknown type, or exceeds its limits; a directory or a
+            list is empty.
     """
     if isinstance(source, list | tuple | np.ndarray):
-        return _open_frames(list(source), f"a list of {len(source)} frames")
-    if not isinstance(source, str | Path):
-        raise InputError(f"{source!r} is not a clip. Pass a path, or a list of frames.")
-    path = Path(source)
-    if os.path.isdir(path):
-        return _open_frames(_frame_files(path), str(path))
-    check_file(source)
-    return open_video(path) if kind_of(path) == "video" else open_picture(path)
+        return _open_frames(list(source), f"a list of {len(source)} frames", limits)
+    if not isinstance(source, str | Path | MediaFile):
+        raise InputError(f"{source!r:.200} is not a clip. Pass a path, or a list of frames.")
+    if not isinstance(source, MediaFile) and os.path.isdir(source):
+        return _open_frames(_frame_files(Path(source)), str(Path(source)), limits)
+    file = media_file(source, limits)
+    return open_video(file) if file.kind == "video" else open_picture(file)
 
 
 def natural_key(path: Path) -> list[Any]:
@@ -83,7 +89,7 @@ def _frame_files(directory: Path) -> list[Path]:
     return sorted(files, key=natural_key)
 
 
-def _open_frames(sources: list[Any], name: str) -> Clip:
+def _open_frames(sources: list[Any], name: str, limits: ClipLimits | None) -> Clip:
     if not sources:
         raise InputError("A list of frames is empty. Pass at least one image.")
-    return Clip(name, len(sources), None, lambda indices: (load_image(sources[i]) for i in indices))
+    return Clip(name, len(sources), None, lambda indices: (load_image(sources[i], limits) for i in indices))

@@ -11,8 +11,7 @@ import math
 import struct
 from collections.abc import Container, Iterable, Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import av
 import av.error
@@ -27,14 +26,28 @@ from av.video.stream import VideoStream
 from PIL import Image
 from PIL.Image import Transpose
 
-from tarsier_jax.errors import InputError
-from tarsier_jax.processing.clip import Clip, Frame, undecodable
+from tarsier_jax.errors import MediaError
+from tarsier_jax.processing.clip import Clip, ClipLimits, Frame, MediaFile, undecodable
 
+# The formats that FFmpeg reads. Others open further files or URLs (playlists), or are not videos.
+_FORMATS = (
+    "mov,matroska,avi,asf,asf_o,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,av1,obu,ivf,flv,ogg,mjpeg,dv,mxf,nut,wtv,rm,gif"
+)
+# The codecs of files that are not trusted.
+_CODECS = (
+    *("h264", "hevc", "vvc", "libdav1d", "av1", "vp8", "vp9", "libvpx", "libvpx-vp9", "theora", "mpeg1video"),
+    *("mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "h263", "flv", "wmv1", "wmv2", "wmv3", "vc1"),
+    *("mjpeg", "prores", "dnxhd", "dvvideo", "ffv1", "huffyuv", "ffvhuff", "rawvideo", "gif", "png"),
+    *("qtrle", "rpza", "svq1", "svq3", "cinepak"),
+)
 _TIMED = {"mov", "matroska"}  # formats that store the presentation time of each frame
 _CHECKED_FORMATS = {"avi", "asf", "mpegts"}  # formats whose times may be wrong
 _CHECKED = 64  # frames that are decoded to check the times
 _REPORTING = {"h264", "hevc", "vp9", "libdav1d", "mpeg2video"}  # decoders that omit frames without their references
 _MOST_IN_ORDER = 32  # consecutive frames that are displayed in the order of decoding although frames are reordered
+
+
+_PacketOrFrame = TypeVar("_PacketOrFrame", Packet, VideoFrame)
 
 
 class _MissingFrame(ValueError):
@@ -45,12 +58,14 @@ _ERRORS = (av.error.FFmpegError, ValueError, OSError)
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path, errors: tuple[type[Exception], ...] = _ERRORS) -> Iterator[None]:
+def _named_errors(file: MediaFile, errors: tuple[type[Exception], ...] = _ERRORS) -> Iterator[None]:
     """Raises InputError for the errors that PyAV and this module raise about a file."""
     try:
         yield
+    except MemoryError:
+        raise
     except errors as e:  # an argument, since abandoned iterators can outlive the module at exit
-        raise undecodable(str(path), ValueError(getattr(e, "strerror", None) or e)) from None
+        raise undecodable(file.name, file.path, ValueError(getattr(e, "strerror", None) or e)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,77 +85,115 @@ class _Index:
     reliable: bool
 
 
-def open_video(path: Path) -> Clip:
+def open_video(file: MediaFile) -> Clip:
     """Opens a video file and reads its index of frames.
 
     Raises:
         InputError: The file is cut off, damaged, or lacks a video that FFmpeg decodes.
     """
-    with _named_errors(path), _opened(path) as (container, stream):
-        index = _read_index(path, container, stream)
+    with _named_errors(file), _opened(file) as (container, stream):
+        index = _read_index(file, container, stream)
         if not len(index.pts):
             raise ValueError("no frame can be decoded")
         times = (index.pts - index.pts[0]) * float(stream.time_base or 0)
         rate = _rate(times, stream.average_rate)
+    file.check_length(len(times), len(times), float(times[-1]))
 
     def decode(indices: Sequence[int]) -> Iterator[Frame]:
-        frames = _seek(path, index, indices) if index.reliable else _scan(path, indices)
+        frames = _seek(file, index, indices) if index.reliable else _scan(file, indices)
         count = 0
-        with _named_errors(path):
+        with _named_errors(file):
             try:
                 for picture in _pictures(frames):
                     count += 1
                     yield picture
             except _MissingFrame:
                 # Where clips were joined, the times of frames may be out of order.
-                if not index.reliable or len(_count_frames(path).pts) != len(index.pts):
+                if not index.reliable or len(_count_frames(file).pts) != len(index.pts):
                     raise
-                yield from _pictures(_scan(path, indices[count:]))
+                yield from _pictures(_scan(file, indices[count:]))
 
-    return Clip(str(path), len(times), rate, decode, times, is_video=True)
+    return Clip(file.name, len(times), rate, decode, times, is_video=True)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(file: MediaFile) -> Iterator[tuple[InputContainer, VideoStream]]:
     # FFmpeg reads a relative name with a colon as a URL.
-    with av.open(str(path.absolute()), metadata_errors="replace") as container:
+    with av.open(
+        str(file.path.absolute()), metadata_errors="replace", container_options=_container_options(file)
+    ) as container:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream) and not container.streams.audio:
             raise ValueError("it contains no video stream")
         if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:  # of an album
-            raise InputError(f"{path} cannot be decoded: it contains only sound. Choose another file.")
-        if stream.codec_context is None:
-            raise InputError(
-                f"{path} cannot be decoded: FFmpeg lacks a decoder for its codec. Convert it, for example with "
-                "`ffmpeg -i in.mp4 -c:v libx264 out.mp4` on a machine that plays it."
+            raise MediaError(
+                f"{file.name} cannot be decoded: it contains only sound. Choose another file.", "unsupported"
             )
+        if stream.codec_context is None:
+            raise MediaError(
+                f"{file.name} cannot be decoded: FFmpeg lacks a decoder for its codec. Convert it, for example with "
+                "`ffmpeg -i in.mp4 -c:v libx264 out.mp4` on a machine that plays it.",
+                "unsupported",
+            )
+        if file.limits is not None:
+            _check_header(file, container, stream, file.limits)
         stream.codec_context.thread_count = 1  # several clips are decoded at once, each in a thread
         yield container, stream
 
 
-def _read_index(path: Path, container: InputContainer, stream: VideoStream) -> _Index:
+def _container_options(file: MediaFile) -> dict[str, str]:
+    """Returns the options with which FFmpeg opens no other file or URL, as playlists make it do."""
+    if file.limits is None:
+        return {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    return {"protocol_whitelist": "file", "format_whitelist": _FORMATS, "codec_whitelist": ",".join(_CODECS)}
+
+
+def _check_header(file: MediaFile, container: InputContainer, stream: VideoStream, limits: ClipLimits) -> None:
+    """Raises MediaError if the header of a file exceeds its limits, and limits the frames that follow."""
     codec = stream.codec_context
-    stamps = [_stamp(packet, codec.name) for packet in container.demux(stream) if packet.size]
+    if codec.name not in _CODECS:
+        raise MediaError(
+            f"{file.name} cannot be decoded: its codec is {codec.name}, which is not allowed. Convert it, for example "
+            "with `ffmpeg -i in.mov -c:v libx264 out.mp4`.",
+            "unsupported",
+        )
+    file.check_frame_size(codec.width, codec.height)
+    file.check_length(stream.frames, limits.max_frames, (container.duration or 0) / av.time_base)
+    codec.options = {**codec.options, "max_pixels": str(limits.max_pixels)}  # also where the size changes
+
+
+def _read_index(file: MediaFile, container: InputContainer, stream: VideoStream) -> _Index:
+    codec = stream.codec_context
+    packets = _bounded(file, (packet for packet in container.demux(stream) if packet.size))
+    stamps = [_stamp(packet, codec.name) for packet in packets]
     # A fragmented file, such as an interrupted recording, does not state the number of frames.
     is_cut = not stamps or stamps[-1].corrupt
     if stream.frames and (len(stream.index_entries) > len(stamps) or (is_cut and stream.frames > len(stamps))):
         raise ValueError("the file ends before its last frame")
     pts = [stamp.pts for stamp in stamps]
     if is_cut or None in pts or len(set(pts)) < len(pts) or not stamps[0].key or _has_decoding_times(stamps):
-        return _count_frames(path)
+        return _count_frames(file)
     if codec.pix_fmt == "pal8":  # only the first frame may contain the palette
-        return _count_frames(path)
+        return _count_frames(file)
     frame_pts, first = sorted(stamp.pts for stamp in stamps if stamp.displayed), pts[0]
     if frame_pts and frame_pts[0] < first:
-        frame_pts = [*_leading_frames(path, first), *(t for t in frame_pts if t >= first)]
+        frame_pts = [*_leading_frames(file, first), *(t for t in frame_pts if t >= first)]
     formats = set(container.format.name.split(","))
-    if not formats & _TIMED and not (formats & _CHECKED_FORMATS and _first_frames(path) == frame_pts[:_CHECKED]):
-        return _count_frames(path)
+    if not formats & _TIMED and not (formats & _CHECKED_FORMATS and _first_frames(file) == frame_pts[:_CHECKED]):
+        return _count_frames(file)
     if all(stamp.key for stamp in stamps) and not codec.codec.intra_only and codec.name not in _REPORTING:
         stamps = stamps[:1]  # the container does not mark key frames
     keys = sorted((s.pts, s.pts if s.dts is None else min(s.pts, s.dts)) for s in stamps if s.key)
     key_pts, key_seek = np.array(keys, np.int64).T
     return _Index(np.array(frame_pts, np.int64), key_pts, key_seek, True)
+
+
+def _bounded(file: MediaFile, frames: Iterable[_PacketOrFrame]) -> Iterator[_PacketOrFrame]:
+    """Yields the packets or frames of a file. Raises MediaError if there are more frames than its limit."""
+    for count, frame in enumerate(frames, 1):
+        if file.limits is not None:
+            file.check_length(count, file.limits.max_frames)
+        yield frame
 
 
 class _Stamp(NamedTuple):
@@ -191,33 +244,33 @@ def _is_hidden(packet: Packet, codec: str) -> bool:
     return not superframe and not data[0] & (0b0101 if profile_3 else 0b1010)  # show_existing_frame, show_frame
 
 
-def _decode_file(path: Path) -> Iterator[VideoFrame]:
+def _decode_file(file: MediaFile) -> Iterator[VideoFrame]:
     """Yields all frames of a file, from its start."""
-    with _opened(path) as (container, stream):
+    with _opened(file) as (container, stream):
         yield from _decode(container.demux(stream))
 
 
-def _leading_frames(path: Path, first: int) -> list[int]:
+def _leading_frames(file: MediaFile, first: int) -> list[int]:
     """Returns the timestamps of decodable frames that are displayed before the first key frame, at `first`.
 
     After a cut, some of these frames lack their references and are not decoded.
     """
-    return list(itertools.takewhile(lambda pts: pts < first, (frame.pts or 0 for frame in _decode_file(path))))
+    return list(itertools.takewhile(lambda pts: pts < first, (frame.pts or 0 for frame in _decode_file(file))))
 
 
-def _first_frames(path: Path) -> list[int | None]:
+def _first_frames(file: MediaFile) -> list[int | None]:
     """Returns the timestamps of the first frames in the order of decoding.
 
     AVI does not store times; FFmpeg derives them, wrongly if frames are reordered. In ASF they may be decoding times.
     In a transport stream a packet may be a field, half of a frame.
     """
-    return [frame.pts for frame in itertools.islice(_decode_file(path), _CHECKED)]
+    return [frame.pts for frame in itertools.islice(_decode_file(file), _CHECKED)]
 
 
-def _count_frames(path: Path) -> _Index:
+def _count_frames(file: MediaFile) -> _Index:
     """Returns the index of a file whose packets do not identify its frames, by decoding all of it."""
-    with _opened(path) as (container, stream):
-        pts = [frame.pts for frame in _decode(container.demux(stream))]
+    with _opened(file) as (container, stream):
+        pts = [frame.pts for frame in _bounded(file, _decode(container.demux(stream)))]
         interval = 1 / ((stream.average_rate or 25) * (stream.time_base or Fraction(1)))
     times = sorted(t for t in pts if t is not None)  # AVI has the order of decoding
     if len(set(times)) < len(pts):
@@ -226,9 +279,9 @@ def _count_frames(path: Path) -> _Index:
     return _Index(np.array(times, np.int64), none, none, False)
 
 
-def _scan(path: Path, indices: Sequence[int]) -> Iterator[VideoFrame]:
+def _scan(file: MediaFile, indices: Sequence[int]) -> Iterator[VideoFrame]:
     """Decodes from the start and counts frames. `indices` increase strictly."""
-    frames = enumerate(_decode_file(path))
+    frames = enumerate(_decode_file(file))
     for index in indices:
         frame = next((frame for i, frame in frames if i == index), None)
         if frame is None:
@@ -236,12 +289,12 @@ def _scan(path: Path, indices: Sequence[int]) -> Iterator[VideoFrame]:
         yield frame
 
 
-def _seek(path: Path, index: _Index, indices: Sequence[int]) -> Iterator[VideoFrame]:
+def _seek(file: MediaFile, index: _Index, indices: Sequence[int]) -> Iterator[VideoFrame]:
     """Decodes from the key frame before each of `indices`, which increase strictly."""
     targets = index.pts[list(indices)]
     keys = np.maximum(np.searchsorted(index.key_pts, targets, side="right") - 1, 0)
     pairs = zip(keys.tolist(), targets.tolist(), strict=True)
-    with _opened(path) as (container, stream):
+    with _opened(file) as (container, stream):
         for key, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
             yield from _decode_group(container, stream, index, key, [pts for _, pts in group])
 
