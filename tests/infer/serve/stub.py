@@ -8,9 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from infer.media import MediaLimits, MediaLoader
-
 from infer.engine import Completion, RequestError
+from infer.media import MediaLimits, MediaLoader
 from infer.serve.app import BodyLimits, make_app
 from infer.serve.connections import is_loopback, listen, make_server, serve
 from infer.serve.prompts import PromptLimits
@@ -84,7 +83,7 @@ class RunningServer:
         *,
         key: str | None = None,
         root: Path | None = None,
-        body: BodyLimits = BodyLimits(),
+        body: BodyLimits | None = None,
         waiting: int | None = None,
         seconds: float = 60.0,
         new_tokens: int = 64,
@@ -96,7 +95,7 @@ class RunningServer:
         sock = listen("127.0.0.1", 0)
         self.port = sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = make_app(self.service, limits, body, key=key, local=is_loopback(sock))
+        app = make_app(self.service, limits, body or BodyLimits(), key=key, local=is_loopback(sock))
         self._server = make_server(app, self.service, 5)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, daemon=True)
         self._thread.start()
