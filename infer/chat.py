@@ -135,6 +135,10 @@ class Chat:
                 self._commands[name](value.strip())
             else:
                 raise InputError(f"{name} is not a command.{_suggestion(name, self._commands)} /help lists them.")
+        except KeyboardInterrupt:  # while a file is decoded
+            if not self._is_terminal:
+                raise
+            _log("[stopped]")
         except (InputError, OSError) as error:
             self.num_failed += 1
             _log(f"error: {_text_of(error)}")
@@ -194,6 +198,7 @@ class Chat:
         if not text.strip():
             raise InputError(f"/set {name} needs a value.")
         self._set_option(name, text.strip())
+        _log(f"{name} {self._options()[name]}")
 
     def _set_option(self, name: str, text: str) -> None:
         conversation = self.conversation
@@ -248,8 +253,9 @@ def _load(
     config = fit_config(processor, 1, sampling.max_new_tokens)
     tokens = args.prompt_tokens or min(2 * config.prompt_tokens + _TEXT_TOKENS, processor.options.max_seq_len)
     config = fit_config(processor, 1, sampling.max_new_tokens, prompt_tokens=tokens)
+    config = dataclasses.replace(config, buckets=config.buckets[::2], reuse_prefixes=True)  # fewer programs to compile
     _log(f"preparing for conversations of {tokens} tokens")
-    engine = Engine(parameters, processor, dataclasses.replace(config, reuse_prefixes=True))
+    engine = Engine(parameters, processor, config)
     loader = stack.enter_context(MediaLoader(processor, workers=1, root="/"))
     if purpose := _purpose(resolve(args.model)):
         _log(purpose)
