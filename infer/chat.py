@@ -25,7 +25,7 @@ from typing import Any
 import tarsier_jax
 from infer.conversation import Conversation, LocalModel, Model
 from infer.engine import Engine, fit_config
-from infer.media import MediaLoader
+from infer.media import MediaLimits, MediaLoader
 from infer.remote import RemoteModel
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import cache_directory, path_text
@@ -43,6 +43,8 @@ from tarsier_jax.programs import (
 )
 from tarsier_jax.weights import resolve
 
+# A user chooses the files of a conversation, so that only their decoding is limited.
+_OWN_FILES = MediaLimits(max_bytes=1 << 40, max_frames=10_000_000, max_seconds=86_400.0, timeout=600.0)
 _PROCESSOR_OPTIONS = ("n_frames", "max_pixels")
 _TEXT_TOKENS = 1024  # tokens of a conversation beside its images and videos
 _BIDI = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they change the order of a line
@@ -256,7 +258,7 @@ def _load(
     config = dataclasses.replace(config, buckets=config.buckets[::2], reuse_prefixes=True)  # fewer programs to compile
     _log(f"preparing for conversations of {tokens} tokens")
     engine = Engine(parameters, processor, config)
-    loader = stack.enter_context(MediaLoader(processor, workers=1, root="/"))
+    loader = stack.enter_context(MediaLoader(processor, _OWN_FILES, workers=1, root="/"))
     if purpose := _purpose(resolve(args.model)):
         _log(purpose)
     _log("A model that is trained for descriptions follows few other instructions. /help lists the commands.")
