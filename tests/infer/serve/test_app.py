@@ -326,11 +326,13 @@ def test_slow_and_large_requests(engine: StubEngine, monkeypatch: pytest.MonkeyP
 
 
 def test_files_below_the_root(engine: StubEngine, tmp_path: Path) -> None:
-    (tmp_path / "a b.png").write_bytes(picture())
-    url = image(f"file://{tmp_path}/a%20b.png")
-    with RunningServer(engine, root=tmp_path) as server:
+    (tmp_path / "root").mkdir()
+    for name in ("root/a b.png", "secret.png"):
+        (tmp_path / name).write_bytes(picture())
+    url = image(f"file://{tmp_path}/root/a%20b.png")
+    with RunningServer(engine, root=tmp_path / "root") as server:
         assert post(server, body(url)).status_code == 200
-        response = post(server, body(image("file:///etc/hostname.png")))
+        response = post(server, body(image(f"file://{tmp_path}/secret.png")))
         assert response.status_code == 400 and response.json()["error"]["code"] == "forbidden"
     with RunningServer(engine) as server:
         response = post(server, body(url))
