@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import tarsier_jax
-from infer.conversation import Conversation, LocalModel, Model
+from infer.conversation import Conversation, LocalModel
 from infer.engine import Engine, fit_config
 from infer.media import MediaLimits, MediaLoader
 from infer.remote import RemoteModel
@@ -146,9 +146,14 @@ class Chat:
             _log(f"error: {_text_of(error)}")
 
     def _ask(self, text: str) -> None:
-        with self._interrupts_cancel():
-            for piece in self.conversation.ask(text):
-                print(visible(piece), end="", flush=True)
+        files = self.conversation.files
+        try:
+            with self._interrupts_cancel():
+                for piece in self.conversation.ask(text):
+                    print(visible(piece), end="", flush=True)
+        finally:
+            if removed := files[len(self.conversation.files) :]:
+                _log(f"removed with the question: {', '.join(removed)}")
         print(flush=True)
         if self.conversation.finish_reason == "length":
             _log("[the answer reached max_new_tokens]")

@@ -88,6 +88,12 @@ def test_errors(plain: Chat, capsys: pytest.CaptureFixture[str], line: str, prob
     assert handle(plain, capsys, "What?") == (f"{ANSWER}\n", "")  # the conversation goes on
 
 
+def test_the_files_of_a_failed_question(plain: Chat, capsys: pytest.CaptureFixture[str], gif: Path) -> None:
+    handle(plain, capsys, f"/open {gif}")
+    assert f"removed with the question: {gif}\n" in handle(plain, capsys, "fail")[1]
+    assert plain.conversation.files == []
+
+
 def test_a_file_that_cannot_be_written(plain: Chat, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     handle(plain, capsys, "What?")
     assert f"error: {tmp_path}: Is a directory." in handle(plain, capsys, f"/save {tmp_path}")[1]
