@@ -13,7 +13,9 @@ _SHORTEST_ROW = 1024  # tokens; several small prompts fill a row better than one
 _BIN_SIZES = 6  # one or several frames fill a bin of one of these sizes to within an eighth
 _MAX_FRAMES_PER_BIN = 8
 _LENGTHS = (0.75, 0.9375, 1.0)  # of rows, as fractions of the longest; one large clip rarely fills a row
+_SHORT_LENGTHS = (0.25, 0.5, 0.75, 1.0)  # the same for conversations, whose prompts are often alone in their rows
 _READ_LENGTHS = (0.25, 0.5, 0.75, 1.0)  # of a slot that decoding reads, as fractions of its size
+_CHUNKS = (32, 256)  # tokens: a question, or a text
 _STEPS = 8  # approximate number of calls that run the bins of a row; calls for unused bins at its end are skipped
 
 
@@ -28,6 +30,7 @@ class EngineConfig:
         buckets: Shapes of the packed rows. They differ in the size of their vision bins, which one or a few frames of
             a bucket fill.
         groups: Number of groups of slots and rows, one per data-parallel part of the mesh.
+        reuse_prefixes: Whether a prompt that begins with the content of a free slot continues there.
 
     Raises:
         InputError: the slots cannot be split into groups, or a number is below 1.
@@ -38,6 +41,7 @@ class EngineConfig:
     new_tokens: int
     buckets: tuple[RowShape, ...]
     groups: int = 1
+    reuse_prefixes: bool = False
 
     def __post_init__(self) -> None:
         if min(self.slots, self.prompt_tokens, self.new_tokens, self.groups) < 1 or self.slots % self.groups:
@@ -60,7 +64,13 @@ class EngineConfig:
     def lengths(self) -> tuple[int, ...]:
         """Lengths to which packed rows are truncated, in tokens, ascending."""
         longest = self.buckets[0].tokens
-        return tuple(sorted({min(_round_up(longest * share, 64), longest) for share in _LENGTHS}))
+        shares = _SHORT_LENGTHS if self.reuse_prefixes else _LENGTHS
+        return tuple(sorted({min(_round_up(longest * share, 64), longest) for share in shares}))
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Numbers of tokens that continue a slot in one call, ascending."""
+        return tuple(sorted({min(tokens, self.prompt_tokens) for tokens in _CHUNKS}))
 
     def step(self, bucket: int) -> int:
         """Returns the number of bins of this bucket that run at a time, a divisor of the number of its bins."""

@@ -7,6 +7,8 @@ The host packs the next prefill batch meanwhile:
     host   | pack n+1 | collect | pack n+2 | collect |
     device | encode n | prefill n | decode | encode n+1 | prefill n+1 | decode |
 
+A prompt that begins with the content of a free slot continues there with `extend_slots` (see `infer.engine.prefixes`).
+
 All shapes are in EngineConfig. They are compiled at the start, and nothing is compiled later.
 """
 
@@ -23,12 +25,21 @@ from jax.sharding import PartitionSpec as P
 
 from infer.engine.config import EngineConfig
 from infer.engine.prefetch import Prefetcher
+from infer.engine.prefixes import StoredPrefixes, content_ids
 from infer.engine.requests import Completion, Request, RequestError
 from infer.engine.scheduler import PrefillBatch, Scheduler, truncate
 from infer.engine.stats import DeviceTimer, EngineStats
 from tarsier_jax.api import model_mesh, use_mesh_of
 from tarsier_jax.generation.decode import GeneratedTokens, trim_at_eos
-from tarsier_jax.generation.slots import SlotAssignment, decode_slots, empty_slots, encode_frames, prefill_into_slots
+from tarsier_jax.generation.slots import (
+    Continuation,
+    SlotAssignment,
+    decode_slots,
+    empty_slots,
+    encode_frames,
+    extend_slots,
+    prefill_into_slots,
+)
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.processor import Processor
@@ -46,6 +57,7 @@ class _Running:
         request: The request.
         start: Time of its prefill, of `time.perf_counter`.
         length: Number of tokens in the slot.
+        reused: Number of tokens that were in the slot before.
         num_streamed: Number of tokens that on_tokens has received.
         is_stopped: The text contains a stop string.
     """
@@ -53,8 +65,26 @@ class _Running:
     request: Request
     start: float
     length: int
+    reused: int = 0
     num_streamed: int = 0
     is_stopped: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Continued:
+    """A request that continues a slot.
+
+    Attributes:
+        request: The request.
+        group: Group of the slot.
+        slot: The slot, in the group.
+        start: Number of tokens of the prompt that are in the slot.
+    """
+
+    request: Request
+    group: int
+    slot: int
+    start: int
 
 
 class Engine:
@@ -72,6 +102,7 @@ class Engine:
             self._state = empty_slots(model.config, config.slots, config.size, config.new_tokens, self._mesh)
         self._free = self._all_slots()
         self._running: dict[tuple[int, int], _Running] = {}  # by group and slot
+        self._prefixes = StoredPrefixes(config.slots, config.size if config.reuse_prefixes else 0)
         self.stats = EngineStats()
         self._warm_up()
         self.stats = EngineStats()
@@ -84,21 +115,26 @@ class Engine:
         Raises:
             Exception: any error of the iterator `requests`, or of the device.
         """
+        if self.config.reuse_prefixes:
+            requests = map(self._with_content, requests)
         source = Prefetcher(requests, capacity=2 * self.config.slots)
         scheduler = Scheduler(self.config, self.processor)
         timer = DeviceTimer(self.stats)
         next_batch: tuple[PrefillBatch, jax.Array] | None = None  # packed, with the features of its frames
+        continued: list[_Continued] = []
         results: list[Completion | RequestError] = []
         try:
             while True:
                 if next_batch is not None and self._has_free_slots(next_batch[0]):
                     self._prefill(*next_batch)
                     next_batch = None
+                self._extend(continued)
                 progress = self._decode(next_batch, source.ended) if self._running else None
                 if progress is not None:
                     timer.watch(progress)
                 yield from results
                 results = [*scheduler.draw(source, block=progress is None and next_batch is None)]
+                continued = self._find_continued(scheduler, next_batch)
                 if next_batch is None:
                     results += [_cancelled(request) for request in scheduler.drop_cancelled()]
                     is_idle = source.empty and (progress is None or scheduler.has_late)
@@ -108,7 +144,7 @@ class Engine:
                         timer.watch(next_batch[1])
                 if progress is not None:
                     results += self._collect(progress)
-                elif next_batch is None and source.ended and not scheduler:
+                elif next_batch is None and source.ended and not scheduler and not continued:
                     yield from results
                     return
         finally:
@@ -132,7 +168,8 @@ class Engine:
         for group, prompts in enumerate(batch.prompts):
             assignment.count[group] = len(prompts)
             for n, (request, start) in enumerate(prompts):
-                slot = self._free[group].pop()
+                slot = self._free[group].pop(0)
+                self._prefixes.remove(self._index(group, slot))
                 self._running[group, slot] = _Running(request, now, len(request.example.input_ids))
                 _assign(assignment, (group, n), request, start, slot)
         self._count(batch)
@@ -152,15 +189,49 @@ class Engine:
                 self.model, self._state, self._on_device(batch), features, self._on_device(assignment)
             )
 
+    def _extend(self, continued: list[_Continued]) -> None:
+        """Runs the other tokens of prompts whose beginnings are in slots."""
+        for item in continued:
+            request, length = item.request, len(item.request.example.input_ids) - 1  # decoding runs the last token
+            self._running[item.group, item.slot] = _Running(request, time.perf_counter(), length + 1, item.start)
+            assignment = SlotAssignment.none(self.config.groups, 1)
+            assignment.count[item.group] = 1
+            _assign(assignment, (item.group, 0), request, 0, item.slot)
+            pieces = _pieces(item.start, length, self.config.chunks)
+            for start, size in pieces:
+                self._run_extend(self._continuation(item, start, size), assignment)
+            self.stats.prompts += 1
+            self.stats.tokens += self.config.groups * sum(size for _, size in pieces)
+            self.stats.valid_tokens += length - item.start
+            self.stats.reused_tokens += item.start
+
+    def _continuation(self, item: _Continued, start: int, size: int) -> Continuation:
+        """Returns up to `size` tokens of a prompt, from `start` on, without its last token."""
+        example, group, new = item.request.example, item.group, self._no_continuation(size)
+        length = len(example.input_ids)
+        end = min(start + size, length - 1)
+        new.input_ids[group, : end - start] = example.input_ids[start:end]
+        new.position_ids[group, : end - start] = example.position_ids[:, start:end].T
+        new.start[group], new.num_new[group] = start, end - start
+        new.prompt[group, :length], new.prompt_length[group] = example.input_ids, length
+        return new
+
+    def _no_continuation(self, size: int) -> Continuation:
+        return Continuation.none(self.config.groups, size, self.config.prompt_tokens)
+
+    def _run_extend(self, new: Continuation, assignment: SlotAssignment) -> None:
+        with use_mesh_of(self.model):
+            self._state = extend_slots(self.model, self._state, self._on_device(new), self._on_device(assignment))
+
     def _decode(self, next_batch: tuple[PrefillBatch, Any] | None, source_ended: bool) -> tuple[jax.Array, jax.Array]:
         """Decodes until enough slots are free for the next batch. Returns which slots are done, and all tokens."""
         missing = sum(max(0, need - len(free)) for need, free in self._needs(next_batch[0])) if next_batch else 1
-        requests = [running.request for running in self._running.values()]
         steps = self.config.new_tokens if next_batch or source_ended else _STEPS
-        if any(request.options.stop for request in requests):
+        if any(running.request.options.stop for running in self._running.values()):
             steps = min(steps, _STEPS)
-        if any(request.on_tokens for request in requests):
-            steps = _STREAM_EVERY
+        streamed = [running for running in self._running.values() if running.request.on_tokens]
+        if streamed:  # the first token at once
+            steps = _STREAM_EVERY if all(running.num_streamed for running in streamed) else 1
         cancelled = np.zeros(self.config.slots, bool)
         for (group, slot), running in self._running.items():
             cancelled[self._index(group, slot)] = running.is_stopped or running.request.cancelled.is_set()
@@ -188,7 +259,8 @@ class Engine:
             self._stream(running, answer.tokens)
             if done[index]:
                 del self._running[group, slot]
-                self._free[group].append(slot)
+                self._free[group].append(slot)  # the first one is the least recently used
+                self._store_prefix(index, running.request, tokens[index])
                 completions.append(self._complete(running, answer))
         return completions
 
@@ -210,13 +282,15 @@ class Engine:
             reason = "cancelled"
         self.stats.answers += 1
         self.stats.new_tokens += len(answer.tokens)
-        return Completion(running.request, text, answer.tokens, reason, time.perf_counter() - running.start)
+        seconds = time.perf_counter() - running.start
+        return Completion(running.request, text, answer.tokens, reason, seconds, running.reused)
 
     def _cancel_all(self) -> None:
         """Cancels all running requests and frees their slots, after the caller stopped iterating."""
-        if self._running:
+        if sum(map(len, self._free)) < self.config.slots:
             self._run_decode(np.ones(self.config.slots, bool), 0, 1, self.config.size)
             self._running.clear()
+            self._prefixes.clear()
             self._free = self._all_slots()
 
     def _warm_up(self) -> None:
@@ -230,7 +304,44 @@ class Engine:
                 self._run_prefill(truncate(batches[0].batch, length), features[0], assignment)
             for read_length in self.config.read_lengths:
                 self._run_decode(np.zeros(self.config.slots, bool), 1, 1, read_length)
+            for size in self.config.chunks if self.config.reuse_prefixes else ():
+                self._run_extend(self._no_continuation(size), SlotAssignment.none(self.config.groups, 1))
         jax.block_until_ready(self._state)
+
+    # Prefixes in free slots.
+
+    def _with_content(self, request: Request | RequestError) -> Request | RequestError:
+        if isinstance(request, RequestError):
+            return request
+        return dataclasses.replace(request, content=content_ids(request.example, self.model.config))
+
+    def _find_continued(self, scheduler: Scheduler, next_batch: tuple[PrefillBatch, Any] | None) -> list[_Continued]:
+        """Removes the requests that continue free slots from the scheduler, and takes these slots.
+
+        Enough slots remain free for the next batch, which otherwise could wait forever.
+        """
+        continued: list[_Continued] = []
+
+        def find(request: Request) -> bool:
+            if request.content is None or (match := self._prefixes.find(request.content)) is None:
+                return False
+            index, start = match
+            group, slot = divmod(index, self.config.slots // self.config.groups)
+            if next_batch is not None and len(self._free[group]) <= len(next_batch[0].prompts[group]):
+                return False
+            self._free[group].remove(slot)
+            self._prefixes.remove(index)
+            continued.append(_Continued(request, group, slot, start))
+            return True
+
+        if self.config.reuse_prefixes:
+            scheduler.take_where(find)
+        return continued
+
+    def _store_prefix(self, index: int, request: Request, tokens: np.ndarray) -> None:
+        """Stores the content of a slot whose answer has ended. Its last token was not run."""
+        if request.content is not None:
+            self._prefixes.store(index, np.append(request.content, tokens[tokens >= 0])[:-1])
 
     # Slots and devices.
 
@@ -253,6 +364,15 @@ class Engine:
         if self._mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         return jax.device_put(tree, NamedSharding(self._mesh, P(BATCH)))
+
+
+def _pieces(start: int, end: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns the start and the size of each call that runs the tokens from `start` to `end`; at least one call."""
+    pieces: list[tuple[int, int]] = []
+    while not pieces or start < end:
+        pieces.append((start, next((size for size in sizes if size >= end - start), sizes[-1])))
+        start += pieces[-1][1]
+    return pieces
 
 
 def _cancelled(request: Request) -> Completion:

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.batch import Example
 
@@ -19,6 +21,7 @@ class Request:
         options: How the answer is generated.
         on_tokens: Called with new tokens while they are generated, in the thread that runs the engine.
         cancelled: Set to end the answer early, from any thread. The tokens generated until then are its completion.
+        content: The `content_ids` of the prompt, set by an engine that reuses prefixes.
     """
 
     key: Any
@@ -26,6 +29,7 @@ class Request:
     options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     on_tokens: Callable[[list[int]], None] | None = None
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
+    content: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Completion:
         tokens: All generated tokens, without the end-of-sequence token; those of a stop string are included.
         finish_reason: "eos", "length", "stop" (at a stop string) or "cancelled".
         seconds: Time from the prefill of the prompt to the end of the answer.
+        reused_tokens: Number of tokens of the prompt that were in a slot before.
     """
 
     request: Request
@@ -45,6 +50,7 @@ class Completion:
     tokens: list[int]
     finish_reason: str
     seconds: float
+    reused_tokens: int = 0
 
     @property
     def key(self) -> Any:

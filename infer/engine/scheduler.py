@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 from infer.engine.config import EngineConfig
@@ -88,10 +89,20 @@ class Scheduler:
 
     def drop_cancelled(self) -> list[Request]:
         """Removes and returns the requests that are cancelled."""
-        requests = [queued.request for queue in self._queues for queued in queue if queued.request.cancelled.is_set()]
-        if requests:
-            self._queues = [[q for q in queue if not q.request.cancelled.is_set()] for queue in self._queues]
-        return requests
+        return self.take_where(lambda request: request.cancelled.is_set())
+
+    def take_where(self, accept: Callable[[Request], bool]) -> list[Request]:
+        """Removes and returns the requests that `accept` accepts, in the order of arrival within a bucket."""
+        accepted: list[Request] = []
+        for k, queue in enumerate(self._queues):
+            waiting = []
+            for queued in queue:
+                if accept(queued.request):
+                    accepted.append(queued.request)
+                else:
+                    waiting.append(queued)
+            self._queues[k] = waiting
+        return accepted
 
     @property
     def has_late(self) -> bool:

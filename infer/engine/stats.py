@@ -19,6 +19,7 @@ class EngineStats:
         new_tokens: Number of tokens generated.
         tokens: Number of tokens processed in prefill, including padding.
         valid_tokens: Number of tokens processed in prefill, without padding.
+        reused_tokens: Number of tokens of prompts that were in a slot before, and were not processed again.
         patches: Number of patches processed, including padding.
         valid_patches: Number of patches processed, without padding.
         busy: Time for which the device had work, in seconds.
@@ -30,6 +31,7 @@ class EngineStats:
     new_tokens: int = 0
     tokens: int = 0
     valid_tokens: int = 0
+    reused_tokens: int = 0
     patches: int = 0
     valid_patches: int = 0
     busy: float = 0.0

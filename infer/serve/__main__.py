@@ -98,6 +98,7 @@ def main(args: argparse.Namespace) -> int:
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.max_new_tokens,
         options=options,
+        reuse_prefixes=True,
     )
     processor = engine.processor
     limits = PromptLimits(

@@ -3,6 +3,8 @@
 Prompts are packed into rows, as in training, and their keys and values are copied into free slots. A row does not
 contain the last token of a prompt: it is the first token that `decode` runs in the slot. Prefill computes no logits.
 
+After an answer its slot remains filled. `extend_slots` continues it, for a prompt that begins with its content.
+
 Rows and slots form G groups, one per data-parallel part of the mesh. A prompt stays in its group.
 """
 
@@ -139,9 +141,7 @@ def prefill_into_slots(
 ) -> DecodeState:
     """Runs packed prompts and starts their answers in their slots."""
     R, T = rows.input_ids.shape
-    B, S = state.cache.k.shape[1:3]
-    G, N = prompts.slot.shape
-    V = state.seen_tokens.shape[1]
+    S, V = state.cache.k.shape[2], state.seen_tokens.shape[1]
     window = min(S, T)  # positions copied per prompt; those after the prompt are overwritten or never read
     fresh = KVCache.empty(model.config.text, R, T + window, model.config.dtype)
     x = model.merge_vision_embeddings(rows, features)
@@ -149,6 +149,84 @@ def prefill_into_slots(
     copy = functools.partial(_copy_prompts, window=window)
     k, v = (_over_groups(copy, *pair, prompts) for pair in ((state.cache.k, fresh.k), (state.cache.v, fresh.v)))
 
+    return _start_answers(state, KVCache(k, v, state.cache.lengths), prompts, _prompt_tokens(rows, prompts, V))
+
+
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="read_length")
+def decode_slots(
+    model: Tarsier,
+    state: DecodeState,
+    cancelled: Bool[Array, " B"],
+    eos_ids: Int[Array, " eos"],
+    steps: Int[Array, ""],
+    stop_after: Int[Array, ""],
+    read_length: int | None = None,
+) -> tuple[DecodeState, tuple[Array, Array]]:
+    """Ends cancelled answers and calls `decode`. Returns the state, and `done` and `tokens` for the host."""
+    state = decode(
+        model, dataclasses.replace(state, done=state.done | cancelled), eos_ids, steps, stop_after, read_length
+    )
+    return state, (state.done, state.tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """Tokens of one prompt per group that follow those in its slot.
+
+    Attributes:
+        input_ids: The tokens, padded.
+        position_ids: Their M-RoPE ids.
+        start: Number of tokens of the slot that precede them; later ones are overwritten.
+        num_new: Number of tokens without padding.
+        prompt: The entire prompt, padded.
+        prompt_length: Number of tokens of the prompt.
+    """
+
+    input_ids: Int[HostOrDeviceArray, "G T"]
+    position_ids: Int[HostOrDeviceArray, "G T 3"]
+    start: Int[HostOrDeviceArray, " G"]
+    num_new: Int[HostOrDeviceArray, " G"]
+    prompt: Int[HostOrDeviceArray, "G P"]
+    prompt_length: Int[HostOrDeviceArray, " G"]
+
+    @classmethod
+    def none(cls, groups: int, tokens: int, prompt_tokens: int) -> "Continuation":
+        """Returns arrays of zeros for `tokens` tokens of prompts of up to `prompt_tokens`."""
+        shapes = (tokens,), (tokens, 3), (), (), (prompt_tokens,), ()
+        return cls(*(np.zeros((groups, *shape), np.int32) for shape in shapes))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def extend_slots(model: Tarsier, state: DecodeState, new: Continuation, prompts: SlotAssignment) -> DecodeState:
+    """Runs further tokens of at most one prompt per group into its slot, and starts its answer there.
+
+    If a prompt needs several calls, the others must precede the next call of `decode_slots`.
+    """
+    k, v = (_at_slots(_take_slot, prompts, x) for x in (state.cache.k, state.cache.v))
+    x = model.decoder.embed(new.input_ids).astype(model.config.dtype)
+    _, extended = model.extend(x, new.position_ids, KVCache(k, v, new.start), new.num_new)
+    pairs = (state.cache.k, extended.k), (state.cache.v, extended.v)
+    k, v = (_at_slots(_put_slot, prompts, *pair) for pair in pairs)
+    G, V = new.prompt.shape[0], state.seen_tokens.shape[1]
+    valid = jnp.arange(new.prompt.shape[1]) < new.prompt_length[:, None]
+    seen_tokens = jnp.zeros((G, V), bool).at[jnp.arange(G)[:, None], new.prompt].max(valid)
+    return _start_answers(state, KVCache(k, v, state.cache.lengths), prompts, seen_tokens[:, None])
+
+
+def _start_answers(
+    state: DecodeState, cache: KVCache, prompts: SlotAssignment, seen_tokens: Bool[Array, "G N V"]
+) -> DecodeState:
+    """Returns the state with a new cache, in which the answers to prompts start in their slots.
+
+    Args:
+        state: The state.
+        cache: The cache with the prompts, without their lengths.
+        prompts: The prompts.
+        seen_tokens: The tokens of each prompt.
+    """
+    G, N = prompts.slot.shape
+    B = state.done.shape[0]
     slots = prompts.slot + (B // G) * jnp.arange(G)[:, None]
     slots = jnp.where(jnp.arange(N) < prompts.count[:, None], slots, B).reshape(-1)  # B is out of bounds
 
@@ -167,28 +245,11 @@ def prefill_into_slots(
         last_token=put(state.last_token, prompts.last_token),
         last_position=put(state.last_position, prompts.last_position),
         done=put(state.done, False),
-        seen_tokens=put(state.seen_tokens, _prompt_tokens(rows, prompts, V)),
+        seen_tokens=put(state.seen_tokens, seen_tokens),
         keys=put(state.keys, keys),
         sampling=dataclasses.replace(state.sampling, **options),
-        cache=KVCache(k, v, put(state.cache.lengths, prompts.length)),
+        cache=dataclasses.replace(cache, lengths=put(state.cache.lengths, prompts.length)),
     )
-
-
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="read_length")
-def decode_slots(
-    model: Tarsier,
-    state: DecodeState,
-    cancelled: Bool[Array, " B"],
-    eos_ids: Int[Array, " eos"],
-    steps: Int[Array, ""],
-    stop_after: Int[Array, ""],
-    read_length: int | None = None,
-) -> tuple[DecodeState, tuple[Array, Array]]:
-    """Ends cancelled answers and calls `decode`. Returns the state, and `done` and `tokens` for the host."""
-    state = decode(
-        model, dataclasses.replace(state, done=state.done | cancelled), eos_ids, steps, stop_after, read_length
-    )
-    return state, (state.done, state.tokens)
 
 
 _OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -233,3 +294,30 @@ def _copy_prompts(
         return lax.dynamic_update_slice(cache, piece, (0, slot[0, i], 0, 0, 0))
 
     return lax.fori_loop(0, count[0], one, cache)
+
+
+def _at_slots(function, prompts: SlotAssignment, *caches: Array) -> Array:
+    """Runs `function` on the slot of each group's prompt, on the devices of the group."""
+    mesh = current_mesh()
+    if mesh is None:
+        return function(*caches, prompts.count, prompts.slot)
+    spec = fit_spec(caches[0].shape, CACHE_AXES, mesh)
+    specs = (*(spec for _ in caches), P(BATCH), P(BATCH))
+    over_groups = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return over_groups(*caches, prompts.count, prompts.slot)
+
+
+def _take_slot(
+    cache: Float[Array, "L B S K H"], count: Int[Array, " 1"], slot: Int[Array, "1 1"]
+) -> Float[Array, "L 1 S K H"]:
+    return lax.dynamic_slice_in_dim(cache, slot[0, 0], 1, axis=1)
+
+
+def _put_slot(
+    cache: Float[Array, "L B S K H"],
+    extended: Float[Array, "L 1 S K H"],
+    count: Int[Array, " 1"],
+    slot: Int[Array, "1 1"],
+) -> Float[Array, "L B S K H"]:
+    old = _take_slot(cache, count, slot)
+    return lax.dynamic_update_slice_in_dim(cache, jnp.where(count[0] > 0, extended, old), slot[0, 0], axis=1)

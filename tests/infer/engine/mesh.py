@@ -36,11 +36,15 @@ def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     model, processor = tarsier_jax.load(EMBEDDED, dtype="float32", mesh=make_mesh(data=2, fsdp=2, tensor=2))
     config = fit_config(processor, 8, TOKENS, groups=4)
-    config = dataclasses.replace(config, buckets=config.buckets[::5])  # two kinds of six, as each is compiled
+    config = dataclasses.replace(
+        config, buckets=config.buckets[::5], reuse_prefixes=True
+    )  # two kinds of six, as each is compiled
     engine = Engine(model, processor, config)
     with Compilations() as compilations:
         told = answers(engine)
-    print(json.dumps({"answers": told, "compilations": compilations.count}))
+        again = answers(engine)
+    reused = engine.stats.reused_tokens
+    print(json.dumps({"answers": told, "again": again, "reused": reused, "compilations": compilations.count}))
 
 
 if __name__ == "__main__":

@@ -23,4 +23,5 @@ def test_over_eight_devices() -> None:
     told = json.loads(done.stdout.splitlines()[-1])
     model, processor = tarsier_jax.load(EMBEDDED, dtype="float32")
     assert told["answers"] == mesh.answers(Engine(model, processor, fit_config(processor, 8, mesh.TOKENS)))
+    assert told["again"] == told["answers"] and told["reused"] > 0  # the same prompts, in the slots of the first run
     assert told["compilations"] == 0
