@@ -262,6 +262,8 @@ class Answer:
         num_prompt, num_new = len(result.request.example.input_ids), len(result.tokens)
         metrics.successes("length" if result.finish_reason == "length" else "stop").inc()
         metrics.prompt_tokens().inc(num_prompt)
+        metrics.prefix_queries().inc(num_prompt)
+        metrics.prefix_hits().inc(result.reused_tokens)
         metrics.generation_tokens().inc(num_new)
         metrics.request_prompt_tokens.observe(num_prompt)
         metrics.request_generation_tokens.observe(num_new)
