@@ -25,7 +25,7 @@ from typing import Any
 import tarsier_jax
 from infer.conversation import Conversation, LocalModel, fit_conversations
 from infer.engine import Engine
-from infer.media import MediaLoader
+from infer.media import MediaLimits, MediaLoader
 from infer.remote import RemoteModel
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import cache_directory, path_text
@@ -43,6 +43,8 @@ from tarsier_jax.programs import (
 )
 from tarsier_jax.weights import resolve
 
+# A user chooses the files of a conversation, so that only their decoding is limited.
+_OWN_FILES = MediaLimits(max_bytes=1 << 40, max_frames=10_000_000, max_seconds=86_400.0, timeout=600.0)
 _PROCESSOR_OPTIONS = ("n_frames", "max_pixels")
 _BIDI = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they change the order of a line
 _HELP = """\
@@ -134,14 +136,23 @@ class Chat:
                 self._commands[name](value.strip())
             else:
                 raise InputError(f"{name} is not a command.{_suggestion(name, self._commands)} /help lists them.")
+        except KeyboardInterrupt:  # while a file is decoded
+            if not self._is_terminal:
+                raise
+            _log("[stopped]")
         except (InputError, OSError) as error:
             self.num_failed += 1
             _log(f"error: {_text_of(error)}")
 
     def _ask(self, text: str) -> None:
-        with self._interrupts_cancel():
-            for piece in self.conversation.ask(text):
-                print(visible(piece), end="", flush=True)
+        files = self.conversation.files
+        try:
+            with self._interrupts_cancel():
+                for piece in self.conversation.ask(text):
+                    print(visible(piece), end="", flush=True)
+        finally:
+            if removed := files[len(self.conversation.files) :]:
+                _log(f"removed with the question: {', '.join(removed)}")
         print(flush=True)
         if self.conversation.finish_reason == "length":
             _log("[the answer reached max_new_tokens]")
@@ -193,6 +204,7 @@ class Chat:
         if not text.strip():
             raise InputError(f"/set {name} needs a value.")
         self._set_option(name, text.strip())
+        _log(f"{name} {self._options()[name]}")
 
     def _set_option(self, name: str, text: str) -> None:
         conversation = self.conversation
@@ -247,7 +259,7 @@ def _load(
     config = fit_conversations(processor, 1, sampling.max_new_tokens, args.prompt_tokens)
     _log(f"preparing for conversations of {config.prompt_tokens} tokens")
     engine = Engine(parameters, processor, config)
-    loader = stack.enter_context(MediaLoader(processor, workers=1, root="/"))
+    loader = stack.enter_context(MediaLoader(processor, _OWN_FILES, workers=1, root="/"))
     if purpose := _purpose(resolve(args.model)):
         _log(purpose)
     _log("A model that is trained for descriptions follows few other instructions. /help lists the commands.")

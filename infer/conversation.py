@@ -223,7 +223,8 @@ def fit_conversations(
         video = fit_config(processor, slots, new_tokens).prompt_tokens
         prompt_tokens = min(2 * video + _TEXT_TOKENS, processor.options.max_seq_len)
     config = fit_config(processor, slots, new_tokens, prompt_tokens=prompt_tokens)
-    return dataclasses.replace(config, reuse_prefixes=True)
+    buckets = config.buckets[::-2]  # fewer programs to compile; the largest frames fit
+    return dataclasses.replace(config, buckets=buckets, reuse_prefixes=True)
 
 
 @dataclasses.dataclass(frozen=True)

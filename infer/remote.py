@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import itertools
 import json
 import mimetypes
 import os
@@ -20,6 +21,7 @@ KEY_VARIABLE = "TARSIER_API_KEY"
 _CONNECT_S, _SILENCE_S = 10.0, 600.0  # seconds; a server sends comments while a request waits
 _MAX_FILE = 256 << 20  # bytes
 _FINISH_REASONS = {"stop": "eos", "length": "length"}
+_ALWAYS = ("temperature", "top_p", "seed")
 _NAMES = {"max_new_tokens": "max_tokens"}  # of the protocol, where they differ from those of SamplingOptions
 
 
@@ -105,7 +107,7 @@ class RemoteAnswer:
     """
 
     def __init__(self, client: Any, url: str, body: Mapping[str, Any]):
-        self.finish_reason = "cancelled"
+        self.finish_reason: str = "cancelled"
         self.selections: Sequence[FrameSelection] = ()
         self._client, self._url, self._body = client, url, body
         self._events: queue.SimpleQueue[dict[str, Any] | InputError | None] = queue.SimpleQueue()
@@ -121,7 +123,7 @@ class RemoteAnswer:
                 if text := (choice.get("delta") or {}).get("content"):
                     yield text
                 if reason := choice.get("finish_reason"):
-                    self.finish_reason = _FINISH_REASONS.get(reason, reason)
+                    self.finish_reason = _FINISH_REASONS.get(reason) or str(reason)
             if "media" in event:
                 self.selections = [_selection(entry) for entry in event["media"]]
 
@@ -137,9 +139,8 @@ class RemoteAnswer:
             with self._client.stream("POST", self._url, json=self._body) as response:
                 if response.status_code != 200:
                     raise InputError(_reason(response.status_code, response.read().decode(errors="replace")))
-                for event in _events(response.iter_lines()):
-                    if self._cancelled.is_set():
-                        return
+                lines = itertools.takewhile(lambda _: not self._cancelled.is_set(), response.iter_lines())
+                for event in _events(lines):
                     self._events.put(event)
             self._events.put(None)
         except httpx2.HTTPError as error:
@@ -197,13 +198,28 @@ def _parts(content: Sequence[Mapping[str, Any]], media: RemoteMedia) -> list[dic
 
 
 def _sampling_fields(sampling: SamplingOptions) -> dict[str, Any]:
-    """Returns the fields of a request for the options of an answer."""
-    fields = {_NAMES.get(name, name): value for name, value in vars(sampling).items()}
-    return {**fields, "stop": list(sampling.stop)}
+    """Returns the fields of a request for the options of an answer.
+
+    Options with their default values are omitted, except those whose defaults differ between servers.
+    """
+    default = vars(SamplingOptions())
+    values = {name: list(value) if name == "stop" else value for name, value in vars(sampling).items()}
+    return {
+        _NAMES.get(name, name): value
+        for name, value in values.items()
+        if name in _ALWAYS or getattr(sampling, name) != default[name]
+    }
 
 
 def _processor_fields(messages: list[dict[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a request for the options of the processor, which concern images and videos."""
+    """Returns the fields of a request for the options of the processor, which concern images and videos.
+
+    Raises:
+        InputError: the protocol lacks an option.
+    """
+    unknown = options.keys() - {"n_frames", "max_pixels"}
+    if unknown:
+        raise InputError(f"A server takes n_frames and max_pixels, but not {', '.join(sorted(unknown))}. Remove it.")
     kinds = {item["type"] for message in messages for item in message["content"]}
     fields: dict[str, Any] = {}
     if "video" in kinds and "n_frames" in options:

@@ -8,7 +8,6 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.patch_stdout import patch_stdout
 
 _PROMPT = "> "
 
@@ -37,8 +36,7 @@ class LineReader:
             KeyboardInterrupt: the user pressed Ctrl-C.
             EOFError: the user pressed Ctrl-D.
         """
-        with patch_stdout():
-            return self._session.prompt(_PROMPT)
+        return self._session.prompt(_PROMPT)
 
 
 class _CommandCompleter(Completer):

@@ -92,6 +92,7 @@ def start_engine(
     prompt_tokens: int | None,
     new_tokens: int,
     options: Mapping[str, Any],
+    reuse_prefixes: bool = False,
 ) -> Engine:
     """Loads a model over this process's devices and compiles its engine.
 
@@ -104,6 +105,7 @@ def start_engine(
         prompt_tokens: Limit of a prompt, in tokens; None derives it from the processor's options.
         new_tokens: Limit of an answer, in tokens.
         options: Options of the processor, such as n_frames.
+        reuse_prefixes: As in EngineConfig.
 
     Raises:
         CheckpointError, InputError: the model cannot be loaded, or does not fit the devices.
@@ -113,7 +115,7 @@ def start_engine(
     processor = processor.replace(**options)
     groups = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
     config = fit_config(processor, slots, new_tokens, groups, prompt_tokens)
-    return Engine(parameters, processor, config)
+    return Engine(parameters, processor, dataclasses.replace(config, reuse_prefixes=reuse_prefixes))
 
 
 def mesh_sizes(flag: str) -> dict[str, int]:

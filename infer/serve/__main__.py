@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from infer.bulk.config import mesh_sizes, start_engine
+from infer.keys import KEY_VARIABLE, read_key
 from infer.media import MediaLoader
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path
@@ -20,8 +21,6 @@ from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.processor import ProcessorOptions
 from tarsier_jax.programs import add_model_flag, add_precision_flags, prepare_process, run
 
-_KEY_VARIABLE = "TARSIER_API_KEY"
-_MIN_KEY = 16  # characters
 _PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client", "httpx2")
 
 
@@ -35,7 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--api_key_file",
         type=local_path,
-        help=f"file with the key that requests must have (default: the environment variable {_KEY_VARIABLE})",
+        help=f"file with the key that requests must have (default: the environment variable {KEY_VARIABLE})",
     )
     parser.add_argument("--media_root", type=local_path, help="directory below which file:// URLs are read")
     parser.add_argument(
@@ -80,13 +79,13 @@ def main(args: argparse.Namespace) -> int:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     _check_flags(args)
-    key, options = read_key(args), _processor_options(args)
+    key, options = read_key(args.api_key_file), _processor_options(args)
     sock = listen(args.host, args.port)  # before the model is loaded: it fails fast
     local = is_loopback(sock)
     if key is None and not local:
         raise InputError(
             f"--host {args.host} is reachable from other machines, which needs a key. Pass --api_key_file, or set "
-            f"{_KEY_VARIABLE}."
+            f"{KEY_VARIABLE}."
         )
     _log(f"loading {args.model}")
     engine = start_engine(
@@ -98,6 +97,7 @@ def main(args: argparse.Namespace) -> int:
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.max_new_tokens,
         options=options,
+        reuse_prefixes=True,
     )
     processor = engine.processor
     limits = PromptLimits(
@@ -118,28 +118,6 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_key(args: argparse.Namespace) -> str | None:
-    """Returns the key of the file or of the environment, or None. Raises InputError for a key that is not usable."""
-    source, key = _KEY_VARIABLE, os.environ.get(_KEY_VARIABLE, "").strip()
-    if args.api_key_file is not None:
-        source, key = str(args.api_key_file), _read_file(args.api_key_file)
-    elif not key:
-        return None
-    if len(key) < _MIN_KEY or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(
-            f"The key in {source} must have at least {_MIN_KEY} printable ASCII characters. Make one with "
-            "`openssl rand -hex 32`."
-        )
-    return key
-
-
-def _read_file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError:
-        raise InputError(f"--api_key_file {path} is not a text file.") from None
-
-
 def _check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -152,6 +130,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name} is {value}; it must be at least {least}.")
+    if not 0 <= args.port < 2**16:
+        raise InputError(f"--port is {args.port}; it must be from 0 to {2**16 - 1}.")
     if not args.timeout > 0:
         raise InputError(f"--timeout is {args.timeout}; it must be above 0.")
     if args.media_root is not None and not args.media_root.is_dir():

@@ -120,6 +120,7 @@ def make_server(app: ASGIApp, service: Service, drain_seconds: float) -> Drainin
         http=TimedProtocol,
         ws="none",
         lifespan="off",
+        log_config=None,  # its default closes the handlers of other packages
         log_level="warning",
         access_log=False,
         server_header=False,

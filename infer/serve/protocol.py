@@ -15,6 +15,7 @@ from infer.serve.errors import ApiError, bad_request
 
 MAX_MESSAGES = 1000
 _MAX_PARTS = 1000  # per message
+_MAX_FACTOR = 100  # of temperature and repetition_penalty
 _MAX_STOPS, _MAX_STOP = 16, 256  # number of stop strings, and characters of each
 
 # Fields that are accepted with these values only, which change nothing.
@@ -157,10 +158,10 @@ class ChatRequest(_Strict):
     model: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    temperature: float | None = None
+    temperature: Annotated[float, Field(ge=0, le=_MAX_FACTOR)] | None = None
     top_p: float | None = None
     top_k: int | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=_MAX_FACTOR)] | None = None
     seed: int | None = None
     stop: Annotated[list[StopString], Field(max_length=_MAX_STOPS)] = []
     stream: bool = False

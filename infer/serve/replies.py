@@ -108,7 +108,7 @@ def _usage(service: Service, answer: Answer, result: Completion) -> dict[str, An
         "prompt_tokens": num_prompt,
         "completion_tokens": num_new,
         "total_tokens": num_prompt + num_new,
-        "prompt_tokens_details": counts,
+        "prompt_tokens_details": {**counts, "cached_tokens": result.reused_tokens},
     }
 
 

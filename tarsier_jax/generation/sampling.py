@@ -41,7 +41,7 @@ class SamplingOptions:
         ranges = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < math.inf, "at least 0 (0 is greedy)"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 keeps every token)"),
+            ("top_k", 0 <= self.top_k < 2**31, f"from 0 (which keeps every token) to {2**31 - 1}"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps every token)"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is no penalty)"),
             ("seed", 0 <= self.seed < 2**31, f"from 0 to {2**31 - 1}"),

@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore", "Corrupt EXIF data")  # broken Exif data is ig
 # The errors that Pillow raises for broken files.
 _IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error)
 # The formats of files that are not trusted. Pillow knows many more, and starts Ghostscript for one of them.
-_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF")
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 _ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # Pillow's names of the formats whose frames have times
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of more than 8 bits, which Pillow clips
 _ALPHA_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa")

@@ -23,12 +23,12 @@ from tarsier_jax.processing.perturb import PERTURBATIONS, perturb
 from tarsier_jax.processing.video import Clip, open_clip
 
 ROLES = ("system", "user", "assistant")
-_SOURCES = ("video_file", "image_file", "frames")
+SOURCES = ("video_file", "image_file", "frames")
 _NUMBERS = ("start_frame", "end_frame", "start_time", "end_time", "fps", "min_n_frames")
 _LISTS = ("frame_indices", "time_indices")
 _KEYS = {
-    "video": (*_SOURCES, *_NUMBERS, *_LISTS, "mask_boxes", "disturb"),
-    "image": (*_SOURCES, "frame_indices"),
+    "video": (*SOURCES, *_NUMBERS, *_LISTS, "mask_boxes", "disturb"),
+    "image": (*SOURCES, "frame_indices"),
 }
 MEDIA_KEYS = _KEYS["video"]
 _COUNT = "Set the number of frames for all samples with the option n_frames, or list frames in frame_indices"
@@ -200,9 +200,9 @@ def _read_item(item: Any, where: str) -> dict[str, Any]:
         return {"type": kind, "text": value}
     if not isinstance(value, Mapping):
         raise InputError(f'{where} needs "{kind}": {{"{kind}_file": ...}}, but is {_short(item)}.')
-    if sum(value.get(key) is not None for key in _SOURCES) != 1:
+    if sum(value.get(key) is not None for key in SOURCES) != 1:
         keys = ", ".join(str(key) for key in value if value[key] is not None) or "none"
-        raise InputError(f"{where} needs exactly one of {', '.join(_SOURCES)}, but has {keys}.")
+        raise InputError(f"{where} needs exactly one of {', '.join(SOURCES)}, but has {keys}.")
     if any(value.get(key) == "" for key in ("video_file", "image_file")):
         raise InputError(f"{where} has an empty name in place of a file. Fill it in.")
     _check_keys(value, kind, where)
@@ -272,7 +272,7 @@ def is_number(value: Any) -> bool:
 
 
 def _source(item: Mapping[str, Any]) -> Any:
-    return next(item[key] for key in _SOURCES if item.get(key) is not None)
+    return next(item[key] for key in SOURCES if item.get(key) is not None)
 
 
 def _open_video(

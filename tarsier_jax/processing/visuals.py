@@ -84,9 +84,9 @@ class VisualStage:
             self.sampling,
             clip_limits,
         )
+        limits = self._limits_per_frame(pixel_limits, visuals)
         if not visuals:
             return VisualInputs(np.zeros((0, self.vision.patch_dim), np.float32), np.zeros((0, 3), np.int32), 0, ())
-        limits = self._limits_per_frame(pixel_limits, visuals)
         patches, grids, selections = zip(*(self._patchify(visual, limits) for visual in visuals), strict=True)
         pixel_values = patches[0] if len(patches) == 1 else np.concatenate(patches)
         return VisualInputs(pixel_values, np.stack(grids), sum(visual.count for visual in visuals), selections)

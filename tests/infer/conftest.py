@@ -1,12 +1,30 @@
-"""A random checkpoint in the released layout, and clips to describe."""
+"""A random checkpoint in the released layout, an engine that reuses prefixes, and clips to describe."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import tarsier_jax
+from infer.engine import Engine, fit_config
+from tarsier_jax.processing.batch import Buckets
 from train.debug_data import TINY
+from train.micro.checkpoint import MICRO
 from train.untrained import write_untrained
+
+ENGINE_SLOTS, ENGINE_TOKENS = 3, 24
+TWO_LAYERS = dataclasses.replace(MICRO, text={**MICRO.text, "num_hidden_layers": 2})
+
+
+@pytest.fixture(scope="session")
+def reusing_engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """Its answers end at their limits only: no token is -1."""
+    model, processor = tarsier_jax.load(write_untrained(tmp_path_factory.mktemp("model") / "untrained", TWO_LAYERS))
+    config = fit_config(processor, ENGINE_SLOTS, ENGINE_TOKENS)
+    config = dataclasses.replace(config, buckets=config.buckets[-1:], reuse_prefixes=True)
+    buckets = Buckets(processor.buckets.patches, (16,), (config.prompt_tokens,))  # one shape for `answer`
+    return Engine(model, dataclasses.replace(processor, eos_token_ids=(-1,), buckets=buckets), config)
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,11 @@ from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.programs import Compilations
-from train.micro.checkpoint import MICRO
+from tests.infer.conftest import TWO_LAYERS
 from train.untrained import write_untrained
 
 SLOTS, TOKENS = 6, 24
 OPTIONS = SamplingOptions(TOKENS)
-TWO_LAYERS = dataclasses.replace(MICRO, text={**MICRO.text, "num_hidden_layers": 2})
 
 
 def two_buckets(processor: Processor) -> EngineConfig:

@@ -16,7 +16,7 @@ from infer.engine.frontend import TextDeltas, stable_text
 from tarsier_jax.api import answer
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
-from tests.infer.engine.test_engine import TWO_LAYERS
+from tests.infer.conftest import TWO_LAYERS
 from train.untrained import write_untrained
 
 OPTIONS = SamplingOptions(24)

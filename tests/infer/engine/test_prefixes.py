@@ -1,40 +1,30 @@
 """Prompts that begin with the content of a free slot continue there, with the answers of complete prompts."""
 
-import dataclasses
 import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
-import tarsier_jax
 from eval.shapes.clips import draw_clips
-from infer.engine import Completion, Engine, Request, fit_config
+from infer.engine import Completion, Engine, Request
 from infer.engine.engine import _pieces
 from infer.engine.prefixes import StoredPrefixes, content_ids, reusable_length
 from tarsier_jax.api import answer
 from tarsier_jax.generation.sampling import SamplingOptions
-from tarsier_jax.processing.batch import Buckets
 from tarsier_jax.programs import Compilations
-from tests.infer.engine.test_engine import TWO_LAYERS
-from train.untrained import write_untrained
+from tests.infer.conftest import ENGINE_SLOTS, ENGINE_TOKENS
 
-SLOTS, TOKENS = 3, 24
-GREEDY = SamplingOptions(TOKENS)
-SAMPLED = SamplingOptions(TOKENS, temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.3, seed=11)
+GREEDY = SamplingOptions(ENGINE_TOKENS)
+SAMPLED = SamplingOptions(ENGINE_TOKENS, temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.3, seed=11)
 CLIPS = list(draw_clips(0, 3))
 
 Messages = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """Its answers end at their limits only: no token is -1."""
-    model, processor = tarsier_jax.load(write_untrained(tmp_path_factory.mktemp("model") / "untrained", TWO_LAYERS))
-    config = fit_config(processor, SLOTS, TOKENS)
-    config = dataclasses.replace(config, buckets=config.buckets[-1:], reuse_prefixes=True)
-    buckets = Buckets(processor.buckets.patches, (16,), (config.prompt_tokens,))  # one shape for `answer`
-    return Engine(model, dataclasses.replace(processor, eos_token_ids=(-1,), buckets=buckets), config)
+def engine(reusing_engine: Engine) -> Engine:
+    return reusing_engine
 
 
 def ask(messages: Messages, question: str, video: Any = None) -> Messages:
@@ -123,7 +113,7 @@ def test_a_cancelled_answer_can_be_continued(engine: Engine) -> None:
 
 
 def test_the_least_recently_used_slot_is_taken(engine: Engine) -> None:
-    conversations = [ask([], f"Conversation {i}.", CLIPS[i % 3].video) for i in range(SLOTS + 1)]
+    conversations = [ask([], f"Conversation {i}.", CLIPS[i % 3].video) for i in range(ENGINE_SLOTS + 1)]
     for messages in conversations:
         run(engine, messages)
     (oldest,) = run(engine, ask(reply(conversations[1], "Yes."), "Sure?"))

@@ -47,7 +47,7 @@ def pixel_bomb(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    rows = zlib.compress(bytes((width + 7) // 8 + 1) * min(height, 20_000), 9)
+    rows = zlib.compress(bytes(min((width + 7) // 8 + 1, 10_000)) * min(height, 10_000), 9)
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 

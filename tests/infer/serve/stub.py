@@ -3,14 +3,13 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from infer.media import MediaLimits, MediaLoader
-
 from infer.engine import Completion, RequestError
+from infer.media import MediaLimits, MediaLoader
 from infer.serve.app import BodyLimits, make_app
 from infer.serve.connections import is_loopback, listen, make_server, serve
 from infer.serve.prompts import PromptLimits
@@ -30,7 +29,13 @@ def embedded_processor() -> Processor:
 
 
 class StubEngine:
-    """Answers one request after the other with the tokens of WORDS, as often as its limit allows.
+    """Answers one request after the other with the tokens of a text, again and again up to the limit.
+
+    Args:
+        slots: Number of slots.
+        seconds: Time per token.
+        text: The text.
+        once: Answers end after the text.
 
     Attributes:
         seconds: Time per token.
@@ -38,13 +43,14 @@ class StubEngine:
         requests: All requests so far.
     """
 
-    def __init__(self, slots: int = 2, seconds: float = 0.0):
+    def __init__(self, slots: int = 2, seconds: float = 0.0, text: str = WORDS, once: bool = False):
         self.processor: Any = embedded_processor()
-        self.config: Any = SimpleNamespace(slots=slots, prompt_tokens=1024)
+        self.config: Any = SimpleNamespace(slots=slots, prompt_tokens=4096)
         self.stats: Any = SimpleNamespace(prompts=0, answers=0)
         self.seconds, self.is_broken = seconds, threading.Event()
         self.requests: list[Any] = []
-        self._words = self.processor.tokenizer(WORDS, add_special_tokens=False)["input_ids"]
+        self._words = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._most = len(self._words) if once else 10**9
 
     def run(self, requests: Any) -> Iterator[Any]:
         for request in requests:
@@ -59,14 +65,16 @@ class StubEngine:
 
     def _answer(self, request: Any) -> Completion:
         tokens: list[int] = []
-        while len(tokens) < request.options.max_new_tokens and not request.cancelled.is_set():
+        limit = min(request.options.max_new_tokens, self._most)
+        while len(tokens) < limit and not request.cancelled.is_set():
             tokens.append(self._words[len(tokens) % len(self._words)])
             if request.on_tokens:
                 request.on_tokens(tokens[-1:])
             time.sleep(self.seconds)
         self.stats.answers += 1
         text, is_stopped = request.options.truncate(self.processor.decode(tokens))
-        reason = "cancelled" if request.cancelled.is_set() else "stop" if is_stopped else "length"
+        reason = "stop" if is_stopped else "eos" if limit == self._most else "length"
+        reason = "cancelled" if request.cancelled.is_set() else reason
         return Completion(request, text, tokens, reason, 0.01)
 
 
@@ -84,19 +92,20 @@ class RunningServer:
         *,
         key: str | None = None,
         root: Path | None = None,
-        body: BodyLimits = BodyLimits(),
+        hosts: Sequence[str] = (),
+        body: BodyLimits | None = None,
         waiting: int | None = None,
         seconds: float = 60.0,
         new_tokens: int = 64,
     ):
         processor, tokens = engine.processor, engine.config.prompt_tokens
-        self.loader = MediaLoader(processor, LIMITS, workers=1, root=root)
+        self.loader = MediaLoader(processor, LIMITS, workers=1, root=root, hosts=hosts)
         self.service = Service(engine, self.loader, EMBEDDED, workers=2, waiting=waiting, seconds=seconds)
         limits = PromptLimits(tokens, new_tokens, processor.options, root is not None)
         sock = listen("127.0.0.1", 0)
         self.port = sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = make_app(self.service, limits, body, key=key, local=is_loopback(sock))
+        app = make_app(self.service, limits, body or BodyLimits(), key=key, local=is_loopback(sock))
         self._server = make_server(app, self.service, 5)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, daemon=True)
         self._thread.start()
@@ -125,7 +134,7 @@ def main() -> None:
     sock = listen("127.0.0.1", 0)
     with MediaLoader(engine.processor, workers=1) as loader:
         service = Service(engine, loader, EMBEDDED, workers=1, waiting=4, seconds=60)  # pyright: ignore
-        app = make_app(service, PromptLimits(1024, 256, engine.processor.options))
+        app = make_app(service, PromptLimits(4096, 256, engine.processor.options))
         print(sock.getsockname()[1], flush=True)
         serve(service, app, sock, 10)
 

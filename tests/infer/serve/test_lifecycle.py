@@ -32,7 +32,7 @@ def serve_main(*flags: str) -> int:
     [
         (("--host", "0.0.0.0", "--port", "0"), "needs a key"),
         (("--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid"),
-        (("--port", "70000"), "cannot listen"),
+        (("--port", "70000"), "--port is 70000"),
         (("--media_root", "/no/such/directory"), "/no/such/directory is not a directory"),
         (("--slots", "0"), "--slots is 0"),
         (("--timeout", "0"), "--timeout is 0"),
@@ -40,7 +40,11 @@ def serve_main(*flags: str) -> int:
         (("--mesh", "rows=2"), "--mesh rows=2"),
     ],
 )
-def test_wrong_flags(flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_flags(
+    flags: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are errors before the model is loaded."""
+    monkeypatch.setattr(program, "start_engine", lambda *_, **__: pytest.fail("the model is loaded"))
     assert serve_main(*flags) == 1
     err = capsys.readouterr().err
     assert message in err and "loading" not in err
@@ -70,6 +74,11 @@ def post(url: str) -> httpx2.Response:
     return httpx2.post(f"{url}/v1/chat/completions", json=QUESTION, timeout=60)
 
 
+def post_in_vain(url: str) -> None:
+    with pytest.raises(httpx2.TransportError):
+        post(url)
+
+
 def test_a_signal_drains_and_a_second_one_ends() -> None:
     process, url = start("0.05")
     responses: list[Any] = []
@@ -83,7 +92,7 @@ def test_a_signal_drains_and_a_second_one_ends() -> None:
     thread.join(30)
     assert responses[0].status_code == 200 and process.wait(30) == 0
     process, url = start("1")
-    thread = threading.Thread(target=lambda: pytest.raises(httpx2.TransportError, post, url))
+    thread = threading.Thread(target=post_in_vain, args=(url,))
     thread.start()
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
