@@ -61,7 +61,7 @@ def model() -> Iterator[Model]:
     parameters, processor = tarsier_jax.load(EMBEDDED)
     processor = processor.replace(n_frames=8)
     config = fit_conversations(processor, 2, 48)
-    engine = Engine(parameters, processor, dataclasses.replace(config, buckets=config.buckets[-1:]))
+    engine = Engine(parameters, processor, dataclasses.replace(config, buckets=config.buckets[:1]))
     with MediaLoader(processor, root="/") as loader, Model(engine, loader) as model:
         yield model
 
