@@ -2,20 +2,17 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
+
+from tests import tpu
 
 pytestmark = pytest.mark.slow
 
 
 def memory(*flags: str) -> dict[str, tuple[float, float, int]]:
     """Returns temporaries and total in GiB per chip, and the number of splash kernels, of each program. All fit."""
-    command = [sys.executable, "-m", "benchmarks.tpu_memory", *flags]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
-    )
+    done = tpu.run("benchmarks.tpu_memory", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     sizes = re.findall(
         r"^(\w+) .*temporaries +([\d.]+) .*total +([\d.]+) GiB per chip, FITS +\((\d+) splash", done.stdout, re.M

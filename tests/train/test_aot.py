@@ -1,32 +1,27 @@
 """The real step of a recipe compiles for a pod, on a machine without one, and fits."""
 
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 
 from tarsier_jax.errors import InputError
+from tests import tpu
 from train import aot
-
-
-def run_aot(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "train.aot", *flags]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
-    )
 
 
 @pytest.mark.slow
 def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
     """One sequence of 16,384 tokens per chip, on 256 chips."""
-    done = run_aot("--config=configs/recap_7b.py", "--config.data.global_batch_size=256", "--topology=v5e:16x16")
+    done = tpu.run(
+        "train.aot", "--config=configs/recap_7b.py", "--config.data.global_batch_size=256", "--topology=v5e:16x16"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "FITS"
     arguments, total = (float(re.search(rf"{k} ([\d.]+)", done.stdout)[1]) for k in ("arguments", "total"))
     # Of 8.3 billion parameters, each with two moments, a chip holds 1/256; the rest is its row.
-    assert 0.36 < arguments < 1 and arguments < total < 15
+    # 15 GiB are free, of which the compiler's default effort takes 0.24 more than this one.
+    assert 0.36 < arguments < 1 and arguments < total < 14.75
     replicated = re.search(r"largest replicated array of the state: \S+ ([\d.]+) MiB", done.stdout)
     assert replicated is not None and float(replicated[1]) < 1
     assert "8 splash kernels" in done.stdout  # two towers: forward, again for the backward pass, and its two kernels
@@ -34,7 +29,9 @@ def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
 
 @pytest.mark.slow
 def test_a_step_that_the_compiler_refuses() -> None:
-    done = run_aot("--config=configs/recap_7b.py:debug", "--config.data.global_batch_size=65536", "--topology=v5e:2x2")
+    done = tpu.run(
+        "train.aot", "--config=configs/recap_7b.py:debug", "--config.data.global_batch_size=65536", "--topology=v5e:2x2"
+    )
     assert done.returncode == 1 and done.stderr == ""
     assert done.stdout.splitlines()[-1].startswith("EXCEEDS: the compiler refuses (RESOURCE_EXHAUSTED")
 
