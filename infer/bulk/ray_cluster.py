@@ -83,7 +83,8 @@ class Captioner:
         self._config = config
         try:
             engine = config.start()
-            self._frontend = Frontend(engine, config.workers, ItemLoader(engine.processor, config.prompt))
+            self._preparer = config.preparer(engine.processor)  # its processes end with this one
+            self._frontend = Frontend(engine, config.workers, ItemLoader(self._preparer.__enter__(), config.prompt))
         except TarsierError as error:  # returned by the calls; Ray would print a traceback and start the actor again
             self._frontend = error
 

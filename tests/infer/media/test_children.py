@@ -118,14 +118,8 @@ def test_a_process_starts_without_jax_and_transformers() -> None:
 
 
 def test_replies_are_checked() -> None:
-    for content in (
-        b"",
-        bytes(20),
-        b"\1" + bytes(20),
-        b"\xff" * 20,
-        b"\2\0\0\0\0\0\0\0[]",
-        b"\x04\0\0\0\0\0\0\0\xff\xff\xff\xff",
-    ):
+    two, four = b"\2" + bytes(7), b"\4" + bytes(7)
+    for content in (b"", bytes(20), b"\1" + bytes(20), b"\xff" * 20, two + b"[]", four + b"\xff" * 4):
         with pytest.raises(MalformedReplyError):
             read_header(io.BytesIO(content))
     ours, theirs = socket.socketpair()
