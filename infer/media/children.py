@@ -153,7 +153,8 @@ class ChildPool:
             self._give_back(child, reusable)
         if isinstance(visuals, InputError):
             raise visuals
-        for text in header.get("warnings") or ():
+        texts = header.get("warnings")
+        for text in texts if isinstance(texts, list) else ():
             warn(str(text))
         return visuals
 
