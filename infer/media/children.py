@@ -171,15 +171,17 @@ class ChildPool:
         self._idle.put(None)  # for a thread that waits
 
     def _take(self) -> Child:
+        """Waits for an idle process and returns it, or starts another if it died meanwhile."""
         child = self._idle.get()
-        if self._is_closed:
+        try:
+            if child is not None and child.is_alive and not self._is_closed:
+                return child
+            if child is not None:
+                self._discard(child)
+            return self._start()
+        except BaseException:
             self._idle.put(None)
-            raise _CrashError("closed")
-        if child is not None and child.is_alive:
-            return child
-        if child is not None:
-            self._discard(child)
-        return self._start()
+            raise
 
     def _give_back(self, child: Child | None, reusable: Child | None) -> None:
         """Makes a process available again, or ends it and starts another."""

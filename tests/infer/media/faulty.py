@@ -12,19 +12,19 @@ from infer.media import child
 
 def decode(stage: Any, sample: Any, pixel_limits: Any, limits: Any) -> Any:
     name = str(sample)
-    if "abort" in name:
+    if "/abort.mp4" in name:
         os.abort()
-    if "killed" in name:
+    if "/killed.mp4" in name:
         os.kill(os.getpid(), signal.SIGKILL)
-    if "hang" in name:
+    if "/hang.mp4" in name:
         time.sleep(60)
-    if "memory" in name:
+    if "/memory.mp4" in name:
         bytearray(limits.memory_bytes)
-    if "lie" in name:
+    if "/lie.mp4" in name:
         os.write(int(sys.argv[1]), b"m")  # a message without descriptors
-    if "address" in name:
+    if "/address.mp4" in name:
         raise ValueError("at 0x7f0000000000")
-    if "secret" in name:
+    if "/secret.mp4" in name:
         raise child.InputError(os.environ.get("API_KEY", "none"))
     return child.decode(stage, sample, pixel_limits, limits)
 
