@@ -329,6 +329,15 @@ def test_slow_and_large_requests(engine: StubEngine, monkeypatch: pytest.MonkeyP
         assert post(server).status_code == 200
 
 
+def test_the_number_of_connections(engine: StubEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_SPARE_CONNECTIONS", 1)
+    with RunningServer(engine, waiting=0) as server, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(2)]
+        wait_until(lambda: get(server, "/health").status_code == 503)
+        idle[0].close()
+        wait_until(lambda: get(server, "/health").status_code == 200)
+
+
 def test_files_below_the_root(engine: StubEngine, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     for name in ("root/a b.png", "secret.png"):

@@ -1,4 +1,4 @@
-"""500 malformed requests: each is answered with its reason, and the server goes on answering."""
+"""500 malformed requests: each is answered with its reason, and the server answers others after it."""
 
 import json
 import random
