@@ -137,7 +137,7 @@ def make_page(model: LocalModel, n_frames: int, sampling: SamplingOptions) -> "g
         files.change(open_files, [files, conversation, count], [files, frames], **private)
         asked = gr.on(
             [send.click, text.submit],
-            answer,
+            answer_question,
             [text, conversation, count, temperature, top_p],
             [chat, text, frames],
             trigger_mode="once",
@@ -170,7 +170,7 @@ def open_files(paths: list[str] | None, conversation: Conversation, n_frames: in
     return None, pictures(conversation)
 
 
-def answer(
+def answer_question(
     text: str, conversation: Conversation, n_frames: int, temperature: float, top_p: float
 ) -> Iterator[tuple[list[dict[str, str]], str, Any]]:
     """Yields the messages of the page, the content of the field for the next question, and the frames."""

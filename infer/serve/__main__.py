@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from infer.bulk.config import mesh_sizes, start_engine
-from infer.keys import KEY_VARIABLE, read_key
+from infer.keys import KEY_VARIABLE, is_loopback, read_key
 from infer.media import MediaLoader
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     _check_packages()
     from infer.serve.app import make_app
-    from infer.serve.connections import is_loopback, listen, serve
+    from infer.serve.connections import listen, serve
     from infer.serve.prompts import PromptLimits
     from infer.serve.service import Service
 
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     _check_flags(args)
     key, options = read_key(args.api_key_file), _processor_options(args)
     sock = listen(args.host, args.port)  # before the model is loaded: it fails fast
-    local = is_loopback(sock)
+    local = is_loopback(str(sock.getsockname()[0]))
     if key is None and not local:
         raise InputError(
             f"--host {args.host} is reachable from other machines, which needs a key. Pass --api_key_file, or set "

@@ -150,9 +150,3 @@ def listen(host: str, port: int) -> socket.socket:
             f"The server cannot listen on {host}:{port} ({reason}). Choose another --host or --port."
         ) from None
     return sock
-
-
-def is_loopback(sock: socket.socket) -> bool:
-    """Returns whether a bound socket is reachable from this machine only."""
-    host = str(sock.getsockname()[0])
-    return host.startswith("127.") or host == "::1"

@@ -73,7 +73,7 @@ def test_a_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = open_clip(EMBEDDED_CLIP)
     assert clip.times is not None
     assert [caption for _, caption in frames] == [f"{clip.times[i]:.2f} s" for i in sample_uniform(clip.length, 4)]
-    steps = list(web.answer("Describe the video in detail.", conversation, 4, 0.0, 1.0))
+    steps = list(web.answer_question("Describe the video in detail.", conversation, 4, 0.0, 1.0))
     messages, field, _ = steps[-1]
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert messages[0]["content"] == "[clip.mp4]\nDescribe the video in detail."

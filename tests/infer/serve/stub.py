@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from infer.engine import Completion, RequestError
+from infer.keys import is_loopback
 from infer.media import MediaLimits, MediaLoader
 from infer.serve.app import BodyLimits, make_app
-from infer.serve.connections import is_loopback, listen, make_server, serve
+from infer.serve.connections import listen, make_server, serve
 from infer.serve.prompts import PromptLimits
 from infer.serve.service import Service
 from tarsier_jax.families import family_of, load_config
@@ -103,9 +104,11 @@ class RunningServer:
         self.service = Service(engine, self.loader, EMBEDDED, workers=2, waiting=waiting, seconds=seconds)
         limits = PromptLimits(tokens, new_tokens, processor.options, root is not None)
         sock = listen("127.0.0.1", 0)
-        self.port = sock.getsockname()[1]
+        _host, self.port = sock.getsockname()[:2]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = make_app(self.service, limits, body or BodyLimits(), key=key, local=is_loopback(sock))
+        app = make_app(
+            self.service, limits, body or BodyLimits(), key=key, local=is_loopback(str(sock.getsockname()[0]))
+        )
         self._server = make_server(app, self.service, 5)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, daemon=True)
         self._thread.start()

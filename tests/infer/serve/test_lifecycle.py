@@ -1,6 +1,5 @@
 """The process: flags, signals, and the failure of the engine."""
 
-import argparse
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from infer.keys import read_key
 from infer.serve import __main__ as program
 from tarsier_jax.programs import run
 from tarsier_jax.weights import EMBEDDED
@@ -54,8 +54,8 @@ def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     """From a file or the environment; short ones are refused, without printing them."""
     file = tmp_path / "key"
     file.write_text("a-key-of-some-length\n")
-    assert program.read_key(argparse.Namespace(api_key_file=file)) == "a-key-of-some-length"
-    assert program.read_key(argparse.Namespace(api_key_file=None)) is None
+    assert read_key(file) == "a-key-of-some-length"
+    assert read_key() is None
     monkeypatch.setenv("TARSIER_API_KEY", "short-secret")
     assert serve_main() == 1
     err = capsys.readouterr().err
