@@ -104,11 +104,9 @@ class RunningServer:
         self.service = Service(engine, self.loader, EMBEDDED, workers=2, waiting=waiting, seconds=seconds)
         limits = PromptLimits(tokens, new_tokens, processor.options, root is not None)
         sock = listen("127.0.0.1", 0)
-        _host, self.port = sock.getsockname()[:2]
+        host, self.port = sock.getsockname()[:2]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = make_app(
-            self.service, limits, body or BodyLimits(), key=key, local=is_loopback(str(sock.getsockname()[0]))
-        )
+        app = make_app(self.service, limits, body or BodyLimits(), key=key, local=is_loopback(host))
         self._server = make_server(app, self.service, 5)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, daemon=True)
         self._thread.start()
