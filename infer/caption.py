@@ -66,6 +66,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="limit of a prompt, in tokens (default: --n_frames of the largest frame, and 256 of text)",
     )
     parser.add_argument("--workers", type=int, default=2, help="threads that decode videos (default 2)")
+    parser.add_argument(
+        "--isolate",
+        action="store_true",
+        help="decode in child processes: a clip on which a decoder crashes costs an error line, not the run",
+    )
     parser.add_argument("--mesh", default="", help="such as data=2,tensor=4 (default: all devices on the data axis)")
     parser.add_argument("--num_shards", type=int, default=1, help="number of shards to split the input into")
     parser.add_argument("--shard_index", type=int, default=0, help="shard to caption, from 0")
@@ -140,8 +145,13 @@ def missing_items(
 def caption_here(todo: Sequence[Item], config: CaptionConfig, lines: Path, args: argparse.Namespace) -> int:
     """Writes a line per item, with an engine over this process's devices; returns the number without a caption."""
     engine = config.start()
-    with signals_end(), Compilations() as compilations, Journal(lines, args.overwrite) as journal:
-        loader = ItemLoader(engine.processor, config.prompt, journal)
+    with (
+        signals_end(),
+        Compilations() as compilations,
+        Journal(lines, args.overwrite) as journal,
+        config.preparer(engine.processor) as prepare,
+    ):
+        loader = ItemLoader(prepare, config.prompt, None if config.isolate else journal)
         loader.try_suspects(todo)
         with Frontend(engine, config.workers, loader) as frontend:
             tally = write_lines(config.lines(frontend, todo), len(todo), lines, args.overwrite)

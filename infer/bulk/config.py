@@ -1,8 +1,10 @@
 """The options of a captioning run, the engine that they make, and the output line of each clip."""
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -10,11 +12,28 @@ import jax
 import tarsier_jax
 from infer.bulk.inputs import Item, with_prediction
 from infer.engine import Completion, Engine, Frontend, RequestError, fit_config
+from infer.media import MediaLimits, MediaLoader
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
+from tarsier_jax.processing.batch import Example
+from tarsier_jax.processing.image_files import MAX_PIXELS
 from tarsier_jax.processing.options import ProcessorOptions
+from tarsier_jax.processing.processor import Processor
 from tarsier_jax.programs import read_sampling_flags, resolve_dtype
 from tarsier_jax.sharding import make_mesh
+
+# The user's own clips may have any size. Only a decoder that hangs or takes all memory is ended.
+_LIMITS = MediaLimits(
+    max_bytes=sys.maxsize,
+    max_pixels=MAX_PIXELS,
+    max_frames=sys.maxsize,
+    max_animation_frames=sys.maxsize,
+    max_selected_frames=sys.maxsize,
+    max_seconds=sys.maxsize,
+    timeout=600.0,
+    memory_bytes=32 << 30,
+    cache_bytes=1,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +50,7 @@ class CaptionConfig:
         prompt: Used where an item has none.
         workers: Number of threads that decode clips.
         n_frames: Frames per video; None for the checkpoint's default.
+        isolate: Decode clips in child processes, where a crash of a decoder costs its clip only.
         sampling: How captions are generated; clip i with seed `sampling.seed` + i.
 
     Raises:
@@ -46,12 +66,14 @@ class CaptionConfig:
     prompt: str
     workers: int
     n_frames: int | None
+    isolate: bool
     sampling: SamplingOptions
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
         """Returns the config of the flags of `infer.caption`."""
-        names = ("model", "dtype", "int8", "mesh", "slots", "prompt_tokens", "prompt", "workers", "n_frames")
+        names = ("model", "dtype", "int8", "mesh", "slots", "prompt_tokens", "prompt", "workers")
+        names = (*names, "n_frames", "isolate")
         options = {name: getattr(args, name) for name in names}
         return cls(**options, sampling=read_sampling_flags(args))
 
@@ -74,6 +96,15 @@ class CaptionConfig:
             new_tokens=self.sampling.max_new_tokens,
             options={} if self.n_frames is None else {"n_frames": self.n_frames},
         )
+
+    @contextlib.contextmanager
+    def preparer(self, processor: Processor) -> Iterator[Callable[[Mapping[str, Any]], Example]]:
+        """Yields the function that prepares samples: the processor, or with `isolate` a loader with child processes."""
+        if not self.isolate:
+            yield processor
+            return
+        with MediaLoader(processor, _LIMITS, workers=max(1, self.workers), root="/") as loader:
+            yield loader
 
     def lines(self, frontend: Frontend, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
         """Yields the output line of each item in the order in which captions end: its caption, or its error."""

@@ -3,18 +3,19 @@
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from infer.bulk.inputs import Item
 from infer.bulk.journal import Journal
 from tarsier_jax.processing.batch import Example
-from tarsier_jax.processing.processor import Processor
 
 
 class ItemLoader:
     """Prepares items for an engine; the `prepare` of `infer.engine.Frontend`, called by several threads.
 
     Args:
+        prepare: Returns the example of a sample; see `CaptionConfig.preparer`.
         prompt: Used where an item has none.
         journal: Records the clips in progress.
 
@@ -23,8 +24,8 @@ class ItemLoader:
         seconds: Time that all threads together spent on it.
     """
 
-    def __init__(self, processor: Processor, prompt: str, journal: Journal | None = None):
-        self._processor, self._prompt, self._journal = processor, prompt, journal
+    def __init__(self, prepare: Callable[[Mapping[str, Any]], Example], prompt: str, journal: Journal | None = None):
+        self._prepare, self._prompt, self._journal = prepare, prompt, journal
         self._mutex = threading.Lock()
         self.frames, self.seconds = 0, 0.0
 
@@ -32,7 +33,7 @@ class ItemLoader:
         """Raises InputError for an item that cannot be used, and any error of a decoder."""
         start = time.perf_counter()
         with self._journal.note(item.input) if self._journal else contextlib.nullcontext():
-            example = self._processor(item.sample(self._prompt))
+            example = self._prepare(item.sample(self._prompt))
         with self._mutex:
             self.seconds += time.perf_counter() - start
             self.frames += example.frames

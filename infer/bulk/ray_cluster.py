@@ -3,6 +3,7 @@
 Ray restarts an actor that dies, and repeats its tasks.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -83,7 +84,9 @@ class Captioner:
         self._config = config
         try:
             engine = config.start()
-            self._frontend = Frontend(engine, config.workers, ItemLoader(engine.processor, config.prompt))
+            self._resources = contextlib.ExitStack()  # until the process of the actor ends
+            prepare = self._resources.enter_context(config.preparer(engine.processor))
+            self._frontend = Frontend(engine, config.workers, ItemLoader(prepare, config.prompt))
         except TarsierError as error:  # returned by the calls; Ray would print a traceback and start the actor again
             self._frontend = error
 

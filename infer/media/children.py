@@ -9,9 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from typing import Any
-
-import numpy as np
+from typing import Any, BinaryIO
 
 from infer.media import messages
 from infer.media.limits import MediaLimits
@@ -31,18 +29,15 @@ class _CrashError(Exception):
 class Child:
     """One child process.
 
-    Args:
-        program: Module to run.
-
     Attributes:
         pid: Number of the process.
     """
 
-    def __init__(self, program: str = PROGRAM):
+    def __init__(self) -> None:
         self._connection, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", program, str(theirs.fileno())],
+                [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=_environment(),
@@ -69,12 +64,12 @@ class Child:
         if not self._is_ready:
             raise _CrashError("the process does not start")
 
-    def request(self, content: bytes, descriptors: list[int], timeout: float) -> tuple[dict[str, Any], np.ndarray]:
-        """Returns the header and the array of the reply.
+    def request(self, content: bytes, descriptors: list[int], timeout: float) -> BinaryIO:
+        """Returns the reply.
 
         Raises:
             TimeoutError: `timeout` seconds passed.
-            _CrashError: the process ended, or the reply is malformed.
+            _CrashError: the process ended, or sent something else than a reply.
         """
         self.wait_until_ready()
         self._connection.settimeout(timeout)
@@ -85,15 +80,11 @@ class Child:
             raise
         except OSError as error:
             raise _CrashError("the connection ended") from error
-        try:
-            if len(replies) != 1:
-                raise _CrashError("the process ended")
-            return messages.read_reply(replies[0])
-        except messages.MalformedReplyError as error:
-            raise _CrashError("the reply is malformed") from error
-        finally:
-            for reply in replies:
-                os.close(reply)
+        if len(replies) == 1:
+            return open(replies[0], "rb")
+        for reply in replies:
+            os.close(reply)
+        raise _CrashError("the process ended")
 
     def kill(self) -> None:
         """Ends the process. Another thread that waits for its reply receives an error."""
@@ -113,13 +104,12 @@ class ChildPool:
     Args:
         limits: Limits of each sample.
         size: Number of processes.
-        program: Module that a process runs.
     """
 
-    def __init__(self, limits: MediaLimits, size: int, program: str = PROGRAM):
-        self._limits, self._program = limits, program
+    def __init__(self, limits: MediaLimits, size: int):
+        self._limits = limits
         self._mutex, self._is_closed = threading.Lock(), False
-        self._children = {Child(program) for _ in range(size)}
+        self._children = {Child() for _ in range(size)}
         self._idle: queue.LifoQueue[Child | None] = queue.LifoQueue()
         for child in self._children:
             self._idle.put(child)
@@ -147,11 +137,12 @@ class ChildPool:
         content = pickle.dumps((stage, sample, pixel_limits, self._limits))
         count = sum(len(message["content"]) for message in sample)
         child: Child | None = None
-        reusable = None
+        reusable: Child | None = None
         try:
             child = self._take()
-            header, values = child.request(content, descriptors, self._limits.timeout)
-            visuals = _read(header, values, stage, count)
+            with child.request(content, descriptors, self._limits.timeout) as reply:
+                header = messages.read_header(reply)
+                visuals = _error_of(header) or messages.read_visuals(reply, header, stage.vision.patch_dim, count)
             reusable = None if header.get("is_last") else child
         except TimeoutError:
             message = f"Decoding did not end within {self._limits.timeout:g} seconds. Send a shorter or smaller file."
@@ -162,6 +153,8 @@ class ChildPool:
             self._give_back(child, reusable)
         if isinstance(visuals, InputError):
             raise visuals
+        for text in header.get("warnings") or ():
+            warn(str(text))
         return visuals
 
     def close(self) -> None:
@@ -201,7 +194,7 @@ class ChildPool:
         with self._mutex:
             if self._is_closed:
                 raise _CrashError("closed")
-            child = Child(self._program)
+            child = Child()
             self._children.add(child)
         return child
 
@@ -226,12 +219,9 @@ def _environment() -> dict[str, str]:
     return {**variables, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def _read(header: dict[str, Any], values: np.ndarray, stage: VisualStage, count: int) -> VisualInputs | InputError:
-    """Returns the visuals of a reply, or its error. Raises MalformedReplyError."""
+def _error_of(header: dict[str, Any]) -> InputError | None:
+    """Returns the error in the header of a reply."""
     error, reason = header.get("error"), header.get("reason")
-    if isinstance(error, str):
-        return MediaError(error, reason) if isinstance(reason, str) else InputError(error)
-    texts = header.get("warnings")
-    for text in texts if isinstance(texts, list) else ():
-        warn(str(text))
-    return messages.visuals_from_header(header, values, stage.vision.patch_dim, count)
+    if not isinstance(error, str):
+        return None
+    return MediaError(error, reason) if isinstance(reason, str) else InputError(error)

@@ -125,7 +125,7 @@ def _parse_url(url: str) -> _Target:
             raise ValueError("characters")
         parts = urlsplit(url)
         host, port = parts.netloc.lower(), parts.port
-        if port is not None or host.endswith(":"):
+        if port is not None:
             host = host.rpartition(":")[0]
         if parts.scheme not in _PORTS or not _HOST.fullmatch(host) or port == 0:
             raise ValueError("host")

@@ -1,17 +1,16 @@
 """The messages between the loader and a child process, over a Unix socket.
 
-A message is one byte with descriptors. The first descriptor is a sealed file in memory with the content, the others are
-the files to decode. A request is pickled. A reply comes from a process that decodes untrusted files: it is JSON and an
-array, and is checked.
+A message is one byte with descriptors. The first one is a file in memory with the content, the others are the files to
+decode. A request is pickled. A reply comes from a process that decodes untrusted files: it is JSON and an array, and is
+checked.
 """
 
-import fcntl
 import json
-import mmap
+import math
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 
@@ -22,7 +21,6 @@ _ALIGNMENT = 64  # of the array in a reply
 _MOST_DESCRIPTORS = 253  # of a message, a limit of the kernel
 _LARGEST_HEADER = 16 << 20  # bytes
 _LARGEST_SIDE = 1 << 20  # patches
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class MalformedReplyError(Exception):
@@ -31,14 +29,13 @@ class MalformedReplyError(Exception):
 
 def send(connection: socket.socket, parts: Sequence[bytes | memoryview], descriptors: Sequence[int] = ()) -> None:
     """Sends a message with the concatenated parts as its content."""
-    content = os.memfd_create("message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    content = os.memfd_create("message", os.MFD_CLOEXEC)
     try:
         with open(content, "wb", closefd=False, buffering=0) as file:
             for part in map(memoryview, parts):
                 while part:  # a write has at most 2 GiB
                     part = part[file.write(part) :]
         os.lseek(content, 0, os.SEEK_SET)  # the receiver has the same position
-        fcntl.fcntl(content, fcntl.F_ADD_SEALS, _SEALS)
         socket.send_fds(connection, [b"m"], [content, *descriptors])
     finally:
         os.close(content)
@@ -61,27 +58,19 @@ def send_reply(connection: socket.socket, header: dict[str, Any], pixel_values: 
     send(connection, [start, values])
 
 
-def read_reply(descriptor: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Returns the header of a reply and its array, float32 (values,), read-only and without a copy.
-
-    Raises:
-        MalformedReplyError: the content has another form, or its sender could change it.
-    """
+def read_header(reply: BinaryIO) -> dict[str, Any]:
+    """Reads the header of a reply, up to its array. Raises MalformedReplyError."""
     try:
-        if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-            raise MalformedReplyError("not sealed")
-        content = mmap.mmap(descriptor, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
-        length = int.from_bytes(content[:8], "little")
-        if not 0 < length <= min(_LARGEST_HEADER, len(content) - 8):
+        length = int.from_bytes(reply.read(8), "little")
+        if not 0 < length <= _LARGEST_HEADER:
             raise MalformedReplyError("length")
-        header = json.loads(content[8 : 8 + length])
-        start = 8 + length + -(8 + length) % _ALIGNMENT
-        values = np.frombuffer(content, np.float32, offset=start) if start < len(content) else np.zeros(0, np.float32)
+        header = json.loads(reply.read(length))
+        reply.seek(-(8 + length) % _ALIGNMENT, os.SEEK_CUR)
     except (OSError, ValueError, RecursionError) as error:
-        raise MalformedReplyError("content") from error
+        raise MalformedReplyError("header") from error
     if not isinstance(header, dict):
         raise MalformedReplyError("header")
-    return header, values
+    return header
 
 
 def visuals_to_header(visuals: VisualInputs) -> dict[str, Any]:
@@ -90,12 +79,12 @@ def visuals_to_header(visuals: VisualInputs) -> dict[str, Any]:
     return {"grid_thw": visuals.grid_thw.tolist(), "frames": visuals.frames, "selections": selections}
 
 
-def visuals_from_header(header: dict[str, Any], values: np.ndarray, patch_dim: int, count: int) -> VisualInputs:
-    """Returns the inputs in a reply.
+def read_visuals(reply: BinaryIO, header: dict[str, Any], patch_dim: int, count: int) -> VisualInputs:
+    """Reads the array of a reply and returns its visuals. The array is read-only.
 
     Args:
-        header: Header of the reply.
-        values: Its array, float32 (values,).
+        reply: The reply, at the end of its header.
+        header: The header.
         patch_dim: Values per patch.
         count: Number of images and videos of the sample.
 
@@ -107,10 +96,15 @@ def visuals_from_header(header: dict[str, Any], values: np.ndarray, patch_dim: i
         raise MalformedReplyError("visuals")
     if not all(_is_list(row, 3) and all(map(_is_size, row)) for row in grid):
         raise MalformedReplyError("grid")
-    grid_thw = np.array(grid, np.int32).reshape(count, 3)
-    if values.size != int(grid_thw.astype(np.int64).prod(axis=1).sum()) * patch_dim:
+    selected = tuple(map(_selection, selections))
+    num_patches = sum(math.prod(row) for row in grid)
+    if os.fstat(reply.fileno()).st_size - reply.tell() != num_patches * patch_dim * 4:
         raise MalformedReplyError("pixels")
-    return VisualInputs(values.reshape(-1, patch_dim), grid_thw, frames, tuple(map(_selection, selections)))
+    pixel_values = np.empty((num_patches, patch_dim), np.float32)
+    if reply.readinto(pixel_values.data.cast("B")) != pixel_values.nbytes:  # pyright: ignore[reportAttributeAccessIssue]
+        raise MalformedReplyError("pixels")
+    pixel_values.flags.writeable = False
+    return VisualInputs(pixel_values, np.array(grid, np.int32), frames, selected)
 
 
 def _selection(value: Any) -> FrameSelection:

@@ -78,7 +78,7 @@ class Sources:
     """The opened sources of one sample. `close` it, or use it in a `with` statement.
 
     Attributes:
-        messages: The messages without texts, with attachments or absolute paths in place of the sources.
+        messages: The messages without texts, with attachments or paths in place of the sources.
         descriptors: Descriptors of the attachments.
         fetch_seconds: Seconds to fetch each image or video.
         identities: What identifies the files that the child opens by path, for a cache; None if they are unknown.
@@ -118,7 +118,7 @@ class Sources:
         return {"type": kind, kind: value}
 
     def _open(self, source: Any, name: str) -> Any:
-        """Returns an attachment or an absolute path in place of a source, and a list in place of several."""
+        """Returns an attachment or a path in place of a source, and a list in place of several."""
         if isinstance(source, list | tuple):
             return [self._open(each, f"frame {i} of {name}") for i, each in enumerate(source)]
         if isinstance(source, bytes | bytearray | memoryview):
@@ -173,7 +173,7 @@ class Sources:
             raise MediaError(f"{path[:_NAME]}: local files are not allowed here. Send the content.", "forbidden")
         if root == _ANYWHERE:
             self._identify(path)
-            return os.path.abspath(path) if path.strip() else path
+            return path
         descriptor = _open_below(root, path)
         self._add(descriptor)
         status = os.fstat(descriptor)

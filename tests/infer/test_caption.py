@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,21 @@ def test_a_run_goes_on(clips: Path, tmp_path: Path) -> None:
 def test_int8(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, lines = run(clips, tmp_path / "out.jsonl", "--int8", "--limit", 2)
     assert status == 0 and len(lines) == 2 and "0 compilations after warm-up" in capsys.readouterr().err
+
+
+def test_isolated_decoding(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same captions; a clip on which the decoder crashes gets an error line, and the run goes on."""
+    _, expected = run(clips, tmp_path / "in_thread.jsonl")
+    monkeypatch.setattr("infer.media.children.PROGRAM", "tests.infer.media.faulty")
+    shutil.copy(clips / "0.mp4", tmp_path / "abort.mp4")
+    names = [str(tmp_path / "abort.mp4"), *(str(clips / f"{i}.mp4") for i in range(6))]
+    status, lines = run(write_lines(tmp_path / "list.jsonl", names), tmp_path / "out.jsonl", "--isolate")
+    by_name = {line["input"]: line for line in lines}
+    assert status == 1 and len(by_name) == 7
+    assert by_name[names[0]]["error"].startswith("The decoder crashed on the images and videos.")
+    for line in expected:
+        assert by_name[line["input"]]["caption"] == line["caption"]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_lists(clips: Path, tmp_path: Path) -> None:
