@@ -7,8 +7,8 @@
 Starts the server on the embedded model, unless --url names a running one. Each client streams the answers to clips of
 moving shapes, one request after the other, and after an error 429 waits as the server says. Prints requests per second,
 the 50th and 95th percentiles of the time to the first text and to the end, the statuses, and the memory of the server's
-processes before and after. The same clips then go through Hugging Face's `generate`, on one request at a time behind a
-minimal HTTP server.
+processes over time. A clip that is sent again is not decoded again. The same clips then go through Hugging Face's
+`generate`, on one request at a time behind a minimal HTTP server.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -146,6 +147,24 @@ def our_server() -> Iterator[tuple[str, int]]:
             process.send_signal(signal.SIGTERM)
 
 
+@contextlib.contextmanager
+def watched_memory(pid: int) -> Iterator[list[int]]:
+    """Yields a list that receives the MiB of a process and its descendants, now and every second of the block."""
+    samples, end = [memory(pid) >> 20], threading.Event()
+
+    def watch() -> None:
+        while not end.wait(1):
+            samples.append(memory(pid) >> 20)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        end.set()
+        thread.join()
+
+
 def wait_for_line(log: Path, process: subprocess.Popen[Any]) -> str:
     """Returns the line that a started server prints."""
     while process.poll() is None:
@@ -185,8 +204,10 @@ def serve_reference(port: Any) -> None:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.request_queue_size = 128
+    class Server(HTTPServer):
+        request_queue_size = 1024  # connections that wait
+
+    server = Server(("127.0.0.1", 0), Handler)
     port.send(server.server_port)
     server.serve_forever()
 
@@ -228,12 +249,13 @@ def main() -> int:
         load(url, 1, 1)
         one = load(url, 1, min(args.seconds, 10))
         print(f"one client: {one}", flush=True)
-        before = memory(pid) if pid else 0
+        watch = stack.enter_context(watched_memory(pid)) if pid else []
         many = load(url, args.clients, args.seconds)
         print(f"{args.clients} clients for {many.seconds:.0f} s: {many}")
         print(f"{many.rate / one.rate:.1f} times the requests of one client")
-        if pid:
-            print(f"memory of the server: {before / 2**20:.0f} MiB before, {memory(pid) / 2**20:.0f} MiB after")
+        if watch:
+            tenths = [watch[i * (len(watch) - 1) // 10] for i in range(11)]
+            print(f"MiB of the server's memory, at each tenth of the time: {', '.join(map(str, tenths))}")
     if not args.no_reference:
         with reference_server() as url:
             load(url, 1, 1)

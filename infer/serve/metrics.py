@@ -32,6 +32,8 @@ class Metrics:
         self.rejections = self._counter("admission_rejections", "Requests that were not admitted", "reason")
         self.refused_media = self._counter("media_refused", "Images and videos that were refused", "reason")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
+        self.prefix_queries = self._counter("prefix_cache_queries", "Tokens of prompts, which may be in a slot")
+        self.prefix_hits = self._counter("prefix_cache_hits", "Tokens of prompts that were in a slot before")
         self.generation_tokens = self._counter("generation_tokens", "Generated tokens")
         self.frames = self._counter("media_frames", "Decoded frames and images")
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Of streamed answers", _SECONDS)

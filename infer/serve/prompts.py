@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from infer.serve.errors import ApiError, bad_request
-from infer.serve.protocol import ChatRequest, FrameChoice, ImagePart, PixelLimits, TextPart, VideoPart
+from infer.serve.protocol import ChatRequest, FrameChoice, ImagePart, ImageUrl, PixelLimits, TextPart, VideoUrl
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.processor import ProcessorOptions
@@ -47,8 +47,8 @@ class Prompt:
         processor_options: Options of the processor that differ from the server's.
         sampling: How the answer is generated.
         kinds: "image" or "video" for each image and video, in order.
-        frame_limits: The largest number of frames of each video whose frames per second are given without a number of
-            frames; None for the other images and videos.
+        frame_limits: The largest number of frames of each video that has frames per second but no number of frames;
+            None for the other images and videos.
     """
 
     sample: dict[str, Any]
@@ -56,6 +56,49 @@ class Prompt:
     sampling: SamplingOptions
     kinds: tuple[str, ...]
     frame_limits: tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Medium:
+    """An image or video of a request.
+
+    Attributes:
+        place: Its part of the request, such as "messages[0].content[1]".
+        url: Its URL, and the keys beside it.
+        source: Path, data URL or http(s) URL.
+        fps: Frames per second, or None.
+        num_frames: The largest number of frames, or None.
+    """
+
+    place: str
+    url: ImageUrl | VideoUrl
+    source: str
+    fps: float | None = None
+    num_frames: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return "video" if isinstance(self.url, VideoUrl) else "image"
+
+    @property
+    def has_frame_choice(self) -> bool:
+        return self.fps is not None or self.num_frames is not None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether only fps is set, so the number of frames depends on the video."""
+        return self.fps is not None and self.num_frames is None
+
+    def item(self, share: int) -> dict[str, Any]:
+        """Returns the item of the annotation format. `share` is the largest number of frames if it is open.
+
+        `min_n_frames` is the limit of the frames of an item if the sample's own number of frames is smaller.
+        """
+        if not isinstance(self.url, VideoUrl):
+            return {"type": "image", "image": {"image_file": self.source}}
+        choice = {"fps": self.fps, "min_n_frames": share if self.is_open else self.num_frames}
+        part = {"start_time": self.url.start_time, "end_time": self.url.end_time}
+        return {"type": "video", "video": {"video_file": self.source, **_without_none({**choice, **part})}}
 
 
 def read_prompt(request: ChatRequest, limits: PromptLimits) -> Prompt:
@@ -68,15 +111,10 @@ def read_prompt(request: ChatRequest, limits: PromptLimits) -> Prompt:
     _check_texts(request, limits)
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options is only for stream=true. Remove it.", "stream_options")
-    media = list(_media(request))
-    if len(media) > limits.processor.max_n_frames:
-        raise bad_request(
-            f"The request has {len(media)} images and videos; the server takes at most {limits.processor.max_n_frames}."
-            " Split it.",
-            "messages",
-        )
-    frame_limits, video_items, frame_options = _choose_frames(media, request, limits)
-    items = iter(video_items)
+    media = list(_read_media(request, limits))
+    frame_options = _frame_options(media, request, limits)
+    share = _share(media, limits)
+    items = iter([medium.item(share) for medium in media])
     messages = [
         {
             "role": _ROLES.get(message.role, message.role),
@@ -89,10 +127,10 @@ def read_prompt(request: ChatRequest, limits: PromptLimits) -> Prompt:
     ]
     return Prompt(
         sample={"messages": messages},
-        processor_options={**frame_options, **_choose_pixels(media, request, limits)},
+        processor_options={**frame_options, **_pixel_options(media, request, limits)},
         sampling=read_sampling(request, limits.new_tokens),
-        kinds=tuple("video" if isinstance(part, VideoPart) else "image" for _, part in media),
-        frame_limits=frame_limits,
+        kinds=tuple(medium.kind for medium in media),
+        frame_limits=tuple(share if medium.fps is not None and medium.num_frames is None else None for medium in media),
     )
 
 
@@ -152,8 +190,8 @@ def _check_texts(request: ChatRequest, limits: PromptLimits) -> None:
         )
 
 
-def _media(request: ChatRequest) -> Iterator[tuple[str, ImagePart | VideoPart]]:
-    """Yields the place and the part of each image and video."""
+def _read_media(request: ChatRequest, limits: PromptLimits) -> Iterator[_Medium]:
+    """Yields the images and videos in order of appearance. Raises ApiError."""
     for i, message in enumerate(request.messages):
         for j, part in enumerate(message.content):
             if isinstance(part, TextPart):
@@ -161,72 +199,55 @@ def _media(request: ChatRequest) -> Iterator[tuple[str, ImagePart | VideoPart]]:
             place = f"messages[{i}].content[{j}]"
             if message.role != "user":
                 raise bad_request(f"{place} is in a message of the {message.role}. Only the user sends media.", place)
-            yield place, part
+            if isinstance(part, ImagePart):
+                url = part.image_url
+                yield _Medium(place, url, _source(url.url, f"{place}.image_url.url", limits))
+                continue
+            choices = [(f"{place}.video_url", part.video_url), *_frame_kwargs(request)]
+            source = _source(part.video_url.url, f"{place}.video_url.url", limits)
+            fps, num_frames = _one(choices, "fps"), _one(choices, "num_frames", "n_frames")
+            yield _Medium(place, part.video_url, source, fps, num_frames)
 
 
-def _choose_frames(
-    media: Sequence[tuple[str, ImagePart | VideoPart]], request: ChatRequest, limits: PromptLimits
-) -> tuple[tuple[int | None, ...], list[dict[str, Any]], dict[str, Any]]:
-    """Returns frame_limits of the `Prompt`, the item of each image and video, and options of the processor.
-
-    If the request selects frames, it does so for all of its videos: `min_n_frames` of an item is then the limit of its
-    frames, and the shared number of frames has no effect.
-    """
-    kwargs: list[tuple[str, FrameChoice]] = [
+def _frame_kwargs(request: ChatRequest) -> list[tuple[str, FrameChoice]]:
+    """Returns the places outside the messages that select frames."""
+    return [
         ("mm_processor_kwargs", request.mm_processor_kwargs),
         ("media_io_kwargs.video", request.media_io_kwargs.video),
     ]
-    num_videos = sum(isinstance(part, VideoPart) for _, part in media)
-    if not num_videos and any(_values(choice, "fps", "num_frames", "n_frames") for _, choice in kwargs):
-        raise bad_request("The request selects frames, but has no video. Remove fps and num_frames.", "messages")
-    share = (limits.processor.max_n_frames - (len(media) - num_videos)) // max(num_videos, 1)
-    items: list[dict[str, Any]] = []
-    counts: list[int | None] = []
-    frame_limits: list[int | None] = []
-    for place, part in media:
-        if isinstance(part, ImagePart):
-            path = _source(part.image_url.url, f"{place}.image_url.url", limits)
-            items.append({"type": "image", "image": {"image_file": path}})
-            frame_limits.append(None)
-            continue
-        url = part.video_url
-        choices = [(f"{place}.video_url", url), *kwargs]
-        fps, count = _one(choices, "fps"), _one(choices, "num_frames", "n_frames")
-        counts.append(share if count is None and fps is not None else count)
-        frame_limits.append(share if count is None and fps is not None else None)
-        video = {"fps": fps, "start_time": url.start_time, "end_time": url.end_time, "min_n_frames": counts[-1]}
-        path = _source(url.url, f"{place}.video_url.url", limits)
-        items.append({"type": "video", "video": {"video_file": path, **_without_none(video)}})
-    return tuple(frame_limits), items, _frame_options(counts, len(media) - num_videos, limits)
 
 
-def _frame_options(counts: Sequence[int | None], num_images: int, limits: PromptLimits) -> dict[str, Any]:
-    numbers = [count for count in counts if count is not None]
-    if not numbers:
-        return {}
-    if len(numbers) < len(counts):
+def _frame_options(media: Sequence[_Medium], request: ChatRequest, limits: PromptLimits) -> dict[str, Any]:
+    """Returns the options of the processor for a request that selects frames: each video then has its own number."""
+    videos, most = [medium for medium in media if medium.kind == "video"], limits.processor.max_n_frames
+    choices = [medium for medium in videos if medium.has_frame_choice]
+    if not videos and _one(_frame_kwargs(request), "fps", "num_frames", "n_frames") is not None:
+        raise bad_request("The request selects frames, but does not contain a video. Remove fps and num_frames.")
+    if choices and len(choices) < len(videos):
         raise bad_request("Some videos have fps or num_frames and others have neither. Set one for each.", "messages")
-    most = limits.processor.max_n_frames
-    if sum(numbers) + num_images > most:
+    num_frames = len(media) - len(videos) + sum(medium.num_frames or 1 for medium in videos)
+    if num_frames > most:
         raise bad_request(
-            f"num_frames: the request has {sum(numbers) + num_images} frames and images; the server takes at most "
-            f"{most}. Use fewer.",
+            f"The request has {num_frames} frames and images; the server takes at most {most}. Use fewer (num_frames).",
             "num_frames",
         )
-    return {"n_frames": 1}
+    return {"n_frames": 1} if choices else {}
 
 
-def _choose_pixels(
-    media: Sequence[tuple[str, ImagePart | VideoPart]], request: ChatRequest, limits: PromptLimits
-) -> dict[str, Any]:
+def _share(media: Sequence[_Medium], limits: PromptLimits) -> int:
+    """Returns the largest number of frames of each open video, which share the frames that the others leave."""
+    others = sum((medium.num_frames or 1) for medium in media if not medium.is_open)
+    return (limits.processor.max_n_frames - others) // max(sum(medium.is_open for medium in media), 1)
+
+
+def _pixel_options(media: Sequence[_Medium], request: ChatRequest, limits: PromptLimits) -> dict[str, Any]:
     """Returns max_pixels and min_pixels, which all images and videos of a request share."""
-    options: dict[str, Any] = {}
     kwargs = ("mm_processor_kwargs", request.mm_processor_kwargs)
+    options: dict[str, Any] = {}
     for name in ("max_pixels", "min_pixels"):
-        urls = [(place, part.video_url if isinstance(part, VideoPart) else part.image_url) for place, part in media]
-        values = {_one([(place, url), kwargs], name) for place, url in urls}
-        if not media and _values(request.mm_processor_kwargs, name):
-            raise bad_request(f"The request has {name}, but no image or video. Remove it.", name)
+        values = {_one([(f"{m.place}.{m.kind}_url", m.url), kwargs], name) for m in media}
+        if not media and _one([kwargs], name) is not None:
+            raise bad_request(f"The request has {name}, but does not contain an image or video. Remove it.", name)
         if len(values) > 1:
             raise bad_request(
                 f"{name} differs between the images and videos of the request, which share it. Set it in "
@@ -258,10 +279,6 @@ def _one(choices: Sequence[tuple[str, PixelLimits | FrameChoice]], *names: str) 
         texts = " and ".join(f"{name} is {value}" for name, value in values.items())
         raise bad_request(f"{texts}. Keep one of them.", next(iter(values)))
     return next(iter(values.values()), None)
-
-
-def _values(choice: PixelLimits | FrameChoice, *names: str) -> list[Any]:
-    return [value for name in names if (value := getattr(choice, name, None)) is not None]
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The responses of chat completions, whole and in chunks. `media` is this project's addition: what the model received.
+"""The responses of chat completions, whole and in chunks. `media`, this project's addition, reports the
+frames that the model received.
 
 See docs/serving.md for the fields.
 """

@@ -14,7 +14,7 @@ from infer.engine.engine import Engine
 from infer.serve.errors import NO_RETRY, ApiError, bad_request
 from infer.serve.metrics import Metrics
 from infer.serve.prompts import Prompt
-from tarsier_jax.errors import InputError, TarsierError
+from tarsier_jax.errors import InputError, MediaError, TarsierError
 from tarsier_jax.processing.batch import Example
 
 _logger = logging.getLogger("infer.serve")
@@ -135,10 +135,11 @@ class Service:
         try:
             example = self._loader(job.prompt.sample, **job.prompt.processor_options)
             self._check(example, job.prompt)
-        except TarsierError as error:
-            if (reason := getattr(error, "reason", None)) is not None:  # a MediaError
-                job.code = reason
-                self.metrics.refused_media(reason).inc()
+        except MediaError as error:
+            job.code = error.reason
+            self.metrics.refused_media(error.reason).inc()
+            raise InputError(error.public_message) from None
+        except TarsierError:
             raise
         except Exception:  # its text may contain addresses, so it is only in the log
             _logger.exception("a sample could not be prepared")
@@ -261,6 +262,8 @@ class Answer:
         num_prompt, num_new = len(result.request.example.input_ids), len(result.tokens)
         metrics.successes("length" if result.finish_reason == "length" else "stop").inc()
         metrics.prompt_tokens().inc(num_prompt)
+        metrics.prefix_queries().inc(num_prompt)
+        metrics.prefix_hits().inc(result.reused_tokens)
         metrics.generation_tokens().inc(num_new)
         metrics.request_prompt_tokens.observe(num_prompt)
         metrics.request_generation_tokens.observe(num_new)

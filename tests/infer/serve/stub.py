@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,13 +92,14 @@ class RunningServer:
         *,
         key: str | None = None,
         root: Path | None = None,
+        hosts: Sequence[str] = (),
         body: BodyLimits | None = None,
         waiting: int | None = None,
         seconds: float = 60.0,
         new_tokens: int = 64,
     ):
         processor, tokens = engine.processor, engine.config.prompt_tokens
-        self.loader = MediaLoader(processor, LIMITS, workers=1, root=root)
+        self.loader = MediaLoader(processor, LIMITS, workers=1, root=root, hosts=hosts)
         self.service = Service(engine, self.loader, EMBEDDED, workers=2, waiting=waiting, seconds=seconds)
         limits = PromptLimits(tokens, new_tokens, processor.options, root is not None)
         sock = listen("127.0.0.1", 0)

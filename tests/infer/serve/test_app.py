@@ -2,9 +2,13 @@
 
 import contextlib
 import json
+import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +329,15 @@ def test_slow_and_large_requests(engine: StubEngine, monkeypatch: pytest.MonkeyP
         assert post(server).status_code == 200
 
 
+def test_the_number_of_connections(engine: StubEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_SPARE_CONNECTIONS", 1)
+    with RunningServer(engine, waiting=0) as server, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(2)]
+        wait_until(lambda: get(server, "/health").status_code == 503)
+        idle[0].close()
+        wait_until(lambda: get(server, "/health").status_code == 200)
+
+
 def test_files_below_the_root(engine: StubEngine, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     for name in ("root/a b.png", "secret.png"):
@@ -337,3 +350,51 @@ def test_files_below_the_root(engine: StubEngine, tmp_path: Path) -> None:
     with RunningServer(engine) as server:
         response = post(server, body(url))
         assert response.status_code == 400 and response.json()["error"]["code"] == "forbidden"
+
+
+class _PictureHandler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        content = picture()
+        self.send_response(200)
+        self.send_header("Content-Type", "image/png")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_hosts(engine: StubEngine) -> None:
+    """Media are fetched from those that a flag allows."""
+    with HTTPServer(("127.0.0.1", 0), _PictureHandler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{files.server_port}"
+        content = body(image(f"http://{host}/a.png"))
+        with RunningServer(engine, hosts=(host,)) as server:
+            response = post(server, content)
+            assert response.status_code == 200 and response.json()["media"][0]["fetch_seconds"] > 0
+            assert metric(server, "media_fetch_seconds_count") == 1
+        with RunningServer(engine) as server:
+            response = post(server, content)
+            assert response.status_code == 400 and response.json()["error"]["code"] == "forbidden"
+            assert metric(server, "media_refused_total") == 1
+        files.shutdown()
+
+
+def test_a_decoder_that_is_killed(server: RunningServer) -> None:
+    """In the middle of a file: only this request fails."""
+    content = body(image(data_url(picture(size=(200, 100)), "image/png")))
+    assert post(server, content).status_code == 200
+    (pid,) = server.loader._children.pids
+    os.kill(pid, signal.SIGSTOP)
+    responses: list[httpx2.Response] = []
+    other = body(image(data_url(picture(size=(100, 200)), "image/png")))
+    thread = threading.Thread(target=lambda: responses.append(post(server, other)))
+    thread.start()
+    wait_until(lambda: server.service.frontend.num_pending == 1)
+    time.sleep(0.2)
+    os.kill(pid, signal.SIGKILL)
+    thread.join(30)
+    assert responses[0].status_code == 400 and responses[0].json()["error"]["code"] == "crashed"
+    assert post(server, other).status_code == 200

@@ -1,4 +1,4 @@
-"""500 malformed requests: each is answered with its reason, and the server goes on answering."""
+"""500 malformed requests: each is answered with its reason, and the server answers others after it."""
 
 import json
 import random
@@ -13,6 +13,7 @@ from tests.infer.serve import faults
 from tests.infer.serve.stub import RunningServer, StubEngine
 
 CASES = 500
+LIBRARY_TEXT = re.compile("Traceback|Errno|Invalid data found|cannot identify|0x[0-9a-f]{6}|<_io")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_malformed_requests(server: RunningServer, root: Path) -> None:
             error = response.json().get("error", {})
             message = error.get("message", "")
             is_good = 400 <= response.status_code < 500 and len(message) > 10 and len(response.content) < 2000
-            if not is_good or "Traceback" in message or re.search("0x[0-9a-f]{6}", message):
+            if not is_good or LIBRARY_TEXT.search(message):
                 wrong.append((content[:300], response.status_code, response.text[:300]))
             if i % 100 == 0:
                 assert client.post("/v1/chat/completions", content=good).status_code == 200

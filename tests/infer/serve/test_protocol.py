@@ -102,6 +102,7 @@ def test_frames_per_second() -> None:
     prompt = prompt_of(video(), video(), image(), mm_processor_kwargs={"fps": 1})
     assert item(prompt) == {"video_file": VIDEO, "fps": 1, "min_n_frames": 127}
     assert prompt.frame_limits == (127, 127, None)
+    assert prompt_of(video(fps=1), video(num_frames=200)).frame_limits == (56, None)
 
 
 def test_pixels() -> None:
@@ -121,7 +122,7 @@ def test_contradictions_are_named() -> None:
     )
     assert "others have neither" in error_of(video(num_frames=4), video()).message
     assert "at most 256" in error_of(video(num_frames=200), video(num_frames=57)).message
-    assert "no video" in error_of(image(), mm_processor_kwargs={"fps": 2}).message
+    assert "not contain a video" in error_of(image(), mm_processor_kwargs={"fps": 2}).message
     assert "differ" in error_of(max_tokens=3, max_completion_tokens=4).message
 
 
