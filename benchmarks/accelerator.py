@@ -234,7 +234,7 @@ class Bench:
     def empty_slots(self) -> DecodeState:
         shapes = self.engine_config
         with use_mesh_of(self.model):
-            return empty_slots(self.config, shapes.slots, shapes.size, shapes.new_tokens, self.mesh)
+            return empty_slots(self.model, shapes.slots, shapes.size, shapes.new_tokens, self.mesh)
 
     def mfu(self, part: str, name: str, flops: float, duration: float, note: str) -> Result:
         """Returns the row for `flops` of all devices in `duration` seconds."""
@@ -414,7 +414,7 @@ def _fill_cache(state: DecodeState) -> DecodeState:
     """Fills the cache with random values. Products of zeros need less power, and a GPU computes them faster."""
 
     def fill(x: jax.Array) -> jax.Array:
-        return x + jax.random.normal(jax.random.key(x.ndim), x.shape[-3:], x.dtype) if x.ndim > 2 else x
+        return x + jax.random.normal(jax.random.key(x.ndim), x.shape[-2:], x.dtype) if x.ndim > 2 else x
 
     return dataclasses.replace(state, cache=jax.tree.map(fill, state.cache))
 

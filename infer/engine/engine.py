@@ -69,7 +69,7 @@ class Engine:
         self._mesh = model_mesh(model)
         self._eos = jnp.asarray(sorted(processor.eos_token_ids), jnp.int32)
         with use_mesh_of(model):
-            self._state = empty_slots(model.config, config.slots, config.size, config.new_tokens, self._mesh)
+            self._state = empty_slots(model, config.slots, config.size, config.new_tokens, self._mesh)
         self._free = self._all_slots()
         self._running: dict[tuple[int, int], _Running] = {}  # by group and slot
         self.stats = EngineStats()

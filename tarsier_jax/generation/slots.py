@@ -8,16 +8,16 @@ Rows and slots form G groups, one per data-parallel part of the mesh. A prompt s
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int, UInt
 
-from tarsier_jax.config import ModelConfig
 from tarsier_jax.generation.decode import DecodeState, decode
 from tarsier_jax.generation.sampling import Sampling, SamplingOptions
 from tarsier_jax.models.cache import KVCache
@@ -26,7 +26,7 @@ from tarsier_jax.processing.batch import Batch
 from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh, fit_spec
 from tarsier_jax.typing import Array, HostOrDeviceArray
 
-CACHE_AXES = (None, BATCH, None, HEADS, None)
+CACHE_AXES = (None, BATCH, None, HEADS)
 
 
 @jax.tree_util.register_dataclass
@@ -73,8 +73,8 @@ class SlotAssignment:
         return cls(np.zeros(groups, np.int32), **arrays)
 
 
-def empty_slots(config: ModelConfig, slots: int, size: int, max_new: int, mesh: Mesh | None = None) -> DecodeState:
-    """Returns empty slots with a capacity of `size` tokens each, up to `max_new` of them new."""
+def empty_slots(model: Tarsier, slots: int, size: int, max_new: int, mesh: Mesh | None = None) -> DecodeState:
+    """Returns a model's empty slots with a capacity of `size` tokens each, up to `max_new` of them new."""
 
     def make() -> DecodeState:
         integers = {
@@ -84,10 +84,10 @@ def empty_slots(config: ModelConfig, slots: int, size: int, max_new: int, mesh: 
         return DecodeState(
             tokens=jnp.full((slots, max_new), -1, jnp.int32),
             done=jnp.ones(slots, bool),
-            seen_tokens=jnp.zeros((slots, config.text.vocab_size), bool),
+            seen_tokens=jnp.zeros((slots, model.config.text.vocab_size), bool),
             keys=jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32)),
             sampling=Sampling.repeat(SamplingOptions(), slots),
-            cache=KVCache.empty(config.text, slots, size, config.dtype),
+            cache=model.decoder.empty_cache(slots, size),
             **integers,
         )
 
@@ -97,10 +97,15 @@ def empty_slots(config: ModelConfig, slots: int, size: int, max_new: int, mesh: 
 def slot_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     """Returns the shardings of the state: the cache is split by groups and heads, the other arrays are replicated."""
 
-    def sharding(x: jax.ShapeDtypeStruct) -> NamedSharding:
-        return NamedSharding(mesh, fit_spec(x.shape, CACHE_AXES, mesh) if x.ndim == len(CACHE_AXES) else P())
+    cache, replicated = state.cache, NamedSharding(mesh, P())
+    split = NamedSharding(mesh, _cache_spec(cache, mesh))
+    cache = dataclasses.replace(cache, k=(split,) * len(cache.k), v=(split,) * len(cache.v), lengths=replicated)
+    return dataclasses.replace(jax.tree.map(lambda _: replicated, state), cache=cache)
 
-    return jax.tree.map(sharding, state)
+
+def _cache_spec(cache: KVCache, mesh: Mesh | AbstractMesh) -> P:
+    """Returns the spec of the keys and values: whole heads are split."""
+    return fit_spec((*cache.k[0].shape[:3], cache.num_kv_heads), CACHE_AXES, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("step", "num_features"))
@@ -139,15 +144,14 @@ def prefill_into_slots(
 ) -> DecodeState:
     """Runs packed prompts and starts their answers in their slots."""
     R, T = rows.input_ids.shape
-    B, S = state.cache.k.shape[1:3]
+    B, S = state.done.shape[0], state.cache.size
     G, N = prompts.slot.shape
     V = state.seen_tokens.shape[1]
     window = min(S, T)  # positions copied per prompt; those after the prompt are overwritten or never read
-    fresh = KVCache.empty(model.config.text, R, T + window, model.config.dtype)
+    fresh = model.decoder.empty_cache(R, T + window)
     x = model.merge_vision_embeddings(rows, features)
     _, fresh = model.decoder.with_cache(x, rows.position_ids, fresh, rows.segment_ids)
-    copy = functools.partial(_copy_prompts, window=window)
-    k, v = (_over_groups(copy, *pair, prompts) for pair in ((state.cache.k, fresh.k), (state.cache.v, fresh.v)))
+    cache = _copy_prompts(state.cache, fresh, prompts, window)
 
     slots = prompts.slot + (B // G) * jnp.arange(G)[:, None]
     slots = jnp.where(jnp.arange(N) < prompts.count[:, None], slots, B).reshape(-1)  # B is out of bounds
@@ -170,7 +174,7 @@ def prefill_into_slots(
         seen_tokens=put(state.seen_tokens, _prompt_tokens(rows, prompts, V)),
         keys=put(state.keys, keys),
         sampling=dataclasses.replace(state.sampling, **options),
-        cache=KVCache(k, v, put(state.cache.lengths, prompts.length)),
+        cache=dataclasses.replace(cache, lengths=put(cache.lengths, prompts.length)),
     )
 
 
@@ -206,30 +210,34 @@ def _prompt_tokens(rows: Batch, prompts: SlotAssignment, vocab_size: int) -> Boo
     return seen_tokens.at[group[..., None], n[:, None], rows.input_ids[row]].max(inside)
 
 
-def _over_groups(copy, cache: Array, fresh: Array, prompts: SlotAssignment) -> Array:
-    """Runs `copy` on the slots and rows of each group, on the devices of the group."""
+def _copy_prompts(cache: KVCache, fresh: KVCache, prompts: SlotAssignment, window: int) -> KVCache:
+    """Copies `window` positions of each prompt from its row to its slot, on the devices of its group."""
+    arrays, new = (cache.k, cache.v), (fresh.k, fresh.v)
     where = prompts.count, prompts.row, prompts.start, prompts.slot
-    mesh = current_mesh()
-    if mesh is None:
-        return copy(cache, fresh, *where)
-    spec = fit_spec(cache.shape, CACHE_AXES, mesh)
-    specs = (spec, spec, *(P(BATCH),) * 4)
-    return jax.shard_map(copy, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(cache, fresh, *where)
+    copy, mesh = functools.partial(_copy_in_group, window=window), current_mesh()
+    if mesh is not None:
+        spec = _cache_spec(cache, mesh)
+        specs = (spec, spec, *(P(BATCH),) * len(where))
+        copy = jax.shard_map(copy, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    k, v = copy(arrays, new, *where)
+    return dataclasses.replace(cache, k=k, v=v)
 
 
-def _copy_prompts(
-    cache: Float[Array, "L B S K H"],
-    fresh: Float[Array, "L R T K H"],
+def _copy_in_group(
+    cache: tuple[tuple[Float[Array, "layers B S KH"], ...], ...],
+    fresh: tuple[tuple[Float[Array, "layers R T KH"], ...], ...],
     count: Int[Array, " 1"],
     row: Int[Array, "1 prompts"],
     start: Int[Array, "1 prompts"],
     slot: Int[Array, "1 prompts"],
     window: int,
-) -> Float[Array, "L B S K H"]:
-    L, _, _, K, H = cache.shape
+) -> tuple[tuple[Float[Array, "layers B S KH"], ...], ...]:
+    def one(i: Int[Array, ""], cache: Any) -> Any:
+        def put(array: Array, new: Array) -> Array:
+            sizes = (new.shape[0], 1, window, new.shape[3])
+            piece = lax.dynamic_slice(new, (0, row[0, i], start[0, i], 0), sizes)
+            return lax.dynamic_update_slice(array, piece, (0, slot[0, i], 0, 0))
 
-    def one(i: Int[Array, ""], cache: Array) -> Array:
-        piece = lax.dynamic_slice(fresh, (0, row[0, i], start[0, i], 0, 0), (L, 1, window, K, H))
-        return lax.dynamic_update_slice(cache, piece, (0, slot[0, i], 0, 0, 0))
+        return jax.tree.map(put, cache, fresh)
 
     return lax.fori_loop(0, count[0], one, cache)
