@@ -29,6 +29,7 @@ from infer.engine.stats import DeviceTimer, EngineStats
 from tarsier_jax.api import model_mesh, use_mesh_of
 from tarsier_jax.generation.decode import GeneratedTokens, trim_at_eos
 from tarsier_jax.generation.slots import SlotAssignment, decode_slots, empty_slots, encode_frames, prefill_into_slots
+from tarsier_jax.models.attention import reads_whole_cache
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.processor import Processor
@@ -67,6 +68,8 @@ class Engine:
     def __init__(self, model: Tarsier, processor: Processor, config: EngineConfig):
         self.model, self.processor, self.config = model, processor, config
         self._mesh = model_mesh(model)
+        whole = reads_whole_cache(model.config.attention)
+        self._read_lengths = (config.size,) if whole else config.read_lengths
         self._eos = jnp.asarray(sorted(processor.eos_token_ids), jnp.int32)
         with use_mesh_of(model):
             self._state = empty_slots(model, config.slots, config.size, config.new_tokens, self._mesh)
@@ -165,7 +168,7 @@ class Engine:
         for (group, slot), running in self._running.items():
             cancelled[self._index(group, slot)] = running.is_stopped or running.request.cancelled.is_set()
         longest = max(running.length for running in self._running.values()) + _STEPS
-        read_length = next((length for length in self.config.read_lengths if length >= longest), self.config.size)
+        read_length = next((length for length in self._read_lengths if length >= longest), self.config.size)
         return self._run_decode(cancelled, steps, max(missing, 1), read_length)
 
     def _run_decode(
@@ -228,7 +231,7 @@ class Engine:
             for length in self.config.lengths:
                 assignment = SlotAssignment.none(self.config.groups, samples)
                 self._run_prefill(truncate(batches[0].batch, length), features[0], assignment)
-            for read_length in self.config.read_lengths:
+            for read_length in self._read_lengths:
                 self._run_decode(np.zeros(self.config.slots, bool), 1, 1, read_length)
         jax.block_until_ready(self._state)
 

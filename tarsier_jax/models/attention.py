@@ -242,6 +242,11 @@ def _splash_block(length: int) -> int:
     return next(b for b in (_SPLASH_BLOCK, 384, 256, _LANES) if length % b == 0)
 
 
+def reads_whole_cache(implementation: str) -> bool:
+    """Returns whether a single query needs no slice of the cache: the implementation stops at each row's length."""
+    return implementation == "cudnn"
+
+
 def default_implementation(platform: str, dtype: str) -> str:
     """Returns the fastest implementation for a platform ("cpu", "gpu", "tpu") and compute dtype."""
     if platform == "tpu":
