@@ -77,9 +77,9 @@ def abstract_model(config: ModelConfig, mesh: Mesh) -> Tarsier:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def abstract_slots(config: ModelConfig, shape: EngineConfig, mesh: Mesh) -> DecodeState:
+def abstract_slots(model: Tarsier, shape: EngineConfig, mesh: Mesh) -> DecodeState:
     """Returns the state of all slots as shapes with the engine's shardings."""
-    state = jax.eval_shape(lambda: empty_slots(config, shape.slots, shape.size, shape.new_tokens))
+    state = jax.eval_shape(lambda: empty_slots(model, shape.slots, shape.size, shape.new_tokens))
     return jax.tree.map(_with_sharding, state, slot_shardings(state, mesh))
 
 
@@ -162,7 +162,8 @@ def main() -> int:
     config = dataclasses.replace(processor.config, attention="splash", **dtypes)
     sizes = args.slots * groups, args.max_new_tokens, groups, args.tokens - args.max_new_tokens
     shape = fit_config(processor, *sizes)
-    model, state = abstract_model(config, mesh), abstract_slots(config, shape, mesh)
+    model = abstract_model(config, mesh)
+    state = abstract_slots(model, shape, mesh)
     print(
         f"{args.model}, {args.topology}, data={groups} tensor={args.tensor}: {args.slots} slots of {args.tokens} "
         f"tokens per data-parallel part, {shard_bytes(state) / GIB:.2f} GiB per chip; rows of "

@@ -24,6 +24,7 @@ from tarsier_jax.typing import Array
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 
 _MAX_SCORES = 2**20  # scores that the xla implementation computes at once: 4 MiB fit a CPU's cache
+_FOLDED_HEADS = 8  # key-value heads per product of a single query
 _SPLASH_BLOCK = 512
 _LANES = 128  # splash needs sequence lengths that are multiples of the vector lanes
 _MASKED = -1e30  # finite: a query without visible keys does not produce NaN
@@ -51,8 +52,8 @@ def attend(
         segment_ids: A query attends to the keys with its own id (T must equal S); None means one segment.
         query_starts: Index of each row's first query among the keys: with `causal`, query t attends to keys
             0..query_starts + t. None means 0.
-        implementation: One of IMPLEMENTATIONS. A single query (T = 1) always runs as xla: it is bound by reading the
-            cache, and fused kernels do not help.
+        implementation: One of IMPLEMENTATIONS. A single query (T = 1) runs as xla instead of splash, which is for
+            long sequences.
 
     Raises:
         ValueError: the implementation is unknown.
@@ -61,19 +62,16 @@ def attend(
         raise ValueError(f"attention is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}.")
     if kv_lengths is None:
         kv_lengths = jnp.full(q.shape[0], k.shape[1], jnp.int32)
-    if q.shape[1] == 1:
-        if causal and query_starts is not None:
-            kv_lengths = jnp.minimum(kv_lengths, query_starts + 1)
-        return _single_query(q, k, v, kv_lengths)
-    if implementation == "cudnn":
-        # cuDNN supports neither segments nor offsets. Its mask is T x S booleans per row, read by every head.
-        mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    if q.shape[1] == 1 and causal:
         if query_starts is not None:
-            queries = query_starts[:, None] + jnp.arange(q.shape[1])
-            mask, causal = jnp.arange(k.shape[1]) <= queries[:, None, :, None], False
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=kv_lengths, implementation="cudnn"
-        )
+            kv_lengths = jnp.minimum(kv_lengths, query_starts + 1)
+        causal, query_starts = False, None
+    if implementation == "cudnn":
+        return _cudnn(q, k, v, kv_lengths, segment_ids, query_starts, causal)
+    if q.shape[1] == 1:
+        # A TPU pads a dimension of few heads to a tile. A CPU is slowed down by the additional multiplications.
+        heads = k.shape[2] if implementation == "splash" else math.gcd(k.shape[2], _FOLDED_HEADS)
+        return _over_mesh(functools.partial(_single_query, heads=heads), q, k, v, kv_lengths)
     if implementation == "splash" and query_starts is None:  # its masks are static and cannot depend on the row
         return _over_mesh(functools.partial(_splash, causal=causal), q, k, v, kv_lengths, segment_ids)
     return _over_mesh(functools.partial(_xla, causal=causal), q, k, v, kv_lengths, segment_ids, query_starts)
@@ -91,13 +89,41 @@ def _over_mesh(local: Callable[..., Array], q: Array, k: Array, v: Array, *per_r
     return sharded(q, k, v, *per_row)
 
 
-def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array) -> Array:
+def _cudnn(
+    q: Array,
+    k: Array,
+    v: Array,
+    kv_lengths: Array,
+    segment_ids: Array | None,
+    query_starts: Array | None,
+    causal: bool,
+) -> Array:
+    # cuDNN supports neither segments nor offsets. Its mask is T x S booleans per row, read by every head.
+    mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    if query_starts is not None:
+        queries = query_starts[:, None] + jnp.arange(q.shape[1])
+        mask, causal = jnp.arange(k.shape[1]) <= queries[:, None, :, None], False
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=kv_lengths, implementation="cudnn"
+    )
+
+
+def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array, heads: int) -> Array:
+    """Attends with two products per `heads` key-value heads, whose queries form a block-diagonal matrix.
+
+    The products wait for the keys and values, not for the multiplications with zeros, and they read the cache as it is.
+    """
     B, _, N, H = q.shape
     S, K = k.shape[1:3]
-    q = (q * H**-0.5).reshape(B, K, N // K, H)
-    scores = jnp.einsum("bkgh,bskh->bkgs", q, k, preferred_element_type=jnp.float32)
+    k, v = (x.reshape(B, S, K // heads, heads * H) for x in (k, v))
+    queries = (q * H**-0.5).reshape(B, K // heads, heads, N // K, 1, H) * jnp.eye(heads, dtype=q.dtype)[
+        :, None, :, None
+    ]
+    queries = queries.reshape(B, K // heads, heads * N // K, heads * H)
+    scores = jnp.einsum("bknh,bskh->bkns", queries, k, preferred_element_type=jnp.float32)
     scores = jnp.where(jnp.arange(S) < kv_lengths[:, None, None, None], scores, _MASKED)
-    out = jnp.einsum("bkgs,bskh->bkgh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    out = jnp.einsum("bkns,bskh->bknh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    out = jnp.einsum("bkjgjh->bkjgh", out.reshape(B, K // heads, heads, N // K, heads, H))  # the diagonal blocks
     return out.reshape(B, 1, N, H)
 
 
@@ -203,6 +229,11 @@ def _pad_to_lanes(x: Array) -> Array:  # [B, N, T, H]
 
 def _splash_block(length: int) -> int:
     return next(b for b in (_SPLASH_BLOCK, 384, 256, _LANES) if length % b == 0)
+
+
+def prefers_lengths(implementation: str) -> bool:
+    """Returns whether an implementation skips the keys from a row's length on, while segments halve its speed."""
+    return implementation == "cudnn"
 
 
 def default_implementation(platform: str, dtype: str) -> str:
