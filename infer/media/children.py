@@ -153,7 +153,8 @@ class ChildPool:
             self._give_back(child, reusable)
         if isinstance(visuals, InputError):
             raise visuals
-        for text in header.get("warnings") or ():
+        texts = header.get("warnings")
+        for text in texts if isinstance(texts, list) else ():
             warn(str(text))
         return visuals
 
@@ -171,15 +172,17 @@ class ChildPool:
         self._idle.put(None)  # for a thread that waits
 
     def _take(self) -> Child:
+        """Waits for an idle process and returns it, or starts another if it died meanwhile."""
         child = self._idle.get()
-        if self._is_closed:
+        try:
+            if child is not None and child.is_alive and not self._is_closed:
+                return child
+            if child is not None:
+                self._discard(child)
+            return self._start()
+        except BaseException:
             self._idle.put(None)
-            raise _CrashError("closed")
-        if child is not None and child.is_alive:
-            return child
-        if child is not None:
-            self._discard(child)
-        return self._start()
+            raise
 
     def _give_back(self, child: Child | None, reusable: Child | None) -> None:
         """Makes a process available again, or ends it and starts another."""

@@ -140,6 +140,7 @@ class Sources:
         if not comma or parameters[-1:] != ["base64"]:
             raise MediaError(f"The data URL of the {name} is not base64. Write data:TYPE;base64,DATA.", "unsupported")
         if kind != "video/jpeg":
+            check_size(f"The {name}", len(payload) // 4 * 3 - 2, self._policy.limits.max_bytes)
             return self._attach_content(_decode_base64(payload, name), f"The {name}")
         if payload.count(",") >= self._policy.limits.max_files:
             raise self._too_many_files()

@@ -249,8 +249,8 @@ def _is_animated(image: Image.Image) -> bool:
 def _durations(image: Image.Image, stream: BinaryIO, file: MediaFile) -> list[float]:
     """Returns the duration of each frame in ms, 0 for none. Decodes every frame to find broken ones."""
     if file.limits is not None:
-        limit = file.limits.max_animation_frames
-        file.check_length(_count_frames(image, limit + 1), limit)
+        # Pillow finds the frames of a GIF without decoding them. Other formats state their number.
+        file.check_length(getattr(image, "n_frames", 1), file.limits.max_animation_frames)
     durations = []
     with contextlib.suppress(EOFError):
         while True:
@@ -265,19 +265,6 @@ def _durations(image: Image.Image, stream: BinaryIO, file: MediaFile) -> list[fl
     if not complete:
         raise EOFError(f"the file ends after {len(durations)} frames")
     return durations
-
-
-def _count_frames(image: Image.Image, most: int) -> int:
-    """Returns the number of frames, or `most` if there are more. The frames of a GIF are found, but not decoded."""
-    if image.format != "GIF":
-        return getattr(image, "n_frames", 1)  # in the header
-    count = 0
-    with contextlib.suppress(EOFError):
-        while count < most:
-            image.seek(count)
-            count += 1
-    image.seek(0)
-    return count
 
 
 def _decode_animation(file: MediaFile, indices: Sequence[int], first: int) -> Iterator[Frame]:

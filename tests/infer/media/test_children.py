@@ -99,8 +99,11 @@ def test_no_process_survives_its_program(number: int) -> None:
     assert process.stdout is not None
     pids = process.stdout.readline().split()
     assert len(pids) == 2
-    process.send_signal(number)
-    process.wait(10)
+    deadline = time.monotonic() + 10
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(number)
+        time.sleep(0.2)
+    assert process.poll() is not None
     process.stdout.close()
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{int(pid)}").exists() for pid in pids) and time.monotonic() < deadline:
