@@ -43,6 +43,7 @@ from tarsier_jax.weights import EMBEDDED
 
 NEW_TOKENS = 96
 SLOTS = 16
+REFERENCE_CLIENTS = 2  # more only wait longer
 
 
 class Tally:
@@ -230,15 +231,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", help="base URL of a running server, such as http://127.0.0.1:8000/v1")
-    parser.add_argument("--key", default=os.environ.get("TARSIER_API_KEY", "none"))
+    parser.add_argument("--url", help="of a running server, http://127.0.0.1:8000/v1; its key is in TARSIER_API_KEY")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=10, help="of the load; one client runs for at most 10 s")
+    parser.add_argument("--seconds", type=float, default=10, help="of the load (one client: half, at most 20 s)")
     parser.add_argument("--clips", type=int, default=32)
     parser.add_argument("--no_reference", action="store_true", help="without Hugging Face")
     args = parser.parse_args()
     bodies = make_bodies(args.clips)
-    headers = {"Authorization": f"Bearer {args.key}", "Content-Type": "application/json"}
+    headers = {
+        "Authorization": f"Bearer {os.environ.get('TARSIER_API_KEY', 'none')}",
+        "Content-Type": "application/json",
+    }
 
     def load(url: str, clients: int, seconds: float) -> Tally:
         return asyncio.run(run_clients(url, headers, bodies, clients, seconds))
@@ -247,7 +250,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         url, pid = (args.url, None) if args.url else stack.enter_context(our_server())
         load(url, 1, 1)
-        one = load(url, 1, min(args.seconds, 10))
+        one = load(url, 1, min(args.seconds / 2, 20))
         print(f"one client: {one}", flush=True)
         watch = stack.enter_context(watched_memory(pid)) if pid else []
         many = load(url, args.clients, args.seconds)
@@ -259,8 +262,8 @@ def main() -> int:
     if not args.no_reference:
         with reference_server() as url:
             load(url, 1, 1)
-            reference = load(url, args.clients, min(args.seconds, 30))
-        print(f"Hugging Face, {args.clients} clients: {reference}")
+            reference = load(url, REFERENCE_CLIENTS, min(args.seconds, 30))
+        print(f"Hugging Face, {REFERENCE_CLIENTS} clients: {reference}")
         same = sum(many.texts[clip] == reference.texts[clip] for clip in reference.texts)
         print(f"{many.rate / reference.rate:.1f} times Hugging Face; {same} of {len(reference.texts)} answers equal")
     print(f"load of the machine: {os.getloadavg()[0]:.1f}")
