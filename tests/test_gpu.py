@@ -28,8 +28,9 @@ def test_no_program_copies_the_cache() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert set(figures) == {"encode_frames", "prefill_into_slots", "decode_slots"}
+    assert set(figures) == {"encode_frames", "prefill_into_slots", "decode_slots", "extend_slots"}
     assert all(program["largest_copy"] < 100 * 2**20 for program in figures.values()), figures
     assert figures["decode_slots"]["temporaries"] < 0.1
+    assert figures["extend_slots"]["temporaries"] < 0.5
     assert figures["encode_frames"]["temporaries"] < 0.5
     assert figures["prefill_into_slots"]["temporaries"] < 1.3  # two products of 10,240 x 18,944, and the row's keys
