@@ -168,7 +168,7 @@ class Bench:
         self.name, self.workload = name, WORKLOADS[name]
         self.devices, self.platform = jax.devices(), jax.default_backend()
         self.dtype = resolve_dtype("auto")
-        self.attention = default_implementation(self.platform, self.dtype)
+        self.attention = default_implementation(self.devices[0], self.dtype)
         self.tensor = math.gcd(len(self.devices), self.workload.text.num_kv_heads)
         self.groups = len(self.devices) // self.tensor
         self.mesh = make_mesh(data=self.groups, tensor=self.tensor) if len(self.devices) > 1 else None
@@ -234,7 +234,7 @@ class Bench:
     def empty_slots(self) -> DecodeState:
         shapes = self.engine_config
         with use_mesh_of(self.model):
-            return empty_slots(self.config, shapes.slots, shapes.size, shapes.new_tokens, self.mesh)
+            return empty_slots(self.model, shapes.slots, shapes.size, shapes.new_tokens, self.mesh)
 
     def mfu(self, part: str, name: str, flops: float, duration: float, note: str) -> Result:
         """Returns the row for `flops` of all devices in `duration` seconds."""
@@ -279,7 +279,7 @@ def measure_ceilings(bench: Bench) -> Iterator[Result]:
 
 
 def measure_parity(bench: Bench) -> Iterator[Result]:
-    implementation = default_implementation(bench.platform, "bfloat16")
+    implementation = default_implementation(bench.devices[0], "bfloat16")
     for case in cases(*bench.workload.parity):
         name = f"{case.name}, {implementation}"
         try:
@@ -293,8 +293,9 @@ def measure_parity(bench: Bench) -> Iterator[Result]:
 def measure_engine(bench: Bench) -> Iterator[Result]:
     """Compares the engine's answers about synthetic clips with those for one prompt at a time, on the first device."""
     del bench
-    with jax.default_matmul_precision("highest"):
-        in_batches, alone = embedded_answers("float32")
+    jax.config.update("jax_default_matmul_precision", "highest")  # for the engine's thread too
+    in_batches, alone = embedded_answers("float32")
+    jax.config.update("jax_default_matmul_precision", None)
     equal = _equal(in_batches, alone)
     status = "ok" if equal == 1 else "FAILED"
     note = f"the engine's answers equal to those one by one, of {len(alone)}"
@@ -414,7 +415,7 @@ def _fill_cache(state: DecodeState) -> DecodeState:
     """Fills the cache with random values. Products of zeros need less power, and a GPU computes them faster."""
 
     def fill(x: jax.Array) -> jax.Array:
-        return x + jax.random.normal(jax.random.key(x.ndim), x.shape[-3:], x.dtype) if x.ndim > 2 else x
+        return x + jax.random.normal(jax.random.key(x.ndim), x.shape[-2:], x.dtype) if x.ndim > 2 else x
 
     return dataclasses.replace(state, cache=jax.tree.map(fill, state.cache))
 

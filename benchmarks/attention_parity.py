@@ -30,6 +30,7 @@ class Case:
         causal: Whether a query sees only keys up to its own position.
         segments: Lengths of each row's segments, or None. The rest of a row is padding, with the id 0.
         lengths: Valid keys of each row, or None for all.
+        starts: Index of each row's first query among the keys; None means 0.
         trained: Whether gradients are also compared.
     """
 
@@ -43,6 +44,7 @@ class Case:
     causal: bool = False
     segments: tuple[tuple[int, ...], ...] | None = None
     lengths: tuple[int, ...] | None = None
+    starts: tuple[int, ...] | None = None
     trained: bool = False
 
     @property
@@ -62,7 +64,7 @@ class Case:
         queries, keys = np.arange(self.queries)[:, None], np.arange(self.keys)
         visible = np.ones((self.rows, self.queries, self.keys), bool)
         if self.causal:
-            visible &= keys <= queries
+            visible &= keys <= queries + np.array(self.starts or 0).reshape(-1, 1, 1)
         if self.lengths is not None:
             visible &= keys < np.array(self.lengths)[:, None, None]
         segment_ids = self.segment_ids()
@@ -85,6 +87,8 @@ def cases(tokens: int, patches: int, cache: int) -> list[Case]:
         text("packed samples", 2, tokens, tokens, causal=True, segments=packed, trained=True),
         vision("frames, one empty", lengths=(patches, patches - 44, 0)),
         vision("bins of frames, one empty", segments=bins),
+        Case("frames of the first Tarsier", 3, 577, 577, heads=16, kv_heads=16, width=64, trained=True),
+        text("new tokens after a cache", 2, 64, cache, causal=True, starts=(cache // 2, cache - 64)),
         text("one new token", 4, 1, cache, lengths=(1, cache // 2 + 3, cache - 1, cache)),
     ]
 
@@ -103,6 +107,7 @@ def errors(case: Case, implementation: str) -> Iterator[tuple[str, float]]:
         attend,
         causal=case.causal,
         kv_lengths=None if case.lengths is None else jnp.array(case.lengths, jnp.int32),
+        query_starts=None if case.starts is None else jnp.array(case.starts, jnp.int32),
         segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),
         implementation=implementation,
     )

@@ -1,12 +1,13 @@
-"""Compiles the engine's three programs for a TPU slice, without a TPU, and prints the bytes per chip.
+"""Compiles the engine's four programs for a TPU slice, without a TPU, and prints the bytes per chip.
 
     python -m benchmarks.tpu_memory                                                        # Tarsier2-7B, v5e:2x4
     python -m benchmarks.tpu_memory --model tarsier-34b --topology v5e:4x4 --tensor 8 --tokens 5632
 
-The programs are `encode_frames` (the vision tower), `prefill_into_slots` (prefill of a row of prompts into free slots)
-and `decode_slots` (decoding) of `tarsier_jax.generation.slots`, in bfloat16, at the shapes of `infer.caption` for clips
-of 16 frames (the first Tarsier: 8). The extra `tpu` is necessary (libtpu compiles on any machine). The compiler's flop
-and time estimates ignore loop counts and are not printed.
+The programs are `encode_frames` (the vision tower), `prefill_into_slots` (prefill of a row of prompts into free
+slots), `decode_slots` (decoding) and `extend_slots` (the next turn of a conversation) of
+`tarsier_jax.generation.slots`, in bfloat16, at the shapes of `infer.caption` for clips of 16 frames (the first Tarsier:
+8). The extra `tpu` is necessary (libtpu compiles on any machine). The compiler's flop and time estimates ignore loop
+counts and are not printed.
 """
 
 import argparse
@@ -28,10 +29,12 @@ from tarsier_jax.config import ClipVisionConfig, ModelConfig, TextConfig
 from tarsier_jax.families import family_of
 from tarsier_jax.generation.decode import DecodeState
 from tarsier_jax.generation.slots import (
+    Continuation,
     SlotAssignment,
     decode_slots,
     empty_slots,
     encode_frames,
+    extend_slots,
     prefill_into_slots,
     slot_shardings,
 )
@@ -77,9 +80,9 @@ def abstract_model(config: ModelConfig, mesh: Mesh) -> Tarsier:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def abstract_slots(config: ModelConfig, shape: EngineConfig, mesh: Mesh) -> DecodeState:
+def abstract_slots(model: Tarsier, shape: EngineConfig, mesh: Mesh) -> DecodeState:
     """Returns the state of all slots as shapes with the engine's shardings."""
-    state = jax.eval_shape(lambda: empty_slots(config, shape.slots, shape.size, shape.new_tokens))
+    state = jax.eval_shape(lambda: empty_slots(model, shape.slots, shape.size, shape.new_tokens))
     return jax.tree.map(_with_sharding, state, slot_shardings(state, mesh))
 
 
@@ -116,6 +119,12 @@ def programs(model: Tarsier, state: DecodeState, shape: EngineConfig, mesh: Mesh
 
         cancelled = array(shape.slots, dtype=bool, axes=())
         yield "decode_slots", decode_slots.lower(model, state, cancelled, eos, number, number), vision
+
+        tokens = Continuation.none(G, shape.chunks[-1], shape.prompt_tokens)
+        new, prompt = (
+            jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), each) for each in (tokens, SlotAssignment.none(G, 1))
+        )
+        yield "extend_slots", extend_slots.lower(model, state, new, prompt), vision
 
 
 def report_memory(name: str, lowered: Any, beside: int, limit: int) -> int:
@@ -162,7 +171,8 @@ def main() -> int:
     config = dataclasses.replace(processor.config, attention="splash", **dtypes)
     sizes = args.slots * groups, args.max_new_tokens, groups, args.tokens - args.max_new_tokens
     shape = fit_config(processor, *sizes)
-    model, state = abstract_model(config, mesh), abstract_slots(config, shape, mesh)
+    model = abstract_model(config, mesh)
+    state = abstract_slots(model, shape, mesh)
     print(
         f"{args.model}, {args.topology}, data={groups} tensor={args.tensor}: {args.slots} slots of {args.tokens} "
         f"tokens per data-parallel part, {shard_bytes(state) / GIB:.2f} GiB per chip; rows of "

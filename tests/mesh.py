@@ -29,7 +29,8 @@ def main(directory: Path, stacked: bool) -> None:
         keys = jax.random.split(jax.random.key(0), 4)
         cache = prefill(model, batch, sampling, jax.numpy.zeros(0, int), keys, jax.numpy.int32(24), max_new=128).cache
     # Rows are split over data and fsdp, key-value heads over tensor.
-    assert cache.k.size == 8 * cache.k.addressable_shards[0].data.size, cache.k.sharding
+    for k in cache.k:
+        assert k.size == 8 * k.addressable_shards[0].data.size, k.sharding
     print(json.dumps([answer.tokens for answer in answers[:3]]))
 
 

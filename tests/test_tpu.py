@@ -17,7 +17,7 @@ def memory(*flags: str) -> dict[str, tuple[float, float, int]]:
     sizes = re.findall(
         r"^(\w+) .*temporaries +([\d.]+) .*total +([\d.]+) GiB per chip, FITS +\((\d+) splash", done.stdout, re.M
     )
-    assert [name for name, *_ in sizes] == ["encode_frames", "prefill_into_slots", "decode_slots"]
+    assert [name for name, *_ in sizes] == ["encode_frames", "prefill_into_slots", "decode_slots", "extend_slots"]
     return {name: (float(temporaries), float(total), int(kernels)) for name, temporaries, total, kernels in sizes}
 
 

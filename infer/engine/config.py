@@ -1,9 +1,11 @@
 """The shapes that the engine's programs are compiled for."""
 
 import dataclasses
+import math
 
 from tarsier_jax.config import VisionConfig
 from tarsier_jax.errors import InputError
+from tarsier_jax.models.vision_layers import saturating_patches
 from tarsier_jax.processing.image import temporal_patches
 from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor
@@ -74,8 +76,9 @@ class EngineConfig:
 
     def step(self, bucket: int) -> int:
         """Returns the number of bins of this bucket that run at a time, a divisor of the number of its bins."""
-        bins = self.buckets[bucket].bins
-        return max(n for n in range(1, max(bins // _STEPS, 1) + 1) if bins % n == 0)
+        row = self.buckets[bucket]
+        limit = _bins_at_once(row.bins, row.patches)
+        return max(n for n in range(1, min(limit, row.bins) + 1) if row.bins % n == 0)
 
     def num_features(self, vision: VisionConfig) -> int:
         """Returns the visual tokens of the largest row."""
@@ -103,7 +106,7 @@ def fit_config(
     rows = tuple(
         RowShape(
             tokens=tokens,
-            bins=_round_up(patches / size, max(1, int(patches / size) // _STEPS)),
+            bins=_num_bins(patches / size, size),
             patches=size,
             frames=min(size // smallest, _MAX_FRAMES_PER_BIN),
             samples=max(1, slots // groups // 2),  # a row need not wait until all slots are free
@@ -111,6 +114,17 @@ def fit_config(
         for size in sizes
     )
     return EngineConfig(slots, prompt_tokens, new_tokens, rows, groups)
+
+
+def _num_bins(needed: float, patches: int) -> int:
+    """Returns a number of bins, at least `needed`, that equal calls of the vision tower run."""
+    calls = math.ceil(needed / _bins_at_once(int(needed), patches))
+    return calls * math.ceil(needed / calls)
+
+
+def _bins_at_once(bins: int, patches: int) -> int:
+    """Returns the largest number of bins per call of the vision tower, for rows of `bins` bins of `patches` patches."""
+    return max(bins // _STEPS, saturating_patches() // patches, 1)
 
 
 def _round_up(x: float, step: int) -> int:

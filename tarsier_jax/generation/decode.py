@@ -122,7 +122,7 @@ def decode(
         read_length: Number of cache positions that attention reads; None reads all. The call also returns before an
             answer needs more positions.
     """
-    active_at_start, capacity = jnp.sum(~state.done), read_length or state.cache.k.shape[2]
+    active_at_start, capacity = jnp.sum(~state.done), read_length or state.cache.size
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, read_length=read_length))
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:

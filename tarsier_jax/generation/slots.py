@@ -10,25 +10,28 @@ Rows and slots form G groups, one per data-parallel part of the mesh. A prompt s
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int, UInt
 
-from tarsier_jax.config import ModelConfig
 from tarsier_jax.generation.decode import DecodeState, decode
 from tarsier_jax.generation.sampling import Sampling, SamplingOptions
+from tarsier_jax.models.attention import prefers_lengths
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh, fit_spec
 from tarsier_jax.typing import Array, HostOrDeviceArray
 
-CACHE_AXES = (None, BATCH, None, HEADS, None)
+_COPIED = 1024  # positions of a prompt that are copied at once
+CACHE_AXES = (None, BATCH, None, HEADS)
 
 
 @jax.tree_util.register_dataclass
@@ -75,8 +78,8 @@ class SlotAssignment:
         return cls(np.zeros(groups, np.int32), **arrays)
 
 
-def empty_slots(config: ModelConfig, slots: int, size: int, max_new: int, mesh: Mesh | None = None) -> DecodeState:
-    """Returns empty slots with a capacity of `size` tokens each, up to `max_new` of them new."""
+def empty_slots(model: Tarsier, slots: int, size: int, max_new: int, mesh: Mesh | None = None) -> DecodeState:
+    """Returns a model's empty slots with a capacity of `size` tokens each, up to `max_new` of them new."""
 
     def make() -> DecodeState:
         integers = {
@@ -86,10 +89,10 @@ def empty_slots(config: ModelConfig, slots: int, size: int, max_new: int, mesh: 
         return DecodeState(
             tokens=jnp.full((slots, max_new), -1, jnp.int32),
             done=jnp.ones(slots, bool),
-            seen_tokens=jnp.zeros((slots, config.text.vocab_size), bool),
+            seen_tokens=jnp.zeros((slots, model.config.text.vocab_size), bool),
             keys=jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32)),
             sampling=Sampling.repeat(SamplingOptions(), slots),
-            cache=KVCache.empty(config.text, slots, size, config.dtype),
+            cache=model.decoder.empty_cache(slots, size),
             **integers,
         )
 
@@ -99,10 +102,15 @@ def empty_slots(config: ModelConfig, slots: int, size: int, max_new: int, mesh: 
 def slot_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     """Returns the shardings of the state: the cache is split by groups and heads, the other arrays are replicated."""
 
-    def sharding(x: jax.ShapeDtypeStruct) -> NamedSharding:
-        return NamedSharding(mesh, fit_spec(x.shape, CACHE_AXES, mesh) if x.ndim == len(CACHE_AXES) else P())
+    cache, replicated = state.cache, NamedSharding(mesh, P())
+    split = NamedSharding(mesh, _cache_spec(cache, mesh))
+    cache = dataclasses.replace(cache, k=(split,) * len(cache.k), v=(split,) * len(cache.v), lengths=replicated)
+    return dataclasses.replace(jax.tree.map(lambda _: replicated, state), cache=cache)
 
-    return jax.tree.map(sharding, state)
+
+def _cache_spec(cache: KVCache, mesh: Mesh | AbstractMesh) -> P:
+    """Returns the spec of the keys and values: whole heads are split."""
+    return fit_spec((*cache.k[0].shape[:3], cache.num_kv_heads), CACHE_AXES, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("step", "num_features"))
@@ -129,10 +137,26 @@ def encode_frames(
 
     def one(i: Int[Array, ""], features: Array) -> Array:
         bins = (lax.dynamic_slice_in_dim(x, i * step, step, axis=1) for x in (patches, frame_hw))
-        new = model.encode_frames(*bins).astype(features.dtype)
+        new = _encode_bins(model, *bins).astype(features.dtype)
         return lax.dynamic_update_slice_in_dim(features, new, i * merged, axis=1)
 
     return lax.fori_loop(0, steps, one, constrain(features, BATCH, None, None))
+
+
+def _encode_bins(
+    model: Tarsier, patches: Float[Array, "G F P C"], frame_hw: Int[Array, "G F M 2"]
+) -> Float[Array, "G features D"]:
+    """Calls `model.encode_frames`, without segments if no bin contains several frames."""
+    if frame_hw.shape[2] == 1 or not prefers_lengths(model.config.attention):
+        return model.encode_frames(patches, frame_hw)
+    is_shared = jnp.any(frame_hw[:, :, 1:] > 0)
+    return lax.cond(
+        is_shared,
+        model.encode_frames,
+        lambda patches, hw: model.encode_frames(patches, hw[:, :, :1]),
+        patches,
+        frame_hw,
+    )
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -140,16 +164,10 @@ def prefill_into_slots(
     model: Tarsier, state: DecodeState, rows: Batch, features: Float[Array, "G features D"], prompts: SlotAssignment
 ) -> DecodeState:
     """Runs packed prompts and starts their answers in their slots."""
-    R, T = rows.input_ids.shape
-    S, V = state.cache.k.shape[2], state.seen_tokens.shape[1]
-    window = min(S, T)  # positions copied per prompt; those after the prompt are overwritten or never read
-    fresh = KVCache.empty(model.config.text, R, T + window, model.config.dtype)
-    x = model.merge_vision_embeddings(rows, features)
-    _, fresh = model.decoder.with_cache(x, rows.position_ids, fresh, rows.segment_ids)
-    copy = functools.partial(_copy_prompts, window=window)
-    k, v = (_over_groups(copy, *pair, prompts) for pair in ((state.cache.k, fresh.k), (state.cache.v, fresh.v)))
-
-    return _start_answers(state, KVCache(k, v, state.cache.lengths), prompts, _prompt_tokens(rows, prompts, V))
+    block = min(_COPIED, state.cache.size)
+    fresh = _run_rows(model, rows, features, rows.input_ids.shape[1] + block)
+    cache = _copy_prompts(state.cache, fresh, prompts, block)
+    return _start_answers(state, cache, prompts, _prompt_tokens(rows, prompts, state.seen_tokens.shape[1]))
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="read_length")
@@ -203,15 +221,17 @@ def extend_slots(model: Tarsier, state: DecodeState, new: Continuation, prompts:
 
     If a prompt needs several calls, the others must precede the next call of `decode_slots`.
     """
-    k, v = (_at_slots(_take_slot, prompts, x) for x in (state.cache.k, state.cache.v))
+    where = prompts.count, prompts.slot
+    k, v = _in_groups(_take_slot, where, state.cache)
+    taken = dataclasses.replace(state.cache, k=k, v=v, lengths=new.start)
     x = model.decoder.embed(new.input_ids).astype(model.config.dtype)
-    _, extended = model.extend(x, new.position_ids, KVCache(k, v, new.start), new.num_new)
-    pairs = (state.cache.k, extended.k), (state.cache.v, extended.v)
-    k, v = (_at_slots(_put_slot, prompts, *pair) for pair in pairs)
+    _, extended = model.extend(x, new.position_ids, taken, new.num_new)
+    k, v = _in_groups(_put_slot, where, state.cache, extended)
+    cache = dataclasses.replace(state.cache, k=k, v=v)
     G, V = new.prompt.shape[0], state.seen_tokens.shape[1]
     valid = jnp.arange(new.prompt.shape[1]) < new.prompt_length[:, None]
     seen_tokens = jnp.zeros((G, V), bool).at[jnp.arange(G)[:, None], new.prompt].max(valid)
-    return _start_answers(state, KVCache(k, v, state.cache.lengths), prompts, seen_tokens[:, None])
+    return _start_answers(state, cache, prompts, seen_tokens[:, None])
 
 
 def _start_answers(
@@ -248,8 +268,22 @@ def _start_answers(
         seen_tokens=put(state.seen_tokens, seen_tokens),
         keys=put(state.keys, keys),
         sampling=dataclasses.replace(state.sampling, **options),
-        cache=dataclasses.replace(cache, lengths=put(state.cache.lengths, prompts.length)),
+        cache=dataclasses.replace(cache, lengths=put(cache.lengths, prompts.length)),
     )
+
+
+def _run_rows(model: Tarsier, rows: Batch, features: Float[Array, "G features D"], size: int) -> KVCache:
+    """Returns a cache of `size` positions per row with the keys and values of packed prompts."""
+    x = model.merge_vision_embeddings(rows, features)
+
+    def run(segment_ids: Array | None) -> KVCache:
+        empty = model.decoder.empty_cache(x.shape[0], size)
+        return model.decoder.with_cache(x, rows.position_ids, empty, segment_ids)[1]
+
+    if not prefers_lengths(model.config.attention):
+        return run(rows.segment_ids)
+    # A causal mask is enough for rows of one prompt.
+    return lax.cond(jnp.max(rows.segment_ids) > 1, lambda: run(rows.segment_ids), lambda: run(None))
 
 
 _OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -267,57 +301,69 @@ def _prompt_tokens(rows: Batch, prompts: SlotAssignment, vocab_size: int) -> Boo
     return seen_tokens.at[group[..., None], n[:, None], rows.input_ids[row]].max(inside)
 
 
-def _over_groups(copy, cache: Array, fresh: Array, prompts: SlotAssignment) -> Array:
-    """Runs `copy` on the slots and rows of each group, on the devices of the group."""
-    where = prompts.count, prompts.row, prompts.start, prompts.slot
-    mesh = current_mesh()
-    if mesh is None:
-        return copy(cache, fresh, *where)
-    spec = fit_spec(cache.shape, CACHE_AXES, mesh)
-    specs = (spec, spec, *(P(BATCH),) * 4)
-    return jax.shard_map(copy, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(cache, fresh, *where)
+def _copy_prompts(cache: KVCache, fresh: KVCache, prompts: SlotAssignment, block: int) -> KVCache:
+    """Copies prompts from their rows to their slots, `block` positions at a time.
+
+    Positions after a prompt are overwritten or never read.
+    """
+    where = prompts.count, prompts.row, prompts.start, prompts.slot, prompts.length
+    k, v = _in_groups(functools.partial(_copy_in_group, block=block), where, cache, fresh)
+    return dataclasses.replace(cache, k=k, v=v)
 
 
-def _copy_prompts(
-    cache: Float[Array, "L B S K H"],
-    fresh: Float[Array, "L R T K H"],
+def _in_groups(function: Callable[..., Any], where: tuple[Array, ...], *caches: KVCache) -> tuple[Any, Any]:
+    """Returns keys and values that `function` computes for each group, on the devices of the group.
+
+    Args:
+        function: Returns keys and values from those of each of `caches`, and `where`.
+        where: Arrays whose first dimension is the group.
+        caches: Caches with the same groups.
+    """
+    mesh, pairs = current_mesh(), [(cache.k, cache.v) for cache in caches]
+    if mesh is not None:
+        spec = _cache_spec(caches[0], mesh)
+        specs = (*(spec for _ in pairs), *(P(BATCH) for _ in where))
+        function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return function(*pairs, *where)
+
+
+def _copy_in_group(
+    cache: tuple[tuple[Float[Array, "layers B S KH"], ...], ...],
+    fresh: tuple[tuple[Float[Array, "layers R T KH"], ...], ...],
     count: Int[Array, " 1"],
     row: Int[Array, "1 prompts"],
     start: Int[Array, "1 prompts"],
     slot: Int[Array, "1 prompts"],
-    window: int,
-) -> Float[Array, "L B S K H"]:
-    L, _, _, K, H = cache.shape
+    length: Int[Array, "1 prompts"],
+    block: int,
+) -> tuple[tuple[Float[Array, "layers B S KH"], ...], ...]:
+    size = cache[0][0].shape[2]
 
-    def one(i: Int[Array, ""], cache: Array) -> Array:
-        piece = lax.dynamic_slice(fresh, (0, row[0, i], start[0, i], 0, 0), (L, 1, window, K, H))
-        return lax.dynamic_update_slice(cache, piece, (0, slot[0, i], 0, 0, 0))
+    def copy_prompt(i: Int[Array, ""], cache: Any) -> Any:
+        def copy_block(j: Int[Array, ""], cache: Any) -> Any:
+            offset = jnp.minimum(j * block, size - block)  # the last block may overlap the one before it
 
-    return lax.fori_loop(0, count[0], one, cache)
+            def put(array: Array, new: Array) -> Array:
+                sizes = (new.shape[0], 1, block, new.shape[3])
+                piece = lax.dynamic_slice(new, (0, row[0, i], start[0, i] + offset, 0), sizes)
+                return lax.dynamic_update_slice(array, piece, (0, slot[0, i], offset, 0))
 
+            return jax.tree.map(put, cache, fresh)
 
-def _at_slots(function, prompts: SlotAssignment, *caches: Array) -> Array:
-    """Runs `function` on the slot of each group's prompt, on the devices of the group."""
-    mesh = current_mesh()
-    if mesh is None:
-        return function(*caches, prompts.count, prompts.slot)
-    spec = fit_spec(caches[0].shape, CACHE_AXES, mesh)
-    specs = (*(spec for _ in caches), P(BATCH), P(BATCH))
-    over_groups = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return over_groups(*caches, prompts.count, prompts.slot)
+        return lax.fori_loop(0, -(-length[0, i] // block), copy_block, cache)
 
-
-def _take_slot(
-    cache: Float[Array, "L B S K H"], count: Int[Array, " 1"], slot: Int[Array, "1 1"]
-) -> Float[Array, "L 1 S K H"]:
-    return lax.dynamic_slice_in_dim(cache, slot[0, 0], 1, axis=1)
+    return lax.fori_loop(0, count[0], copy_prompt, cache)
 
 
-def _put_slot(
-    cache: Float[Array, "L B S K H"],
-    extended: Float[Array, "L 1 S K H"],
-    count: Int[Array, " 1"],
-    slot: Int[Array, "1 1"],
-) -> Float[Array, "L B S K H"]:
-    old = _take_slot(cache, count, slot)
-    return lax.dynamic_update_slice_in_dim(cache, jnp.where(count[0] > 0, extended, old), slot[0, 0], axis=1)
+def _take_slot(cache: Any, count: Int[Array, " 1"], slot: Int[Array, "1 1"]) -> Any:
+    """Returns the keys and values of one slot."""
+    return jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, slot[0, 0], 1, axis=1), cache)
+
+
+def _put_slot(cache: Any, extended: Any, count: Int[Array, " 1"], slot: Int[Array, "1 1"]) -> Any:
+    """Replaces the keys and values of one slot, unless `count` is 0."""
+
+    def put(array: Array, new: Array, old: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(array, jnp.where(count[0] > 0, new, old), slot[0, 0], axis=1)
+
+    return jax.tree.map(put, cache, extended, _take_slot(cache, count, slot))

@@ -1,6 +1,8 @@
 """The key-value cache of the decoder."""
 
 import dataclasses
+import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,52 +19,86 @@ class KVCache:
 
     Token i of row b is stored at position i. Positions from `lengths[b]` on are never read.
 
+    The heads of a token are one dimension: a TPU pads the last two dimensions of an array to whole tiles, so that a
+    dimension of few heads would be copied before each product. Unstacked layers (`models.layers.apply_layers`) have one
+    array each, which a GPU's fused attention reads in place. Stacked layers share one array, which their scan carries.
+
     Attributes:
-        k: Keys.
-        v: Values.
+        k: Keys: one array per layer, or one array of all layers.
+        v: Values, likewise.
         lengths: Number of valid positions of each row.
+        num_kv_heads: Number of key-value heads.
         read_length: Number of positions that attention reads. The caller guarantees that no row is longer. None reads
             all.
     """
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    k: tuple[Float[Array, "layers B S KH"], ...]
+    v: tuple[Float[Array, "layers B S KH"], ...]
     lengths: Int[Array, " B"]
+    num_kv_heads: int = dataclasses.field(metadata={"static": True})
     read_length: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
-    def empty(cls, config: TextConfig, batch: int, size: int, dtype: str) -> "KVCache":
-        """Returns an empty cache of `batch` rows with `size` positions each."""
-        shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+    def empty(cls, config: TextConfig, batch: int, size: int, dtype: str, stacked: bool) -> "KVCache":
+        """Returns an empty cache of `batch` rows with `size` positions each, for stacked or unstacked layers."""
+        arrays, layers = (1, config.num_layers) if stacked else (config.num_layers, 1)
+        shape = (layers, batch, size, config.num_kv_heads * config.head_dim)
+        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(arrays)) for _ in range(2))
+        return cls(k, v, jnp.zeros(batch, jnp.int32), config.num_kv_heads)
 
-    def fill(self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "KVCache":
+    @property
+    def size(self) -> int:
+        """Number of positions of a row."""
+        return self.k[0].shape[2]
+
+    def fill(self, layer: int | Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "KVCache":
         """Writes the first T positions of one layer."""
-        start = (layer, 0, 0, 0, 0)
-        return dataclasses.replace(
-            self,
-            k=jax.lax.dynamic_update_slice(self.k, k[None].astype(self.k.dtype), start),
-            v=jax.lax.dynamic_update_slice(self.v, v[None].astype(self.v.dtype), start),
-        )
+
+        def write(array: Array, index: int | Array, x: Array) -> Array:
+            return jax.lax.dynamic_update_slice(array, _fold_heads(x, array)[None], (index, 0, 0, 0))
+
+        return self._update(layer, k, v, write)
 
     def read(
-        self, layer: Int[Array, ""]
+        self, layer: int | Int[Array, ""]
     ) -> tuple[Float[Array, "B read_length K H"], Float[Array, "B read_length K H"]]:
         """Returns the keys and values of one layer."""
-        _, B, S, K, H = self.k.shape
-        sizes = (1, B, self.read_length or S, K, H)
-        k, v = (jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), sizes)[0] for x in (self.k, self.v))
+        array, index = self._locate(layer)
+        _, B, S, width = self.k[array].shape
+        sizes = (1, B, self.read_length or S, width)
+        k, v = (jax.lax.dynamic_slice(x[array], (index, 0, 0, 0), sizes) for x in (self.k, self.v))
+        k, v = (x.reshape(B, sizes[2], self.num_kv_heads, -1) for x in (k, v))
         return k, v
 
-    def append(self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "KVCache":
+    def append(self, layer: int | Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "KVCache":
         """Writes T tokens of one layer after the valid positions of each row. The caller updates `lengths` once.
 
         Tokens beyond the size of the cache are dropped.
         """
         rows = jnp.arange(k.shape[0])[:, None]
         positions = self.lengths[:, None] + jnp.arange(k.shape[1])
-        return dataclasses.replace(
-            self,
-            k=self.k.at[layer, rows, positions].set(k.astype(self.k.dtype)),
-            v=self.v.at[layer, rows, positions].set(v.astype(self.v.dtype)),
+
+        def write(array: Array, index: int | Array, x: Array) -> Array:
+            return array.at[index, rows, positions].set(_fold_heads(x, array))
+
+        return self._update(layer, k, v, write)
+
+    def _update(self, layer: int | Array, k: Array, v: Array, write: Callable[..., Array]) -> "KVCache":
+        """Replaces the array of a layer in the keys and in the values by `write(array, index, x)`."""
+        i, index = self._locate(layer)
+        keys, values = (
+            (*arrays[:i], write(arrays[i], index, x), *arrays[i + 1 :]) for arrays, x in ((self.k, k), (self.v, v))
         )
+        return dataclasses.replace(self, k=keys, v=values)
+
+    def _locate(self, layer: int | Array) -> tuple[int, int | Array]:
+        """Returns the index of the array that contains a layer, and the layer's index in it.
+
+        `layer` must be an int if each layer has its own array.
+        """
+        return (0, layer) if len(self.k) == 1 else (operator.index(layer), 0)
+
+
+def _fold_heads(x: Float[Array, "B T K H"], array: Array) -> Float[Array, "B T KH"]:
+    """Returns `x` in the layout and dtype of the cache's arrays."""
+    return x.reshape(*x.shape[:2], -1).astype(array.dtype)

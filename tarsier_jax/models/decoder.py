@@ -35,7 +35,7 @@ class Attention(nnx.Module):
         sin: Array,
         segment_ids: Array | None,
         cache: KVCache | None,
-        layer: Int[Array, ""],
+        layer: int | Int[Array, ""],
         extend: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attends among the tokens, or with `extend` to the cache and the tokens.
@@ -46,7 +46,7 @@ class Attention(nnx.Module):
             sin: Sines of `mrope_tables`, (B, T, H/2).
             segment_ids: int (B, T), or None.
             cache: Cache that the keys and values are written to, or None.
-            layer: Index of the layer in the cache.
+            layer: Index of the layer in the cache; an int if the layers are unstacked.
             extend: Whether the tokens follow those in the cache.
         """
         B, T, _ = x.shape
@@ -94,7 +94,7 @@ class DecoderLayer(nnx.Module):
         sin: Array,
         segment_ids: Array | None,
         cache: KVCache | None,
-        layer: Int[Array, ""],
+        layer: int | Int[Array, ""],
         extend: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         with jax.named_scope("attn"):
@@ -122,6 +122,11 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the hidden states after the last norm. Tokens attend to earlier tokens of their segment."""
         return self._apply(x, position_ids, segment_ids, None)[0]
+
+    def empty_cache(self, batch: int, size: int) -> KVCache:
+        """Returns an empty cache of `batch` rows with `size` positions each, in the form that the layers need."""
+        stacked = not isinstance(self.layers, nnx.List)
+        return KVCache.empty(self.config.text, batch, size, self.config.dtype, stacked)
 
     def with_cache(
         self,
@@ -158,7 +163,8 @@ class Decoder(nnx.Module):
             x, cache = layer(x, cos, sin, segment_ids, cache, i, extend)
             return constrain(x, BATCH, None, None), cache, i + 1
 
-        carry = (constrain(x, BATCH, None, None), cache, jnp.int32(0))
+        # An int: the indices of unstacked layers are constants.
+        carry = (constrain(x, BATCH, None, None), cache, 0)
         x, cache, _ = apply_layers(block, carry, self.layers, self.config.remat)
         return self.norm(x), cache
 

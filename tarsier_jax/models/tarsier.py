@@ -63,7 +63,7 @@ class Tarsier(nnx.Module):
     def prefill(self, batch: Batch, cache_size: int) -> tuple[Float[Array, "B V"], KVCache]:
         """Returns the logits after each row's last token, and a cache of `cache_size` positions per row."""
         B, _ = batch.input_ids.shape
-        cache = KVCache.empty(self.config.text, B, cache_size, self.config.dtype)
+        cache = self.decoder.empty_cache(B, cache_size)
         x, cache = self.decoder.with_cache(self.embed(batch), batch.position_ids, cache)
         last = jnp.take_along_axis(x, (batch.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
         return self.decoder.logits(last)[:, 0], dataclasses.replace(cache, lengths=jnp.asarray(batch.lengths))

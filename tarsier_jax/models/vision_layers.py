@@ -11,7 +11,12 @@ from tarsier_jax.models.layers import Linear
 from tarsier_jax.sharding import current_mesh
 from tarsier_jax.typing import Array
 
-_MAX_PATCHES = 8192  # patches that one device processes at once
+_MAX_PATCHES = 8192  # patches that one device processes at once, unless it needs more
+
+
+def saturating_patches() -> int:
+    """Returns the number of patches that a device must process at once to reach its speed; 0 if a bin is enough."""
+    return 20_480 if jax.default_backend() == "gpu" else 0
 
 
 class VisionMlp(nnx.Module):
@@ -35,9 +40,10 @@ def encode_in_groups(
     Bins are independent. A few at a time keep activations small; on a CPU they fit the cache.
     """
     F, P, C = patches.shape
-    if current_mesh() is not None or F * P <= _MAX_PATCHES:
+    limit = max(_MAX_PATCHES, saturating_patches())
+    if current_mesh() is not None or limit >= F * P:
         return encode(patches, frame_hw)
-    n = next(n for n in range(max(1, _MAX_PATCHES // P), 0, -1) if F % n == 0)
+    n = next(n for n in range(max(1, limit // P), 0, -1) if F % n == 0)
     groups = patches.reshape(F // n, n, P, C), frame_hw.reshape(F // n, n, -1, 2)
     features = jax.lax.map(lambda group: encode(*group), groups)  # [F/n, n, Pm, D]
     return features.reshape(F, *features.shape[2:])

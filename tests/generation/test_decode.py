@@ -102,7 +102,7 @@ def test_the_cache_is_donated(model: Tarsier) -> None:
     sampling, eos = Sampling.repeat(SamplingOptions(), 1), np.zeros(0, np.int32)
     state = decode_module.prefill(model, batch, sampling, eos, keys, np.int32(8), max_new=8)
     decode_module.decode(model, state, eos, np.int32(4), np.int32(1))
-    assert state.cache.k.is_deleted()
+    assert all(array.is_deleted() for array in (*state.cache.k, *state.cache.v))
 
 
 def test_a_span_of_the_cache(model: Tarsier) -> None:

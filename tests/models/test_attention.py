@@ -1,6 +1,7 @@
 """Every attention implementation that runs here against softmax(q k^T) v written out in numpy."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,17 @@ def interpreted_splash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
 
 
-@pytest.mark.usefixtures("interpreted_splash")
-@pytest.mark.parametrize("implementation", ["xla", "splash"])
+@pytest.fixture
+def cudnn_in_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of cuDNN, with the same arguments to the function in XLA."""
+    fused = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *x, **options: fused(*x, **options | {"implementation": "xla"})
+    )
+
+
+@pytest.mark.usefixtures("interpreted_splash", "cudnn_in_xla")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("max_scores", [2**20, 2**12])  # whole, and in pieces
 def test_grouped_queries(implementation: str, causal: bool, max_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,8 +59,8 @@ def test_grouped_queries(implementation: str, causal: bool, max_scores: int, mon
     np.testing.assert_allclose(out, written_out(q, k, v, causal, lengths), atol=1e-5, rtol=0)
 
 
-@pytest.mark.usefixtures("interpreted_splash")
-@pytest.mark.parametrize("implementation", ["xla", "splash"])
+@pytest.mark.usefixtures("interpreted_splash", "cudnn_in_xla")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("max_scores", [2**20, 2**12])
 def test_segments(implementation: str, causal: bool, max_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +75,23 @@ def test_segments(implementation: str, causal: bool, max_scores: int, monkeypatc
         np.testing.assert_allclose(out[:, part], alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("interpreted_splash", "cudnn_in_xla")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_of_one_segment(implementation: str, causal: bool) -> None:
+    """cuDNN receives the lengths instead of a mask. An empty row is finite."""
+    q, k, v = random(0, 3, 40, 6, 16), random(1, 3, 40, 2, 16), random(2, 3, 40, 2, 16)
+    lengths = np.array([40, 13, 0])
+    segment_ids = jnp.asarray(np.arange(40) < lengths[:, None], jnp.int32)
+    out = attend(q, k, v, causal=causal, segment_ids=segment_ids, implementation=implementation)
+    assert np.isfinite(out).all()
+    for row, length in enumerate(lengths[:2]):
+        part = slice(row, row + 1), slice(0, length)
+        alone = written_out(q[part], k[part], v[part], causal, np.array([length]))
+        np.testing.assert_allclose(out[part], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("cudnn_in_xla")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_one_query_reads_the_valid_part_of_the_cache(implementation: str) -> None:
     q, k, v = random(0, 3, 1, 6, 16), random(1, 3, 40, 2, 16), random(2, 3, 40, 2, 16)
@@ -73,11 +100,13 @@ def test_one_query_reads_the_valid_part_of_the_cache(implementation: str) -> Non
     np.testing.assert_allclose(out, written_out(q, k, v, False, lengths), atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("cudnn_in_xla")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("queries", [1, 5])
-def test_queries_that_start_at_another_key_in_each_row(queries: int) -> None:
+def test_queries_that_start_at_another_key_in_each_row(queries: int, implementation: str) -> None:
     q, k, v = random(0, 3, queries, 6, 16), random(1, 3, 40, 2, 16), random(2, 3, 40, 2, 16)
     starts = np.array([0, 35, 13])
-    out = attend(q, k, v, causal=True, query_starts=jnp.asarray(starts))
+    out = attend(q, k, v, causal=True, query_starts=jnp.asarray(starts), implementation=implementation)
     for t in range(queries):  # query t sees the keys up to its own
         one = written_out(q[:, t : t + 1], k, v, False, starts + t + 1)
         np.testing.assert_allclose(out[:, t : t + 1], one, atol=1e-5, rtol=0)
@@ -106,8 +135,30 @@ def test_unknown_implementation() -> None:
         attend(q, q, q, implementation="flash")
 
 
-def test_default_implementation() -> None:
-    assert default_implementation("tpu", "bfloat16") == "splash"
-    assert default_implementation("gpu", "bfloat16") == "cudnn"
-    assert default_implementation("gpu", "float32") == "xla"  # cuDNN takes no float32
-    assert default_implementation("cpu", "bfloat16") == "xla"
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "implementation"),
+    [
+        ("tpu", None, "bfloat16", "splash"),
+        ("cpu", None, "bfloat16", "xla"),
+        ("gpu", "9.0", "bfloat16", "cudnn"),
+        ("gpu", "12.0", "float16", "cudnn"),
+        ("gpu", "9.0", "float32", "xla"),  # cuDNN takes no float32
+        ("gpu", "7.5", "bfloat16", "xla"),  # Turing
+        ("gpu", "gfx942", "bfloat16", "xla"),  # AMD
+    ],
+)
+def test_default_implementation(platform: str, capability: str | None, dtype: str, implementation: str) -> None:
+    attributes = {} if capability is None else {"compute_capability": capability}
+    assert default_implementation(SimpleNamespace(platform=platform, **attributes), dtype) == implementation
+
+
+@pytest.mark.usefixtures("cudnn_in_xla")
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_receives_even_lengths(causal: bool) -> None:
+    """JAX refuses its gradients for odd ones, such as the 577 tokens of a frame of the first Tarsier."""
+    q, k, v = random(0, 2, 13, 6, 16), random(1, 2, 13, 2, 16), random(2, 2, 13, 2, 16)
+    lengths = np.array([13, 7])
+    out = attend(q, k, v, causal=causal, kv_lengths=jnp.asarray(lengths), implementation="cudnn")
+    np.testing.assert_allclose(out, written_out(q, k, v, causal, lengths), atol=1e-5, rtol=0)
+    jaxpr = str(jax.make_jaxpr(functools.partial(attend, implementation="cudnn"))(q, k, v))
+    assert "14,6,16" in jaxpr
