@@ -144,7 +144,7 @@ def _read_file(path: Path) -> str:
 def _check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"infer.serve needs {', '.join(missing)}: pip install 'tarsier_jax[serve]'.")
+        raise InputError(f"infer.serve needs {', '.join(missing)}: pip install -e '.[serve]'.")
 
 
 def _check_flags(args: argparse.Namespace) -> None:

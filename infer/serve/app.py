@@ -65,6 +65,8 @@ class EventStream(StreamingResponse):
 
 
 class _Routes:
+    """The endpoints of a service; see `make_app`."""
+
     def __init__(self, service: Service, prompt_limits: PromptLimits, body_limits: BodyLimits):
         self._service, self._prompt_limits, self._body_limits = service, prompt_limits, body_limits
 
