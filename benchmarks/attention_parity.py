@@ -87,9 +87,7 @@ def cases(tokens: int, patches: int, cache: int) -> list[Case]:
         text("packed samples", 2, tokens, tokens, causal=True, segments=packed, trained=True),
         vision("frames, one empty", lengths=(patches, patches - 44, 0)),
         vision("bins of frames, one empty", segments=bins),
-        text("packed samples, one per row", 3, tokens, tokens, causal=True, segments=((tokens - 3,), (half,), ())),
         Case("frames of the first Tarsier", 3, 577, 577, heads=16, kv_heads=16, width=64, trained=True),
-        vision("bins of one frame, one empty", segments=((patches,), (patches - 44,), ())),
         text("new tokens after a cache", 2, 64, cache, causal=True, starts=(cache // 2, cache - 64)),
         text("one new token", 4, 1, cache, lengths=(1, cache // 2 + 3, cache - 1, cache)),
     ]

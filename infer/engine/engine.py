@@ -29,7 +29,7 @@ from infer.engine.stats import DeviceTimer, EngineStats
 from tarsier_jax.api import model_mesh, use_mesh_of
 from tarsier_jax.generation.decode import GeneratedTokens, trim_at_eos
 from tarsier_jax.generation.slots import SlotAssignment, decode_slots, empty_slots, encode_frames, prefill_into_slots
-from tarsier_jax.models.attention import reads_whole_cache
+from tarsier_jax.models.attention import prefers_lengths
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.processor import Processor
@@ -68,8 +68,8 @@ class Engine:
     def __init__(self, model: Tarsier, processor: Processor, config: EngineConfig):
         self.model, self.processor, self.config = model, processor, config
         self._mesh = model_mesh(model)
-        whole = reads_whole_cache(model.config.attention)
-        self._read_lengths = (config.size,) if whole else config.read_lengths
+        # Attention that skips the keys from a row's length on does not profit from a shorter read length.
+        self._read_lengths = (config.size,) if prefers_lengths(model.config.attention) else config.read_lengths
         self._eos = jnp.asarray(sorted(processor.eos_token_ids), jnp.int32)
         with use_mesh_of(model):
             self._state = empty_slots(model, config.slots, config.size, config.new_tokens, self._mesh)

@@ -20,12 +20,14 @@ from jaxtyping import Bool, Float, Int, UInt
 
 from tarsier_jax.generation.decode import DecodeState, decode
 from tarsier_jax.generation.sampling import Sampling, SamplingOptions
+from tarsier_jax.models.attention import prefers_lengths
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh, fit_spec
 from tarsier_jax.typing import Array, HostOrDeviceArray
 
+_COPIED = 1024  # positions of a prompt that are copied at once
 CACHE_AXES = (None, BATCH, None, HEADS)
 
 
@@ -132,10 +134,26 @@ def encode_frames(
 
     def one(i: Int[Array, ""], features: Array) -> Array:
         bins = (lax.dynamic_slice_in_dim(x, i * step, step, axis=1) for x in (patches, frame_hw))
-        new = model.encode_frames(*bins).astype(features.dtype)
+        new = _encode_bins(model, *bins).astype(features.dtype)
         return lax.dynamic_update_slice_in_dim(features, new, i * merged, axis=1)
 
     return lax.fori_loop(0, steps, one, constrain(features, BATCH, None, None))
+
+
+def _encode_bins(
+    model: Tarsier, patches: Float[Array, "G F P C"], frame_hw: Int[Array, "G F M 2"]
+) -> Float[Array, "G features D"]:
+    """Calls `model.encode_frames`, without segments if no bin contains several frames."""
+    if frame_hw.shape[2] == 1 or not prefers_lengths(model.config.attention):
+        return model.encode_frames(patches, frame_hw)
+    is_shared = jnp.any(frame_hw[:, :, 1:] > 0)
+    return lax.cond(
+        is_shared,
+        model.encode_frames,
+        lambda patches, hw: model.encode_frames(patches, hw[:, :, :1]),
+        patches,
+        frame_hw,
+    )
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -143,15 +161,10 @@ def prefill_into_slots(
     model: Tarsier, state: DecodeState, rows: Batch, features: Float[Array, "G features D"], prompts: SlotAssignment
 ) -> DecodeState:
     """Runs packed prompts and starts their answers in their slots."""
-    R, T = rows.input_ids.shape
-    B, S = state.done.shape[0], state.cache.size
-    G, N = prompts.slot.shape
-    V = state.seen_tokens.shape[1]
-    window = min(S, T)  # positions copied per prompt; those after the prompt are overwritten or never read
-    fresh = model.decoder.empty_cache(R, T + window)
-    x = model.merge_vision_embeddings(rows, features)
-    _, fresh = model.decoder.with_cache(x, rows.position_ids, fresh, rows.segment_ids)
-    cache = _copy_prompts(state.cache, fresh, prompts, window)
+    B, (G, N) = state.done.shape[0], prompts.slot.shape
+    block = min(_COPIED, state.cache.size)
+    fresh = _run_rows(model, rows, features, rows.input_ids.shape[1] + block)
+    cache = _copy_prompts(state.cache, fresh, prompts, block)
 
     slots = prompts.slot + (B // G) * jnp.arange(G)[:, None]
     slots = jnp.where(jnp.arange(N) < prompts.count[:, None], slots, B).reshape(-1)  # B is out of bounds
@@ -171,7 +184,7 @@ def prefill_into_slots(
         last_token=put(state.last_token, prompts.last_token),
         last_position=put(state.last_position, prompts.last_position),
         done=put(state.done, False),
-        seen_tokens=put(state.seen_tokens, _prompt_tokens(rows, prompts, V)),
+        seen_tokens=put(state.seen_tokens, _prompt_tokens(rows, prompts, state.seen_tokens.shape[1])),
         keys=put(state.keys, keys),
         sampling=dataclasses.replace(state.sampling, **options),
         cache=dataclasses.replace(cache, lengths=put(cache.lengths, prompts.length)),
@@ -195,6 +208,20 @@ def decode_slots(
     return state, (state.done, state.tokens)
 
 
+def _run_rows(model: Tarsier, rows: Batch, features: Float[Array, "G features D"], size: int) -> KVCache:
+    """Returns a cache of `size` positions per row with the keys and values of packed prompts."""
+    x = model.merge_vision_embeddings(rows, features)
+
+    def run(segment_ids: Array | None) -> KVCache:
+        empty = model.decoder.empty_cache(x.shape[0], size)
+        return model.decoder.with_cache(x, rows.position_ids, empty, segment_ids)[1]
+
+    if not prefers_lengths(model.config.attention):
+        return run(rows.segment_ids)
+    # A causal mask is enough for rows of one prompt.
+    return lax.cond(jnp.max(rows.segment_ids) > 1, lambda: run(rows.segment_ids), lambda: run(None))
+
+
 _OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -210,16 +237,18 @@ def _prompt_tokens(rows: Batch, prompts: SlotAssignment, vocab_size: int) -> Boo
     return seen_tokens.at[group[..., None], n[:, None], rows.input_ids[row]].max(inside)
 
 
-def _copy_prompts(cache: KVCache, fresh: KVCache, prompts: SlotAssignment, window: int) -> KVCache:
-    """Copies `window` positions of each prompt from its row to its slot, on the devices of its group."""
-    arrays, new = (cache.k, cache.v), (fresh.k, fresh.v)
-    where = prompts.count, prompts.row, prompts.start, prompts.slot
-    copy, mesh = functools.partial(_copy_in_group, window=window), current_mesh()
+def _copy_prompts(cache: KVCache, fresh: KVCache, prompts: SlotAssignment, block: int) -> KVCache:
+    """Copies prompts from their rows to their slots, `block` positions at a time, on the devices of their group.
+
+    Positions after a prompt are overwritten or never read.
+    """
+    where = prompts.count, prompts.row, prompts.start, prompts.slot, prompts.length
+    copy, mesh = functools.partial(_copy_in_group, block=block), current_mesh()
     if mesh is not None:
         spec = _cache_spec(cache, mesh)
         specs = (spec, spec, *(P(BATCH),) * len(where))
         copy = jax.shard_map(copy, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    k, v = copy(arrays, new, *where)
+    k, v = copy((cache.k, cache.v), (fresh.k, fresh.v), *where)
     return dataclasses.replace(cache, k=k, v=v)
 
 
@@ -230,14 +259,22 @@ def _copy_in_group(
     row: Int[Array, "1 prompts"],
     start: Int[Array, "1 prompts"],
     slot: Int[Array, "1 prompts"],
-    window: int,
+    length: Int[Array, "1 prompts"],
+    block: int,
 ) -> tuple[tuple[Float[Array, "layers B S KH"], ...], ...]:
-    def one(i: Int[Array, ""], cache: Any) -> Any:
-        def put(array: Array, new: Array) -> Array:
-            sizes = (new.shape[0], 1, window, new.shape[3])
-            piece = lax.dynamic_slice(new, (0, row[0, i], start[0, i], 0), sizes)
-            return lax.dynamic_update_slice(array, piece, (0, slot[0, i], 0, 0))
+    size = cache[0][0].shape[2]
 
-        return jax.tree.map(put, cache, fresh)
+    def copy_prompt(i: Int[Array, ""], cache: Any) -> Any:
+        def copy_block(j: Int[Array, ""], cache: Any) -> Any:
+            offset = jnp.minimum(j * block, size - block)  # the last block may overlap the one before it
 
-    return lax.fori_loop(0, count[0], one, cache)
+            def put(array: Array, new: Array) -> Array:
+                sizes = (new.shape[0], 1, block, new.shape[3])
+                piece = lax.dynamic_slice(new, (0, row[0, i], start[0, i] + offset, 0), sizes)
+                return lax.dynamic_update_slice(array, piece, (0, slot[0, i], offset, 0))
+
+            return jax.tree.map(put, cache, fresh)
+
+        return lax.fori_loop(0, -(-length[0, i] // block), copy_block, cache)
+
+    return lax.fori_loop(0, count[0], copy_prompt, cache)

@@ -49,8 +49,7 @@ def attend(
         v: Values.
         causal: Query t attends to keys 0..t (T must equal S, except with query_starts).
         kv_lengths: Number of valid leading keys per row; None means S.
-        segment_ids: A query attends to the keys with its own id (T must equal S): 1, 2, ... in this order, and 0 for
-            padding at the end, whose output is arbitrary. None means one segment.
+        segment_ids: A query attends to the keys with its own id (T must equal S); None means one segment.
         query_starts: Index of each row's first query among the keys: with `causal`, query t attends to keys
             0..query_starts + t. None means 0.
         implementation: One of IMPLEMENTATIONS. A single query (T = 1) runs as xla instead of splash, which is for
@@ -99,24 +98,14 @@ def _cudnn(
     query_starts: Array | None,
     causal: bool,
 ) -> Array:
-    fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    # cuDNN supports neither segments nor offsets. Its mask is T x S booleans per row, read by every head.
+    mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     if query_starts is not None:
         queries = query_starts[:, None] + jnp.arange(q.shape[1])
-        mask = jnp.arange(k.shape[1]) <= queries[:, None, :, None]
-        return fused(q, k, v, mask=mask, key_value_seq_lengths=kv_lengths)
-    if segment_ids is None:
-        return fused(q, k, v, is_causal=causal, key_value_seq_lengths=kv_lengths)
-
-    # cuDNN supports no segments, and a mask of T x S booleans per row halves its speed. Rows of one segment need none.
-    def by_lengths(q: Array, k: Array, v: Array) -> Array:
-        lengths = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
-        return fused(q, k, v, is_causal=causal, key_value_seq_lengths=lengths)
-
-    def by_mask(q: Array, k: Array, v: Array) -> Array:
-        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        return fused(q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=kv_lengths)
-
-    return lax.cond(jnp.max(segment_ids) > 1, by_mask, by_lengths, q, k, v)
+        mask, causal = jnp.arange(k.shape[1]) <= queries[:, None, :, None], False
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=kv_lengths, implementation="cudnn"
+    )
 
 
 def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array, heads: int) -> Array:
@@ -242,8 +231,8 @@ def _splash_block(length: int) -> int:
     return next(b for b in (_SPLASH_BLOCK, 384, 256, _LANES) if length % b == 0)
 
 
-def reads_whole_cache(implementation: str) -> bool:
-    """Returns whether a single query needs no slice of the cache: the implementation stops at each row's length."""
+def prefers_lengths(implementation: str) -> bool:
+    """Returns whether an implementation skips the keys from a row's length on, while segments halve its speed."""
     return implementation == "cudnn"
 
 

@@ -111,8 +111,7 @@ class VisionTransformer(nnx.Module):
         if frame_hw.shape[1] == 1:
             visible = {"kv_lengths": frame_hw[:, 0].prod(axis=-1)}
         else:
-            frame, frames = frame_of_patch(frame_hw, patches.shape[1]), frame_hw.shape[1]
-            visible = {"segment_ids": jnp.where(frame < frames, frame + 1, 0)}
+            visible = {"segment_ids": frame_of_patch(frame_hw, patches.shape[1])}
 
         def block(x: Array, layer: VisionBlock) -> Array:
             return constrain(layer(x, cos, sin, visible), BATCH, None, None)
