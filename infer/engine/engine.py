@@ -2,7 +2,8 @@
 
 The device runs three programs in turn: `encode_frames` runs the vision tower on the frames of a prefill batch,
 `prefill_into_slots` runs its prompts into free slots, and `decode_slots` decodes all slots until some answers end.
-The host packs the next prefill batch meanwhile:
+The host packs the next prefill batch meanwhile. A thread calls the programs: on a GPU, the call of a program with loops
+returns when they end.
 
     host   | pack n+1 | collect | pack n+2 | collect |
     device | encode n | prefill n | decode | encode n+1 | prefill n+1 | decode |
@@ -12,8 +13,9 @@ All shapes are in EngineConfig. They are compiled at the start, and nothing is c
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,9 @@ from tarsier_jax.sharding import BATCH
 
 _STEPS = 16  # decoding steps between two checks for new requests and stop strings
 _STREAM_EVERY = 4  # decoding steps between two calls of on_tokens
+
+_T = TypeVar("_T")
+_Progress = tuple[jax.Array, jax.Array]  # which slots are done, and all tokens
 
 
 @dataclasses.dataclass
@@ -71,6 +76,8 @@ class Engine:
         # Attention that skips the keys from a row's length on does not profit from a shorter read length.
         self._read_lengths = (config.size,) if prefers_lengths(model.config.attention) else config.read_lengths
         self._eos = jnp.asarray(sorted(processor.eos_token_ids), jnp.int32)
+        self._thread = ThreadPoolExecutor(1, "device")
+        self._last_call: Future[Any] | None = None
         with use_mesh_of(model):
             self._state = empty_slots(model, config.slots, config.size, config.new_tokens, self._mesh)
         self._free = self._all_slots()
@@ -90,7 +97,7 @@ class Engine:
         source = Prefetcher(requests, capacity=2 * self.config.slots)
         scheduler = Scheduler(self.config, self.processor)
         timer = DeviceTimer(self.stats)
-        next_batch: tuple[PrefillBatch, jax.Array] | None = None  # packed, with the features of its frames
+        next_batch: tuple[PrefillBatch, Future[jax.Array]] | None = None  # packed, with the features of its frames
         results: list[Completion | RequestError] = []
         try:
             while True:
@@ -121,14 +128,26 @@ class Engine:
 
     # Calls of the device programs. None waits for its result.
 
-    def _encode(self, batch: PrefillBatch) -> jax.Array:
-        """Returns the features of a prefill batch's frames."""
-        with use_mesh_of(self.model):
-            patches, frame_hw = self._on_device(batch.batch.patches), self._on_device(batch.batch.frame_hw)
-            sizes = {"step": batch.step, "num_features": self.config.num_features(self.model.config.vision)}
-            return encode_frames(self.model, patches, frame_hw, jnp.int32(batch.steps), **sizes)
+    def _submit(self, call: Callable[[], _T]) -> Future[_T]:
+        """Runs `call` in the thread of the device programs, after the previous call, whose error it raises."""
+        previous = self._last_call
 
-    def _prefill(self, batch: PrefillBatch, features: jax.Array) -> None:
+        def run() -> _T:
+            if previous is not None:
+                previous.result()
+            with use_mesh_of(self.model):
+                return call()
+
+        self._last_call = self._thread.submit(run)
+        return self._last_call
+
+    def _encode(self, batch: PrefillBatch) -> Future[jax.Array]:
+        """Returns the features of a prefill batch's frames."""
+        patches, frame_hw = self._on_device(batch.batch.patches), self._on_device(batch.batch.frame_hw)
+        sizes = {"step": batch.step, "num_features": self.config.num_features(self.model.config.vision)}
+        return self._submit(lambda: encode_frames(self.model, patches, frame_hw, jnp.int32(batch.steps), **sizes))
+
+    def _prefill(self, batch: PrefillBatch, features: Future[jax.Array]) -> None:
         """Runs the prompts of a batch into free slots."""
         now = time.perf_counter()
         assignment = SlotAssignment.none(self.config.groups, self.config.buckets[0].samples)
@@ -148,14 +167,16 @@ class Engine:
         self.stats.patches += self.config.groups * batch.steps * batch.step * batch.batch.patches.shape[2]
         self.stats.valid_patches += int(batch.batch.frame_hw.prod(axis=-1).sum())
 
-    def _run_prefill(self, batch: Batch, features: jax.Array, assignment: SlotAssignment) -> None:
-        batch = dataclasses.replace(batch, patches=None, frame_hw=None, labels=None)
-        with use_mesh_of(self.model):
-            self._state = prefill_into_slots(
-                self.model, self._state, self._on_device(batch), features, self._on_device(assignment)
-            )
+    def _run_prefill(self, batch: Batch, features: Future[jax.Array], assignment: SlotAssignment) -> None:
+        batch = self._on_device(dataclasses.replace(batch, patches=None, frame_hw=None, labels=None))
+        assignment = self._on_device(assignment)
 
-    def _decode(self, next_batch: tuple[PrefillBatch, Any] | None, source_ended: bool) -> tuple[jax.Array, jax.Array]:
+        def call() -> None:
+            self._state = prefill_into_slots(self.model, self._state, batch, features.result(), assignment)
+
+        self._submit(call)
+
+    def _decode(self, next_batch: tuple[PrefillBatch, Any] | None, source_ended: bool) -> Future[_Progress]:
         """Decodes until enough slots are free for the next batch. Returns which slots are done, and all tokens."""
         missing = sum(max(0, need - len(free)) for need, free in self._needs(next_batch[0])) if next_batch else 1
         requests = [running.request for running in self._running.values()]
@@ -171,19 +192,20 @@ class Engine:
         read_length = next((length for length in self._read_lengths if length >= longest), self.config.size)
         return self._run_decode(cancelled, steps, max(missing, 1), read_length)
 
-    def _run_decode(
-        self, cancelled: np.ndarray, steps: int, stop_after: int, read_length: int
-    ) -> tuple[jax.Array, jax.Array]:
+    def _run_decode(self, cancelled: np.ndarray, steps: int, stop_after: int, read_length: int) -> Future[_Progress]:
         steps_, stop_after_ = jnp.int32(steps), jnp.int32(stop_after)
-        with use_mesh_of(self.model):
+
+        def call() -> _Progress:
             self._state, progress = decode_slots(
                 self.model, self._state, cancelled, self._eos, steps_, stop_after_, read_length=read_length
             )
-        return progress
+            return progress
 
-    def _collect(self, progress: tuple[jax.Array, jax.Array]) -> list[Completion]:
+        return self._submit(call)
+
+    def _collect(self, progress: Future[_Progress]) -> list[Completion]:
         """Waits for the device, and frees the slots of answers that have ended."""
-        done, tokens = jax.device_get(progress)
+        done, tokens = jax.device_get(progress.result())
         completions: list[Completion] = []
         for (group, slot), running in list(self._running.items()):
             index = self._index(group, slot)
@@ -232,7 +254,7 @@ class Engine:
                 assignment = SlotAssignment.none(self.config.groups, samples)
                 self._run_prefill(truncate(batches[0].batch, length), features[0], assignment)
             for read_length in self._read_lengths:
-                self._run_decode(np.zeros(self.config.slots, bool), 1, 1, read_length)
+                self._run_decode(np.zeros(self.config.slots, bool), 1, 1, read_length).result()
         jax.block_until_ready(self._state)
 
     # Slots and devices.

@@ -4,6 +4,7 @@ import dataclasses
 import queue
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -60,12 +61,12 @@ class DeviceTimer:
 
     def __init__(self, stats: EngineStats):
         self._stats = stats
-        self._results: queue.SimpleQueue[tuple[float, Any] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[float, Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def watch(self, result: Any) -> None:
-        """Adds the time until `result` is ready, an array that no later program donates."""
+    def watch(self, result: Future[Any]) -> None:
+        """Adds the time until the arrays of `result` are ready. No later program may donate them."""
         self._results.put((time.perf_counter(), result))
 
     def stop(self) -> None:
@@ -76,7 +77,8 @@ class DeviceTimer:
         last = 0.0
         while (item := self._results.get()) is not None:
             start, result = item
-            jax.block_until_ready(result)
+            if result.exception() is None:
+                jax.block_until_ready(result.result())
             end = time.perf_counter()
             self._stats.busy += end - max(start, last)
             last = end

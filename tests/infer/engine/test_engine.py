@@ -4,11 +4,15 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 import tarsier_jax
+import tarsier_jax.api
 from eval.shapes.annotations import GROUNDED_PROMPT, VIDEO_PROMPT, user_turn
 from eval.shapes.clips import ShapeClip, draw_clips
 from infer.engine import Completion, Engine, EngineConfig, Request, RequestError, fit_config
@@ -70,6 +74,27 @@ def test_pairs_of_frames_need_half_the_room(loaded: tuple[Tarsier, Processor]) -
     paired = loaded[1]
     doubled = dataclasses.replace(paired, image=dataclasses.replace(paired.image, double_frames=True))
     assert [fit_config(p, SLOTS, TOKENS).prompt_tokens for p in (paired, doubled)] == [384, 448]
+
+
+def test_attention_that_prefers_lengths(
+    loaded: tuple, samples: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With cuDNN's attention, here in XLA, rows of one prompt and bins of one frame run without segments."""
+    fused = jax.nn.dot_product_attention
+
+    def in_xla(*arrays: jax.Array, **options: Any) -> jax.Array:
+        return fused(*arrays, **options | {"implementation": "xla"})
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
+    monkeypatch.setattr(tarsier_jax.api, "default_implementation", lambda *_: "cudnn")
+    model, processor = tarsier_jax.load(write_untrained(tmp_path / "untrained", TWO_LAYERS))
+    config = fit_config(processor, SLOTS, 8)
+    engine = Engine(model, _with_eos(processor, -1), dataclasses.replace(config, buckets=config.buckets[-1:]))
+    several = [processor(sample) for sample in samples[:5]]
+    for examples in (several, several[:1]):
+        got = answers(engine, [Request(i, e, SamplingOptions(8)) for i, e in enumerate(examples)])
+        for i, example in enumerate(examples):
+            assert got[i].tokens == answer(*loaded, [example], SamplingOptions(8))[0].tokens
 
 
 def test_whatever_shares_its_batch(engine: Engine, loaded: tuple, examples: list[Example]) -> None:
