@@ -168,7 +168,7 @@ class Bench:
         self.name, self.workload = name, WORKLOADS[name]
         self.devices, self.platform = jax.devices(), jax.default_backend()
         self.dtype = resolve_dtype("auto")
-        self.attention = default_implementation(self.platform, self.dtype)
+        self.attention = default_implementation(self.devices[0], self.dtype)
         self.tensor = math.gcd(len(self.devices), self.workload.text.num_kv_heads)
         self.groups = len(self.devices) // self.tensor
         self.mesh = make_mesh(data=self.groups, tensor=self.tensor) if len(self.devices) > 1 else None
@@ -279,7 +279,7 @@ def measure_ceilings(bench: Bench) -> Iterator[Result]:
 
 
 def measure_parity(bench: Bench) -> Iterator[Result]:
-    implementation = default_implementation(bench.platform, "bfloat16")
+    implementation = default_implementation(bench.devices[0], "bfloat16")
     for case in cases(*bench.workload.parity):
         name = f"{case.name}, {implementation}"
         try:

@@ -119,7 +119,7 @@ def measure_step(
 def config_2b() -> ModelConfig:
     """Returns Qwen2-VL-2B's sizes, with the attention of the available devices."""
     vision = Qwen2VisionConfig(out_dim=TEXT_2B.hidden_size)
-    attention = default_implementation(jax.default_backend(), "bfloat16")
+    attention = default_implementation(jax.devices()[0], "bfloat16")
     return ModelConfig(TEXT_2B, vision, dtype="bfloat16", attention=attention, remat="full")
 
 

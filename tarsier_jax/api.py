@@ -37,13 +37,13 @@ def load(
         InputError: `int8` is set and qwix is not installed.
     """
     directory = resolve(path)
-    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
-    attention = default_implementation(platform, dtype)
+    device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
+    attention = default_implementation(device, dtype)
     config = dataclasses.replace(load_config(directory), dtype=dtype, param_dtype=dtype, attention=attention)
     processor = family_of(config).load_processor(directory, config)  # before the weights: it fails fast
     model = load_weights(directory, config, mesh, int8)
     # See models.layers.apply_layers: only TPUs read the slice of a layer without copying it.
-    return (model if platform == "tpu" else unstack(model)), processor
+    return (model if device.platform == "tpu" else unstack(model)), processor
 
 
 def generate(

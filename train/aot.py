@@ -197,7 +197,7 @@ def main() -> int:
     objective = OBJECTIVES[values.program](config)
     packing = fit_packing(config.data, config.processor, model.vision, objective.answers)
     config = dataclasses.replace(config, data=packing)
-    model = run_config(model, config, "tpu")
+    model = run_config(model, config, mesh.devices.flat[0])
     text, data = model.text, config.data
     source = "" if is_local else "Qwen2-VL-7B, "
     print(

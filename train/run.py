@@ -130,7 +130,7 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
     recorded = dataclasses.asdict(config)
     packing = fit_packing(config.data, config.processor, model_config.vision, objective.answers)
     config = dataclasses.replace(config, data=packing)
-    model_config = run_config(model_config, config, mesh.devices.flat[0].platform)
+    model_config = run_config(model_config, config, mesh.devices.flat[0])
     processor = training_processor(directory, model_config, config)
     try:
         spec = make_state_spec(model_config, config.optimizer, config.num_train_steps, mesh, objective.with_reference)
@@ -193,17 +193,17 @@ def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def run_config(model: ModelConfig, config: TrainConfig, platform: str) -> ModelConfig:
+def run_config(model: ModelConfig, config: TrainConfig, device: Any) -> ModelConfig:
     """Returns the model's configuration with the run's dtype, attention and remat.
 
     Raises:
-        InputError: the platform ("cpu", "gpu" or "tpu") lacks the attention.
+        InputError: the attention does not run on the device, a `jax.Device`.
     """
-    dtype = resolve_dtype(config.dtype, platform)
-    attention = default_implementation(platform, dtype) if config.attention == "auto" else config.attention
-    if attention not in ("xla", default_implementation(platform, dtype)):
-        needs = {"cudnn": "a GPU and bfloat16", "splash": "a TPU"}[attention]
-        raise InputError(f"config.attention={attention} needs {needs}, not {platform} and {dtype}. Choose auto.")
+    dtype = resolve_dtype(config.dtype, device.platform)
+    attention = default_implementation(device, dtype) if config.attention == "auto" else config.attention
+    if attention not in ("xla", default_implementation(device, dtype)):
+        needs = {"cudnn": "an NVIDIA GPU from Ampere on and bfloat16", "splash": "a TPU"}[attention]
+        raise InputError(f"config.attention={attention} needs {needs}, not {device.platform} and {dtype}. Choose auto.")
     return dataclasses.replace(model, dtype=dtype, attention=attention, remat=config.remat)
 
 

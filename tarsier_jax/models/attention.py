@@ -1,7 +1,7 @@
 """One attention function with three implementations.
 
 xla     matrix products and a softmax, in pieces that fit a cache; runs on all platforms and is the reference.
-cudnn   cuDNN's fused attention, for NVIDIA GPUs; float16 or bfloat16.
+cudnn   cuDNN's fused attention, for NVIDIA GPUs from Ampere on; float16 or bfloat16.
 splash  the Pallas splash kernel, for TPUs.
 
 Softmax is float32 in all of them. Under a mesh, xla and splash run inside `jax.shard_map` over batch and heads.
@@ -24,6 +24,7 @@ from tarsier_jax.typing import Array
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 
 _MAX_SCORES = 2**20  # scores that the xla implementation computes at once: 4 MiB fit a CPU's cache
+_MAX_SCORES_GPU = 2**28  # likewise on a GPU, which needs large products; 1 GiB
 _FOLDED_HEADS = 8  # key-value heads per product of a single query
 _SPLASH_BLOCK = 512
 _LANES = 128  # splash needs sequence lengths that are multiples of the vector lanes
@@ -70,8 +71,8 @@ def attend(
         return _cudnn(q, k, v, kv_lengths, segment_ids, query_starts, causal)
     if q.shape[1] == 1:
         # A TPU pads a dimension of few heads to a tile. A CPU is slowed down by the additional multiplications.
-        heads = k.shape[2] if implementation == "splash" else math.gcd(k.shape[2], _FOLDED_HEADS)
-        return _over_mesh(functools.partial(_single_query, heads=heads), q, k, v, kv_lengths)
+        max_heads = k.shape[2] if implementation == "splash" else _FOLDED_HEADS
+        return _over_mesh(functools.partial(_single_query, max_heads=max_heads), q, k, v, kv_lengths)
     if implementation == "splash" and query_starts is None:  # its masks are static and cannot depend on the row
         return _over_mesh(functools.partial(_splash, causal=causal), q, k, v, kv_lengths, segment_ids)
     return _over_mesh(functools.partial(_xla, causal=causal), q, k, v, kv_lengths, segment_ids, query_starts)
@@ -98,23 +99,29 @@ def _cudnn(
     query_starts: Array | None,
     causal: bool,
 ) -> Array:
+    T, S = q.shape[1], k.shape[1]
+    if T == S and T % 2:  # JAX refuses gradients for odd lengths
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, 1)))
     # cuDNN supports neither segments nor offsets. Its mask is T x S booleans per row, read by every head.
     mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     if query_starts is not None:
         queries = query_starts[:, None] + jnp.arange(q.shape[1])
         mask, causal = jnp.arange(k.shape[1]) <= queries[:, None, :, None], False
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=kv_lengths, implementation="cudnn"
     )
+    return out[:, :T]
 
 
-def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array, heads: int) -> Array:
-    """Attends with two products per `heads` key-value heads, whose queries form a block-diagonal matrix.
+def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array, max_heads: int) -> Array:
+    """Attends with two products per group of key-value heads, whose queries form a block-diagonal matrix.
 
     The products wait for the keys and values, not for the multiplications with zeros, and they read the cache as it is.
     """
     B, _, N, H = q.shape
     S, K = k.shape[1:3]
+    heads = math.gcd(K, max_heads)
     k, v = (x.reshape(B, S, K // heads, heads * H) for x in (k, v))
     queries = (q * H**-0.5).reshape(B, K // heads, heads, N // K, 1, H) * jnp.eye(heads, dtype=q.dtype)[
         :, None, :, None
@@ -165,13 +172,14 @@ def _xla(
         out = jnp.einsum("rs,sh->rh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
 
-    if q.shape[0] * q.shape[1] * S <= _MAX_SCORES:
+    max_scores = _MAX_SCORES_GPU if jax.default_backend() == "gpu" else _MAX_SCORES
+    if q.shape[0] * q.shape[1] * S <= max_scores:
         out = jax.vmap(attend_rows, (0, 0, 0, 0, 0, 0, None))(q, k, v, lengths, segments, offsets, 0)
     else:
         # A query does not attend to the keys of later spans.
         spans = 4 if causal and query_starts is None and T % 4 == 0 else 1
         rows = T * ratio // spans
-        pieces = math.gcd(T // spans, 2 ** max(0, math.ceil(math.log2(rows * S / _MAX_SCORES))))
+        pieces = math.gcd(T // spans, 2 ** max(0, math.ceil(math.log2(rows * S / max_scores))))
         starts = jnp.arange(0, rows, rows // pieces)
 
         def attend_head(_: None, x: tuple[Any, ...]) -> tuple[None, Array]:
@@ -236,8 +244,14 @@ def prefers_lengths(implementation: str) -> bool:
     return implementation == "cudnn"
 
 
-def default_implementation(platform: str, dtype: str) -> str:
-    """Returns the fastest implementation for a platform ("cpu", "gpu", "tpu") and compute dtype."""
-    if platform == "tpu":
+def default_implementation(device: Any, dtype: str) -> str:
+    """Returns the fastest implementation on a `jax.Device` for a compute dtype.
+
+    cuDNN's attention needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher and a type of 16 bits.
+    """
+    if device.platform == "tpu":
         return "splash"
-    return "cudnn" if platform == "gpu" and dtype in ("bfloat16", "float16") else "xla"
+    capability = getattr(device, "compute_capability", "")  # "9.0" on an H100; "gfx942" on a GPU of AMD
+    major = capability.partition(".")[0]
+    has_cudnn = device.platform == "gpu" and major.isdigit() and int(major) >= 8
+    return "cudnn" if has_cudnn and dtype in ("bfloat16", "float16") else "xla"

@@ -1,6 +1,7 @@
 """Every attention implementation that runs here against softmax(q k^T) v written out in numpy."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -134,8 +135,30 @@ def test_unknown_implementation() -> None:
         attend(q, q, q, implementation="flash")
 
 
-def test_default_implementation() -> None:
-    assert default_implementation("tpu", "bfloat16") == "splash"
-    assert default_implementation("gpu", "bfloat16") == "cudnn"
-    assert default_implementation("gpu", "float32") == "xla"  # cuDNN takes no float32
-    assert default_implementation("cpu", "bfloat16") == "xla"
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "implementation"),
+    [
+        ("tpu", None, "bfloat16", "splash"),
+        ("cpu", None, "bfloat16", "xla"),
+        ("gpu", "9.0", "bfloat16", "cudnn"),
+        ("gpu", "12.0", "float16", "cudnn"),
+        ("gpu", "9.0", "float32", "xla"),  # cuDNN takes no float32
+        ("gpu", "7.5", "bfloat16", "xla"),  # Turing
+        ("gpu", "gfx942", "bfloat16", "xla"),  # AMD
+    ],
+)
+def test_default_implementation(platform: str, capability: str | None, dtype: str, implementation: str) -> None:
+    attributes = {} if capability is None else {"compute_capability": capability}
+    assert default_implementation(SimpleNamespace(platform=platform, **attributes), dtype) == implementation
+
+
+@pytest.mark.usefixtures("cudnn_in_xla")
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_receives_even_lengths(causal: bool) -> None:
+    """JAX refuses its gradients for odd ones, such as the 577 tokens of a frame of the first Tarsier."""
+    q, k, v = random(0, 2, 13, 6, 16), random(1, 2, 13, 2, 16), random(2, 2, 13, 2, 16)
+    lengths = np.array([13, 7])
+    out = attend(q, k, v, causal=causal, kv_lengths=jnp.asarray(lengths), implementation="cudnn")
+    np.testing.assert_allclose(out, written_out(q, k, v, causal, lengths), atol=1e-5, rtol=0)
+    jaxpr = str(jax.make_jaxpr(functools.partial(attend, implementation="cudnn"))(q, k, v))
+    assert "14,6,16" in jaxpr
