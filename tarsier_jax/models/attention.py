@@ -123,9 +123,8 @@ def _single_query(q: Array, k: Array, v: Array, kv_lengths: Array, max_heads: in
     S, K = k.shape[1:3]
     heads = math.gcd(K, max_heads)
     k, v = (x.reshape(B, S, K // heads, heads * H) for x in (k, v))
-    queries = (q * H**-0.5).reshape(B, K // heads, heads, N // K, 1, H) * jnp.eye(heads, dtype=q.dtype)[
-        :, None, :, None
-    ]
+    diagonal = jnp.eye(heads, dtype=q.dtype)[:, None, :, None]
+    queries = (q * H**-0.5).reshape(B, K // heads, heads, N // K, 1, H) * diagonal
     queries = queries.reshape(B, K // heads, heads * N // K, heads * H)
     scores = jnp.einsum("bknh,bskh->bkns", queries, k, preferred_element_type=jnp.float32)
     scores = jnp.where(jnp.arange(S) < kv_lengths[:, None, None, None], scores, _MASKED)
