@@ -41,7 +41,7 @@ from tarsier_jax.programs import (
     resolve_dtype,
     run,
 )
-from tarsier_jax.weights import resolve
+from tarsier_jax.weights import EMBEDDED, resolve
 
 # A user chooses the files of a conversation, so that only their decoding is limited.
 _OWN_FILES = MediaLimits(max_bytes=1 << 40, max_frames=10_000_000, max_seconds=86_400.0, timeout=600.0)
@@ -268,6 +268,10 @@ def _load(
 
 def _connect(args: argparse.Namespace, stack: contextlib.ExitStack) -> RemoteModel:
     """Connects to the server of --url."""
+    local = {"--model": args.model != EMBEDDED, "--dtype": args.dtype != "auto", "--int8": args.int8}
+    local["--prompt_tokens"] = args.prompt_tokens is not None
+    if flags := [name for name, is_set in local.items() if is_set]:
+        raise InputError(f"{', '.join(flags)} has no effect on the server of --url. Remove it, or start the server so.")
     _check_package("httpx2")
     model = RemoteModel(args.url)
     stack.callback(model.close)

@@ -126,6 +126,9 @@ class Conversation:
         try:
             if self._media is None or self._media_options != self.options:
                 self._read_media(messages)
+            if self._is_cancelled:
+                self.finish_reason = "cancelled"
+                return
             self._answer = answer = self._model.answer(messages, self._media, self.sampling, self.options)
             for piece in answer.stream():
                 pieces.append(piece)

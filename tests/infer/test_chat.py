@@ -20,6 +20,7 @@ import pytest
 from infer import chat
 from infer.chat import Chat, visible
 from infer.conversation import Conversation
+from tarsier_jax.errors import InputError
 from tarsier_jax.weights import EMBEDDED_CLIP
 from tests.infer.fake_model import WORDS, FakeModel
 
@@ -117,6 +118,12 @@ def test_the_purpose_of_a_checkpoint(tmp_path: Path) -> None:
     assert chat._purpose(tmp_path) == ""
     (tmp_path / "README.md").write_text("---\nlicense: x\n---\n# Model\n\nIt describes\nclips.\n\nMore.")
     assert chat._purpose(tmp_path) == "It describes clips."
+
+
+def test_flags_of_a_local_model() -> None:
+    arguments = chat.parse(["--url", "http://localhost", "--int8", "--prompt_tokens", "9"])
+    with pytest.raises(InputError, match="--int8, --prompt_tokens has no effect"):
+        chat.main(arguments)
 
 
 @pytest.mark.slow

@@ -61,6 +61,21 @@ def test_a_cancelled_answer_keeps_its_beginning(conversation: Conversation) -> N
     assert texts(conversation) == ["What?", "one"]
 
 
+def test_a_question_is_cancelled_while_its_files_are_read(model: FakeModel, gif: Path) -> None:
+    conversation = Conversation(model)
+    read = model.read_media
+
+    def read_and_cancel(*args: Any) -> Any:
+        conversation.cancel()
+        return read(*args)
+
+    conversation.open(gif)
+    conversation.options["n_frames"] = 4
+    model.read_media = read_and_cancel
+    assert list(conversation.ask("What?")) == [] and conversation.finish_reason == "cancelled"
+    assert model.prompts == [] and conversation.messages == [] and conversation.files == [str(gif)]
+
+
 def test_an_abandoned_answer_keeps_its_beginning(conversation: Conversation) -> None:
     pieces: Any = conversation.ask("What?")
     next(pieces), next(pieces)
