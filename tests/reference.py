@@ -173,6 +173,20 @@ def reference_answer(model: Qwen2VLForConditionalGeneration, example: Example, n
     return out[0, len(example.input_ids) :].tolist()
 
 
+@torch.no_grad()
+def reference_answers(model: Qwen2VLForConditionalGeneration, examples: Sequence[Example], n: int) -> list[list[int]]:
+    """The first `n` greedy tokens of each example, generated in one batch whose rows are padded on the left."""
+    rows, length = [reference_inputs(e) for e in examples], max(len(e.input_ids) for e in examples)
+    batch = {}
+    for name in ("input_ids", "attention_mask", "position_ids"):
+        padded = [torch.nn.functional.pad(row[name], (length - row[name].shape[-1], 0)) for row in rows]
+        batch[name] = torch.cat(padded, dim=-2)
+    for name in ("pixel_values", "image_grid_thw"):
+        batch[name] = torch.cat([row[name] for row in rows if name in row])
+    out = model.generate(**batch, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return out[:, length:].tolist()
+
+
 def block_order(height: int, width: int) -> np.ndarray:
     """Row and column of each patch of a frame, int (P, 2), written as loops: 2 x 2 blocks, row by row."""
     return np.array(
