@@ -1,6 +1,8 @@
 """A random checkpoint in the released layout, an engine that reuses prefixes, and clips to describe."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 import tarsier_jax
 from infer.engine import Engine, fit_config
 from tarsier_jax.processing.batch import Buckets
+from tarsier_jax.weights import EMBEDDED, resolve
 from train.debug_data import TINY
 from train.micro.checkpoint import MICRO
 from train.untrained import write_untrained
@@ -30,6 +33,15 @@ def reusing_engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_untrained(tmp_path_factory.mktemp("model") / "random", TINY)
+
+
+@pytest.fixture(scope="session")
+def one_frame_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model for frames of one size: its engine compiles one bucket in place of six."""
+    directory = shutil.copytree(resolve(EMBEDDED), tmp_path_factory.mktemp("model") / "one_frame_size")
+    file = directory / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "min_pixels": 56 * 56, "max_pixels": 56 * 56}))
+    return directory
 
 
 def write_gif(path: Path, frames: int = 6, size: tuple[int, int] = (64, 48)) -> Path:

@@ -157,10 +157,10 @@ def test_shards(clips: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_find_each_other(clips: Path, tmp_path: Path) -> None:
+def test_processes_that_find_each_other(clips: Path, one_frame_size: Path, tmp_path: Path) -> None:
     """As MPI starts them. Each captions its share and ends, whatever the other does."""
     command = [sys.executable, "-m", "infer.caption", "--distributed", "--input", str(clips), *FLAGS]
-    command += ["--output", str(tmp_path / "out.jsonl")]
+    command += ["--output", str(tmp_path / "out.jsonl"), "--model", str(one_frame_size)]
     mpi = {"OMPI_MCA_orte_hnp_uri": f"{os.getpid()}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"}
     started = []
     for rank in "01":
@@ -229,11 +229,11 @@ def test_urls(tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(clips: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments(clips: Path, one_frame_size: Path, tmp_path: Path) -> None:
     """Every clip once, whole lines only."""
     source = write_lines(tmp_path / "list.jsonl", [str(clips / f"{i % 6}.mp4") for i in range(120)])
     output = tmp_path / "out.jsonl"
-    args = ("--input", source, "--output", output, *FLAGS)
+    args = ("--input", source, "--output", output, "--model", one_frame_size, *FLAGS)
     command = [sys.executable, "-m", "infer.caption", *map(str, args)]
     wait = random.Random(0)
     for _ in range(3):

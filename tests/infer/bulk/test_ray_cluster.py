@@ -78,17 +78,17 @@ def at_work(cluster: Any) -> list[int]:
 
 
 @pytest.mark.slow
-def test_every_clip_once_whatever_dies(cluster: Any, source: Path, tmp_path: Path) -> None:
+def test_every_clip_once_whatever_dies(cluster: Any, source: Path, one_frame_size: Path, tmp_path: Path) -> None:
     """The program itself is killed; started again, one of its two actors. Captions are those without Ray."""
-    alone, output = tmp_path / "alone.jsonl", tmp_path / "out.jsonl"
-    assert caption.main(caption.parse(flags(source, alone, "--limit", CLIPS))) == 1
+    alone, output, model = tmp_path / "alone.jsonl", tmp_path / "out.jsonl", ("--model", one_frame_size)
+    assert caption.main(caption.parse(flags(source, alone, *model, "--limit", CLIPS))) == 1
     expected = {line["input"]: line.get("caption") for line in read(alone)}
 
-    with start(*flags(source, output, "--ray", cluster.address)) as process:
+    with start(*flags(source, output, *model, "--ray", cluster.address)) as process:
         wait_for(lambda: len(read(output)) > 0, process)
         process.kill()
     first = read(output)
-    with start(*flags(source, output, "--ray", cluster.address)) as process:
+    with start(*flags(source, output, *model, "--ray", cluster.address)) as process:
         wait_for(lambda: len(read(output)) > len(first) and bool(at_work(cluster)), process)
         os.kill(at_work(cluster)[0], signal.SIGKILL)
         told, _ = process.communicate()
@@ -100,7 +100,7 @@ def test_every_clip_once_whatever_dies(cluster: Any, source: Path, tmp_path: Pat
     errors = [line for line in lines if "error" in line]
     assert len(errors) == LINES // CLIPS and all("5.mp4" in line["error"] for line in errors)
     assert f"captions and {len(errors) - sum('error' in line for line in first)} errors in" in told
-    assert caption.main(caption.parse(flags(source, output, "--ray", cluster.address))) == 1  # has nothing to do
+    assert caption.main(caption.parse(flags(source, output, *model, "--ray", cluster.address))) == 1  # nothing to do
     assert read(output) == lines
 
 
