@@ -15,8 +15,6 @@ import tensorstore as ts
 MUON = "--config.optimizer.muon_params=('decoder/layers/mlp/.*',)"
 SETTINGS = ("--config.optimizer.peak_lr=1e-3", MUON, "--config.save_every=3", "--config.eval_every=0")
 
-WITHOUT_TORCH = Path(__file__).parent / "without_torch"
-
 
 def start(workdir: Path, *flags: str, devices: int = 1, program: str = "sft", recipe: str = "recap_7b") -> Any:
     """Starts the debug size of a recipe; returns the process."""
@@ -24,8 +22,7 @@ def start(workdir: Path, *flags: str, devices: int = 1, program: str = "sft", re
     # Optimising a program takes as long as 20 of its steps on one device, and longer than those on eight.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" if devices > 1 else ""
     flags_of_xla = f"--xla_force_host_platform_device_count={devices} {quick}"
-    path = os.pathsep.join(filter(None, (str(WITHOUT_TORCH), os.environ.get("PYTHONPATH"))))
-    environment = {"XLA_FLAGS": flags_of_xla, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    environment = {"XLA_FLAGS": flags_of_xla, "JAX_PLATFORMS": "cpu"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [*command, *SETTINGS, *flags], env={**os.environ, **environment}, stdout=pipe, stderr=pipe, text=True
