@@ -92,10 +92,15 @@ def test_closing_ends_calls_and_processes(faulty: Start) -> None:
 def test_no_process_survives_its_program(number: int) -> None:
     """Also without `close`."""
     program = (
-        "import time\nfrom infer.media import MediaLimits\nfrom infer.media.children import ChildPool\n"
+        "import signal, time\nfrom infer.media import MediaLimits\nfrom infer.media.children import ChildPool\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "pool = ChildPool(MediaLimits(), 2)\nprint(*pool.pids, flush=True)\ntime.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert process.stdout is not None
     pids = process.stdout.readline().split()
     assert len(pids) == 2
