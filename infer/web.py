@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tarsier_jax
@@ -166,7 +166,7 @@ def open_files(paths: list[str] | None, conversation: Conversation, n_frames: in
         try:
             conversation.open(path)
         except InputError as error:
-            _show(error)
+            _show(error, [path])
     return None, pictures(conversation)
 
 
@@ -176,7 +176,7 @@ def answer_question(
     """Yields the messages of the page, the content of the field for the next question, and the frames."""
     import gradio as gr
 
-    before = chat_messages(conversation)
+    before, files = chat_messages(conversation), conversation.files
     if not text.strip():
         yield before, text, gr.skip()
         return
@@ -189,7 +189,7 @@ def answer_question(
             turn[1]["content"] += piece
             yield before + turn, "", gr.skip()
     except InputError as error:
-        _show(error)
+        _show(error, files)
         yield before, text, pictures(conversation)
         return
     yield chat_messages(conversation), "", pictures(conversation)
@@ -223,10 +223,14 @@ def _with_sliders(sampling: SamplingOptions, temperature: float, top_p: float) -
     return dataclasses.replace(sampling, temperature=float(temperature), top_p=float(top_p))
 
 
-def _show(error: Exception) -> None:
+def _show(error: Exception, files: Sequence[str]) -> None:
+    """Shows an error, with the names of the files in place of their paths on this machine."""
     import gradio as gr
 
-    gr.Warning(html.escape(str(error)), title="The file or question cannot be used", duration=None)
+    message = str(error)
+    for path in files:
+        message = message.replace(path, os.path.basename(path))
+    gr.Warning(html.escape(message), title="The file or question cannot be used", duration=None)
 
 
 def _configure_gradio(uploads: str) -> None:
