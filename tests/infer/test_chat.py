@@ -208,6 +208,7 @@ def test_a_terminal(terminal: Terminal, gif: Path, tmp_path: Path) -> None:
     terminal.resize(10, 40)
     terminal.send(f"/open {broken}\r")
     terminal.wait_for("cannot be decoded")
+    terminal.wait_for(PROMPT)
     terminal.send("\x1b[200~first line\nsecond line\x1b[201~\r")
     terminal.wait_for("five")
     terminal.wait_for(PROMPT)
@@ -215,6 +216,7 @@ def test_a_terminal(terminal: Terminal, gif: Path, tmp_path: Path) -> None:
     terminal.wait_for("perature")
     terminal.send(" 0.5\r")
     terminal.wait_for("temperature 0.5")
+    terminal.wait_for(PROMPT)  # between two prompts the terminal itself reads Ctrl-D
     terminal.send("\x04")
     terminal.wait_for("the end")
     assert terminal.process.wait(30) == 0
