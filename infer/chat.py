@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import os
 import shlex
 import signal
@@ -36,6 +35,7 @@ from tarsier_jax.programs import (
     add_model_flag,
     add_precision_flags,
     add_sampling_flags,
+    check_packages,
     prepare_process,
     read_sampling_flags,
     resolve_dtype,
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     prepare_process()
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
-        _check_package("prompt_toolkit")
+        check_packages("infer.chat", "chat", "prompt_toolkit")
     options = {name: getattr(args, name) for name in _PROCESSOR_OPTIONS if getattr(args, name) is not None}
     ProcessorOptions(**options)  # checked before the model is loaded
     sampling = read_sampling_flags(args)
@@ -272,7 +272,7 @@ def _connect(args: argparse.Namespace, stack: contextlib.ExitStack) -> RemoteMod
     local["--prompt_tokens"] = args.prompt_tokens is not None
     if flags := [name for name, is_set in local.items() if is_set]:
         raise InputError(f"{', '.join(flags)} has no effect on the server of --url. Remove it, or start the server so.")
-    _check_package("httpx2")
+    check_packages("infer.chat --url", "chat", "httpx2")
     model = RemoteModel(args.url)
     stack.callback(model.close)
     _log(f"{model.name} at {args.url} answers. /help lists the commands.")
@@ -288,11 +288,6 @@ def _purpose(directory: Path) -> str:
         paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
         return next((part[:400] for part in paragraphs if part and part[0] not in "#<![|`"), "")
     return ""
-
-
-def _check_package(name: str) -> None:
-    if importlib.util.find_spec(name) is None:
-        raise InputError(f"infer.chat needs {name}: pip install 'tarsier_jax[chat]'.")
 
 
 def _path(value: str) -> str:

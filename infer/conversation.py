@@ -154,8 +154,7 @@ class Conversation:
     @property
     def files(self) -> list[str]:
         """The path of each image and video."""
-        items = [item for message in [*self.messages, _user(self._opened)] for item in message["content"]]
-        return [item[item["type"]][f"{item['type']}_file"] for item in items if item["type"] != "text"]
+        return [item[item["type"]][f"{item['type']}_file"] for item in self._visual_items]
 
     @property
     def selections(self) -> Sequence[FrameSelection]:
@@ -170,9 +169,7 @@ class Conversation:
     def pictures(self, index: int) -> list[Image.Image]:
         """Returns the frames of one file as a LocalModel receives them."""
         assert isinstance(self._model, LocalModel) and isinstance(self._media, VisualInputs)
-        items = [item for message in [*self.messages, _user(self._opened)] for item in message["content"]]
-        kinds = [item["type"] for item in items if item["type"] != "text"]
-        return self._model.pictures(self._media, index, kinds[index] == "image")
+        return self._model.pictures(self._media, index, self._visual_items[index]["type"] == "image")
 
     def save(self, path: str | Path) -> None:
         """Appends the conversation to a file of JSON lines in the annotation format.
@@ -200,6 +197,11 @@ class Conversation:
             raise InputError(f"{path}: the last conversation does not end with an answer. Add one, or remove its end.")
         self._read_media(messages)
         self.messages, self._opened = messages, []
+
+    @property
+    def _visual_items(self) -> list[dict[str, Any]]:
+        items = [item for message in self.messages for item in message["content"]]
+        return [item for item in [*items, *self._opened] if item["type"] != "text"]
 
     def _read_media(self, messages: Messages) -> None:
         options = dict(self.options)

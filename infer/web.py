@@ -6,7 +6,6 @@ The page listens on this machine only, unless a key is set. Uploaded files are r
 import argparse
 import dataclasses
 import html
-import importlib.util
 import itertools
 import os
 import signal
@@ -24,7 +23,14 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.clip import MEDIA_SUFFIXES
 from tarsier_jax.processing.options import ProcessorOptions
-from tarsier_jax.programs import add_model_flag, add_precision_flags, prepare_process, resolve_dtype, run
+from tarsier_jax.programs import (
+    add_model_flag,
+    add_precision_flags,
+    check_packages,
+    prepare_process,
+    resolve_dtype,
+    run,
+)
 from tarsier_jax.weights import EMBEDDED_CLIP
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -56,8 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    if importlib.util.find_spec("gradio") is None:
-        raise InputError("infer.web needs Gradio: pip install 'tarsier_jax[web]'.")
+    check_packages("infer.web", "web", "gradio")
     key = read_key()
     if key is None and not is_loopback(args.host):
         raise InputError(
@@ -176,7 +181,7 @@ def answer_question(
     """Yields the messages of the page, the content of the field for the next question, and the frames."""
     import gradio as gr
 
-    before, files = chat_messages(conversation), conversation.files
+    before, files, media = chat_messages(conversation), conversation.files, conversation.media
     if not text.strip():
         yield before, text, gr.skip()
         return
@@ -192,7 +197,8 @@ def answer_question(
         _show(error, files)
         yield before, text, pictures(conversation)
         return
-    yield chat_messages(conversation), "", pictures(conversation)
+    frames = gr.skip() if conversation.media is media else pictures(conversation)  # other options, other frames
+    yield chat_messages(conversation), "", frames
 
 
 def chat_messages(conversation: Conversation) -> list[dict[str, str]]:

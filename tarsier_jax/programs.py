@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import importlib.util
 import io
 import os
 import select
@@ -129,6 +130,13 @@ def prepare_process() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (directory := cache_directory("xla")):
         jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def check_packages(program: str, extra: str, *packages: str) -> None:
+    """Raises InputError if packages that a program needs, those of an extra of setup.py, are not installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise InputError(f"{program} needs {', '.join(missing)}: pip install -e '.[{extra}]'.")
 
 
 def add_model_flag(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,6 @@ Local files and remote hosts are not read unless a flag allows them. See docs/se
 """
 
 import argparse
-import importlib.util
 import logging
 import os
 import sys
@@ -19,7 +18,7 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.processor import ProcessorOptions
-from tarsier_jax.programs import add_model_flag, add_precision_flags, prepare_process, run
+from tarsier_jax.programs import add_model_flag, add_precision_flags, check_packages, prepare_process, run
 
 _PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client", "httpx2")
 
@@ -67,7 +66,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Serves until a signal. Returns 0, and raises EngineError if the engine fails."""
     start = time.perf_counter()
-    _check_packages()
+    check_packages("infer.serve", "serve", *_PACKAGES)
     from infer.serve.app import make_app
     from infer.serve.connections import listen, serve
     from infer.serve.prompts import PromptLimits
@@ -116,12 +115,6 @@ def main(args: argparse.Namespace) -> int:
         )
         serve(service, app, sock, args.drain)
     return 0
-
-
-def _check_packages() -> None:
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"infer.serve needs {', '.join(missing)}: pip install -e '.[serve]'.")
 
 
 def _check_flags(args: argparse.Namespace) -> None:

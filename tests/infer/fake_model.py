@@ -48,16 +48,16 @@ class FakeModel:
 
 
 class FakeAnswer:
-    """Streams WORDS, with pauses."""
+    """Streams words, with pauses."""
 
-    def __init__(self, fails: bool, selections: Sequence[FrameSelection], pause: float):
+    def __init__(self, fails: bool, selections: Sequence[FrameSelection], pause: float, words: Sequence[str] = WORDS):
         self.finish_reason, self.selections = "eos", selections
-        self._fails, self._pause, self._cancelled = fails, pause, threading.Event()
+        self._fails, self._pause, self._words, self._cancelled = fails, pause, words, threading.Event()
 
     def stream(self) -> Iterator[str]:
         if self._fails:
             raise InputError("The prompt has 99 tokens. Use fewer frames.")
-        for i, word in enumerate(WORDS):
+        for i, word in enumerate(self._words):
             if self._cancelled.wait(self._pause):
                 self.finish_reason = "cancelled"
                 return

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import itertools
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,30 +20,12 @@ from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.frame_sampling import sample_uniform
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP
+from tests.infer.fake_model import FakeAnswer
 
 gradio = pytest.importorskip("gradio")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CAPTION = "Then the orange triangle disappears."
-SLOW = "word " * 5000
-
-
-class SlowAnswer:
-    """Words at a rate at which a test can stop it."""
-
-    finish_reason = "cancelled"
-
-    def __init__(self, selections: Any):
-        self.selections, self._is_cancelled = selections, False
-
-    def stream(self) -> Iterator[str]:
-        for word in SLOW.split():
-            if self._is_cancelled:
-                return
-            time.sleep(0.05)
-            yield f"{word} "
-
-    def cancel(self) -> None:
-        self._is_cancelled = True
+SLOW = ["word"] * 5000  # at a rate at which a test can stop it
 
 
 class Model(LocalModel):
@@ -52,7 +33,7 @@ class Model(LocalModel):
 
     def answer(self, messages: Messages, media: Any, sampling: SamplingOptions, options: Mapping[str, Any]) -> Any:
         if messages[-1]["content"][-1]["text"] == "count":
-            return SlowAnswer(media.selections)
+            return FakeAnswer(False, media.selections, 0.05, SLOW)
         return super().answer(messages, media, sampling, options)
 
 
