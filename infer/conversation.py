@@ -181,7 +181,7 @@ class Conversation:
         if not self.messages:
             raise InputError("The conversation is empty. Ask a question first.")
         with Path(path).open("a", encoding="utf-8") as file:
-            file.write(to_json({"messages": self.messages}) + "\n")
+            file.write(to_json(_sample(self.messages)) + "\n")
 
     def load(self, path: str | Path) -> None:
         """Continues the last conversation in a file that `save` has written.
@@ -256,7 +256,7 @@ class LocalModel:
 
     def read_media(self, messages: Messages, options: Mapping[str, Any]) -> VisualInputs:
         """Decodes the images and videos. Raises InputError."""
-        example = self._loader({"messages": messages}, **options)
+        example = self._loader(_sample(messages), **options)
         return VisualInputs(example.pixel_values, example.grid_thw, example.frames, example.selections)
 
     def answer(
@@ -287,7 +287,7 @@ class LocalModel:
 
     def _prepare(self, prompt: _Prompt) -> Example:
         processor = self.processor.replace(**prompt.options)
-        messages, _ = processor.read({"messages": prompt.messages})
+        messages, _ = processor.read(_sample(prompt.messages))
         return processor.encode(messages, prompt.media)
 
 
@@ -320,6 +320,11 @@ class LocalAnswer:
     def finish_reason(self) -> str:
         """Reason of the end."""
         return self.completion.finish_reason
+
+
+def _sample(messages: Messages) -> dict[str, Any]:
+    """Returns the messages as a sample, in which `<image>` and `<video>` in a text are text."""
+    return {"messages": messages, "placeholders": False}
 
 
 def _user(content: list[dict[str, Any]]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def read_prompt(request: ChatRequest, limits: PromptLimits) -> Prompt:
         for message in request.messages
     ]
     return Prompt(
-        sample={"messages": messages},
+        sample={"messages": messages, "placeholders": False},  # <image> in a text is text
         processor_options={**frame_options, **_pixel_options(media, request, limits)},
         sampling=read_sampling(request, limits.new_tokens),
         kinds=tuple(medium.kind for medium in media),

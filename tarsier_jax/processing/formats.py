@@ -52,7 +52,7 @@ def normalize_sample(sample: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Images and videos in lists such as `videos` replace `<video>` and `<image>` in the user's texts, and items without
     a file. Without such places, they are inserted before the text of the user's first message. Without such lists,
-    placeholders in a message that has items with files are plain text.
+    placeholders in a message that has items with files are plain text; with `"placeholders": false`, all of them are.
 
     Raises:
         InputError: a medium lacks a place, a place lacks a medium, or a key is in a place where it is not read.
@@ -64,6 +64,8 @@ def normalize_sample(sample: Mapping[str, Any]) -> Mapping[str, Any]:
         return sample
     sample = _with_preference(sample)
     turns = [_read_turn(message, f"messages[{i}]") for i, message in enumerate(sample["messages"])]
+    if sample.get("placeholders") is not False:
+        turns = _with_all_places(turns, is_listed=any(_has(sample, key) for key in _LISTS))
     messages = _fill(turns, {kind: _listed(sample, kind) for kind in _MEDIA}, _name(sample))
     visuals = list(_visuals(messages))
     listed = any(_has(sample, key) for key in _LISTS)
@@ -237,8 +239,6 @@ def _fill(messages: list[Any], files: Mapping[str, list[dict[str, Any]]], name: 
     Raises:
         InputError: there are more or fewer places than files.
     """
-    lists = any(files.values())
-    messages = [m if _has_visual(m) and not lists else _with_places(m) for m in messages]
     visuals = list(_visuals(messages))
     for kind, listed in files.items():
         places = [item for item in visuals if item["type"] == kind and not item[kind]]
@@ -254,6 +254,11 @@ def _fill(messages: list[Any], files: Mapping[str, list[dict[str, Any]]], name: 
                 f"<{kind}> in a text of the user, and each {kind} item without a file. Correct the texts or the list."
             )
     return messages
+
+
+def _with_all_places(messages: list[Any], is_listed: bool) -> list[Any]:
+    """Returns the messages with items in place of placeholders."""
+    return [message if _has_visual(message) and not is_listed else _with_places(message) for message in messages]
 
 
 def _has_visual(message: Any) -> bool:

@@ -219,6 +219,15 @@ def test_limits_of_pixels_of_an_item(processor: Processor) -> None:
     assert len(expected.pixel_values) < len(processor(plain).pixel_values)
 
 
+def test_a_sample_without_placeholders(processor: Processor) -> None:
+    sample = {"messages": [{"role": "user", "content": "Explain <image> and <video>."}]}
+    with pytest.raises(InputError, match="places need one"):
+        processor(sample)
+    example = processor({**sample, "placeholders": False})
+    assert "Explain <image> and <video>." in processor.tokenizer.decode(example.input_ids)
+    assert not example.selections
+
+
 def test_a_placeholder_beside_items_is_text(processor: Processor) -> None:
     sample = user(video_item(PICTURE), "Explain the tag <image>.")
     assert "Explain the tag <image>." in processor.tokenizer.decode(processor(sample).input_ids)
