@@ -123,13 +123,15 @@ def _of_a_file(error: OSError) -> str:
 def prepare_process() -> None:
     """Stores compiled programs in JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory.
 
-    Only the first run on a machine compiles. Programs that take less than a second to compile are not stored, unless
+    Only the first run on a machine compiles. Programs that compile in less than 0.1 seconds are not stored, unless
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS sets another limit. The advice of transformers to install PyTorch is
     turned off, since the programs do not use it.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (directory := cache_directory("xla")):
         jax.config.update("jax_compilation_cache_dir", str(directory))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX's default is a second
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def check_packages(program: str, extra: str, *packages: str) -> None:
