@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import tarsier_jax
 from infer.conversation import Conversation, LocalModel, fit_conversations
 from infer.engine import Engine
-from infer.keys import is_loopback, read_key
 from infer.media import MediaLimits, MediaLoader
+from infer.network import is_loopback, listen, read_key
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.clip import MEDIA_SUFFIXES
@@ -40,6 +40,7 @@ _USER = "tarsier"  # of the login, when there is a key
 _QUESTION = "Describe the video in detail."
 _QUEUED = 64  # questions that wait for a slot
 _CONVERSATIONS = 100  # of visitors, the most recent ones
+_LIMITS = MediaLimits()
 _KEPT_S = 3600  # of files and conversations
 _CSS = "footer {display: none !important}"
 
@@ -71,34 +72,20 @@ def main(args: argparse.Namespace) -> int:
     options = {} if args.n_frames is None else {"n_frames": args.n_frames}
     ProcessorOptions(**options)  # raises InputError
     sampling = SamplingOptions(max_new_tokens=args.max_new_tokens)
+    port = _find_port(args.host, args.port)  # before the model is loaded: it fails fast
     prepare_process()
     print(f"loading {args.model}", file=sys.stderr, flush=True)
     parameters, processor = tarsier_jax.load(args.model, resolve_dtype(args.dtype), int8=args.int8)
     processor = processor.replace(**options)
     engine = Engine(parameters, processor, fit_conversations(processor, args.slots, args.max_new_tokens))
-    limits = MediaLimits()
     with tempfile.TemporaryDirectory(prefix="tarsier_jax-web-") as uploads:
         _configure_gradio(uploads)
         with (
-            MediaLoader(processor, limits, root=uploads) as loader,
+            MediaLoader(processor, _LIMITS, root=uploads) as loader,
             LocalModel(engine, loader) as model,
         ):
             page = make_page(model, processor.options.n_frames, sampling)
-            page.queue(max_size=_QUEUED, default_concurrency_limit=args.slots, api_open=False)
-            page.launch(
-                server_name=args.host,
-                server_port=args.port,
-                auth=None if key is None else (_USER, key),
-                max_file_size=limits.max_bytes,
-                css=_CSS,
-                share=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                ssr_mode=False,
-                run_history=False,
-                enable_monitoring=False,
-                state_session_capacity=_CONVERSATIONS,
-            )
+            launch(page, args.host, port, key, args.slots)
             print(f"{page.local_url} shows the page; Ctrl-C ends the program", file=sys.stderr, flush=True)
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the uploads are removed
             page.block_thread()
@@ -158,6 +145,25 @@ def make_page(model: LocalModel, n_frames: int, sampling: SamplingOptions) -> "g
             **private,
         )
     return page
+
+
+def launch(page: "gradio.Blocks", host: str, port: int, key: str | None, slots: int) -> None:
+    """Serves a page in a thread, with a login if there is a key."""
+    page.queue(max_size=_QUEUED, default_concurrency_limit=slots, api_open=False)
+    page.launch(
+        server_name=host,
+        server_port=_find_port(host, port),
+        auth=None if key is None else (_USER, key),
+        max_file_size=_LIMITS.max_bytes,
+        css=_CSS,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        state_session_capacity=_CONVERSATIONS,
+    )
 
 
 def open_files(paths: list[str] | None, conversation: Conversation, n_frames: int) -> tuple[Any, Any]:
@@ -237,6 +243,12 @@ def _show(error: Exception, files: Sequence[str]) -> None:
     for path in files:
         message = message.replace(path, os.path.basename(path))
     gr.Warning(html.escape(message), title="The file or question cannot be used", duration=None)
+
+
+def _find_port(host: str, port: int) -> int:
+    """Returns the port, or a free one for 0, which Gradio does not accept. Raises InputError if it cannot be used."""
+    with listen(host, port) as sock:
+        return sock.getsockname()[1]
 
 
 def _configure_gradio(uploads: str) -> None:

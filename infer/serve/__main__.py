@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from infer.bulk.config import mesh_sizes, start_engine
-from infer.keys import KEY_VARIABLE, is_loopback, read_key
 from infer.media import MediaLoader
+from infer.network import KEY_VARIABLE, is_loopback, listen, read_key
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path
 from tarsier_jax.generation.sampling import SamplingOptions
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     check_packages("infer.serve", "serve", *_PACKAGES)
     from infer.serve.app import make_app
-    from infer.serve.connections import listen, serve
+    from infer.serve.connections import serve
     from infer.serve.prompts import PromptLimits
     from infer.serve.service import Service
 

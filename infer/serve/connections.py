@@ -14,7 +14,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from infer.serve.errors import bad_request
 from infer.serve.service import Service
-from tarsier_jax.errors import InputError
 
 _HEADER_BYTES = 32 * 1024  # of a request line and its headers
 _HEADER_S = 20.0  # seconds in which they must arrive
@@ -99,7 +98,7 @@ def serve(service: Service, app: ASGIApp, sock: socket.socket, drain_seconds: fl
     Args:
         service: Answers the requests of the application. It is closed at the end.
         app: The application.
-        sock: The result of `listen`.
+        sock: The result of `infer.network.listen`.
         drain_seconds: Time for the requests in progress after a signal. Then they are cancelled.
 
     Raises:
@@ -133,20 +132,3 @@ def make_server(app: ASGIApp, service: Service, drain_seconds: float) -> Drainin
     server = DrainingServer(config, service)
     service.on_failure = server.end
     return server
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Returns a bound socket, which `make_server` listens on. Raises InputError."""
-    try:
-        (family, kind, _, _, address), *_ = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        sock = socket.socket(family, kind)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"The server cannot listen on {host}:{port} ({reason}). Choose another --host or --port."
-        ) from None
-    return sock

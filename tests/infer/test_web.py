@@ -15,6 +15,7 @@ from infer import web
 from infer.conversation import Conversation, LocalModel, Messages, fit_conversations
 from infer.engine import Engine
 from infer.media import MediaLoader
+from infer.network import listen
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.frame_sampling import sample_uniform
@@ -83,18 +84,25 @@ def test_a_key_is_needed_on_other_addresses(monkeypatch: pytest.MonkeyPatch) -> 
         web.main(argparse.Namespace(**vars(web.parse([]))))
 
 
+def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TARSIER_API_KEY", raising=False)
+    with listen("127.0.0.1", 0) as sock:
+        sock.listen()
+        with pytest.raises(InputError, match="Choose another --host or --port"):
+            web.main(web.parse(["--port", str(sock.getsockname()[1])]))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_page_in_a_browser(model: Model, tmp_path: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api")
     page = web.make_page(model, 8, SamplingOptions(48))
-    page.queue(api_open=False)
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, server_port=None)
+    web.launch(page, "127.0.0.1", 0, None, 2)
     try:
         with sync_api.sync_playwright() as playwright:
             flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-            _use(browser.new_page(), url, tmp_path)
+            _use(browser.new_page(), page.local_url, tmp_path)
             browser.close()
     finally:
         page.close()

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from infer.engine import Completion, RequestError
-from infer.keys import is_loopback
 from infer.media import MediaLimits, MediaLoader
+from infer.network import is_loopback, listen
 from infer.serve.app import BodyLimits, make_app
-from infer.serve.connections import listen, make_server, serve
+from infer.serve.connections import make_server, serve
 from infer.serve.prompts import PromptLimits
 from infer.serve.service import Service
 from tarsier_jax.families import family_of, load_config

@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from infer.keys import read_key
+from infer.network import read_key
 from infer.serve import __main__ as program
 from tarsier_jax.programs import run
 from tarsier_jax.weights import EMBEDDED

@@ -1,7 +1,8 @@
-"""The key that a program which listens on the network requires."""
+"""The address and the key of a program that listens on the network."""
 
 import ipaddress
 import os
+import socket
 from pathlib import Path
 
 from tarsier_jax.errors import InputError
@@ -36,6 +37,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that is bound to an address. Port 0 chooses a free one. Raises InputError."""
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"The program cannot listen on {host}:{port} ({reason}). Choose another --host or --port."
+        ) from None
+    return sock
 
 
 def _read_file(path: Path) -> str:
