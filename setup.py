@@ -16,9 +16,11 @@ EVAL = [
     "prettytable>=3.10",
     "matplotlib>=3.8",
 ]
+GCS = ["gcsfs>=2026.1"]  # gs:// URLs
 INT8 = ["qwix>=0.1.8,<0.2"]
 SENTENCEPIECE = ["sentencepiece>=0.2", "protobuf"]  # read a tokenizer.model without a tokenizer.json
 RAY = ["ray[data]>=2.53,<2.64"]  # 2.64 takes away the flag that bounds retries
+S3 = ["s3fs>=2026.1"]  # s3:// URLs
 SERVE = [*FETCH, "starlette>=1.0.1", "uvicorn>=0.54", "pydantic>=2.10", "prometheus-client>=0.22"]
 TRAIN = [*CLIPS, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6", "prettytable>=3.10"]
 WEB = [*FETCH, "gradio>=6.31,<7"]
@@ -70,9 +72,11 @@ setup(
         "chat": CHAT,
         "demo": [],  # the library is enough
         "eval": EVAL,
+        "gcs": GCS,
         "int8": INT8,
         "ray": RAY,
         "sentencepiece": SENTENCEPIECE,
+        "s3": S3,
         "serve": SERVE,
         "train": TRAIN,
         "web": WEB,
@@ -82,12 +86,16 @@ setup(
             *TRAIN,
             *INT8,
             *RAY,
+            *S3,
             *SENTENCEPIECE,
             *CHAT,
             *SERVE,
             *WEB,
             "playwright>=1.50",  # drives Chromium
             "pyarrow>=15",
+            "moto[s3]>=5.2",  # an S3 server on this machine, with the next two
+            "flask>=3",
+            "flask-cors>=6",
             "gguf>=0.10",  # reads the weights of SmolLM2, which the Makefile installs
             "accelerate>=1",
             "decord2>=3.4",  # the original's reader, in benchmarks

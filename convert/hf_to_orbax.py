@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from convert.progress import Progress
-from tarsier_jax.files import local_path, path_text
+from tarsier_jax.files import local_path, source_text
 from tarsier_jax.programs import run
 from tarsier_jax.weights import convert_hf, resolve
 
@@ -25,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m convert.hf_to_orbax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=path_text, metavar="HF_DIR", help="Hugging Face directory or hub id")
+    parser.add_argument("source", type=source_text, metavar="HF_DIR", help="Hugging Face directory or hub id")
     parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write; it must not exist yet")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()

@@ -19,7 +19,7 @@ import numpy as np
 
 import tarsier_jax
 from convert.backends import Backend, Ours, load_reference
-from tarsier_jax.files import path_text
+from tarsier_jax.files import source_text
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.programs import run
 from tarsier_jax.weights import EMBEDDED, resolve
@@ -91,8 +91,8 @@ def main() -> int:
         prog="python -m convert.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     described = f"Hugging Face directory or hub id, or a converted directory (default {EMBEDDED}, the small model here)"
-    parser.add_argument("directory", type=path_text, nargs="?", default=EMBEDDED, help=described)
-    parser.add_argument("other", type=path_text, nargs="?", help="a second checkpoint (default: Hugging Face)")
+    parser.add_argument("directory", type=source_text, nargs="?", default=EMBEDDED, help=described)
+    parser.add_argument("other", type=source_text, nargs="?", help="a second checkpoint (default: Hugging Face)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32, with --int8 bfloat16")
     parser.add_argument("--int8", action="store_true", help="store the weights of DIR's decoder layers in int8")
     parser.add_argument("--max_new_tokens", type=int, default=32)

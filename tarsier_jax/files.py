@@ -9,12 +9,13 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tarsier_jax.errors import CheckpointError, InputError
 
 _SCHEME = re.compile(r"\s*(\w[\w+.-]+):/", re.IGNORECASE)  # also with one slash, since `Path` reduces two to one
+_STORES = re.compile(r"(gs|s3|hf|memory)://")  # memory:// is for tests
 _MAX_URL = 200  # characters of a URL in an error
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}  # from some network file systems
 
@@ -22,6 +23,16 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.E
 def is_url(text: str) -> bool:
     """Returns whether `text` is a URL instead of a local path."""
     return text.startswith("data:") or _SCHEME.match(text) is not None
+
+
+def is_remote(path: str | Path) -> bool:
+    """Returns whether a path is a URL of an object store, which `tarsier_jax.storage` reads."""
+    return _STORES.match(str(path)) is not None
+
+
+def check_source(name: str, text: str) -> str:
+    """Returns a URL of an object store as it is, and another path as `check_local` does. Raises InputError."""
+    return text if is_remote(text) else check_local(name, text)
 
 
 def check_local(name: str, text: str) -> str:
@@ -56,12 +67,17 @@ def _remedy(scheme: str) -> str:
     )
 
 
-def path_text(text: str) -> str:
+def path_text(text: str, check: Callable[[str, str], str] = check_local) -> str:
     """Applies `check_local` as the `type` of a command-line flag. argparse adds the flag's name to the error."""
     try:
-        return check_local("the path", text)
+        return check("the path", text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def source_text(text: str) -> str:
+    """Applies `check_source` as the `type` of a command-line flag."""
+    return path_text(text, check_source)
 
 
 def local_path(text: str) -> Path:

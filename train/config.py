@@ -7,14 +7,14 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import check_local
+from tarsier_jax.files import check_local, check_source
 from tarsier_jax.models.attention import IMPLEMENTATIONS
 from tarsier_jax.processing.options import ProcessorOptions
 from train.checks import check, check_at_least, check_choice, check_dtype
@@ -252,18 +252,18 @@ def with_local_paths(config: TrainConfig) -> TrainConfig:
     """Returns the configuration with a leading ~ expanded in all paths except those of annotations.
 
     Raises:
-        InputError: a path is a URL.
+        InputError: a path is a URL that is not read.
     """
 
-    def checked(name: str, path: str) -> str:
-        return check_local(f"config.{name}", path) if path else path
+    def checked(name: str, path: str, check: Callable[[str, str], str] = check_local) -> str:
+        return check(f"config.{name}", path) if path else path
 
     data = dataclasses.replace(config.data, media_root=checked("data.media_root", config.data.media_root))
     for name in ("train", "eval"):
         for path in getattr(data, name).split(","):
-            checked(f"data.{name}", path.strip())
+            checked(f"data.{name}", path.strip(), check_source)
     dpo = dataclasses.replace(config.dpo, reference=checked("dpo.reference", config.dpo.reference))
-    return dataclasses.replace(config, model=checked("model", config.model), data=data, dpo=dpo)
+    return dataclasses.replace(config, model=checked("model", config.model, check_source), data=data, dpo=dpo)
 
 
 def _recipe_keys(error: Exception) -> list[str]:

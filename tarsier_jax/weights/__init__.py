@@ -7,8 +7,9 @@ from jax.sharding import Mesh
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError, InputError
-from tarsier_jax.files import check_local
+from tarsier_jax.files import check_local, is_remote
 from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.storage import local_copy
 from tarsier_jax.weights.export import convert_to_hf, export_hf, hf_tensors
 from tarsier_jax.weights.kinds import check_kind
 from tarsier_jax.weights.load import load_hf
@@ -38,15 +39,16 @@ def resolve(path: str | Path) -> Path:
     """Returns the local directory of a checkpoint.
 
     Args:
-        path: A local directory, EMBEDDED, or a hub id ("omni-research/Tarsier2-Recap-7b"). The weights and text files
-            of a hub id are downloaded.
+        path: A local directory, EMBEDDED, a hub id ("omni-research/Tarsier2-Recap-7b"), or the URL of a directory in an
+            object store (gs://, s3://, hf://). The weights and text files of a hub id, and all files of a URL, are
+            downloaded once.
 
     Raises:
         CheckpointError: `path` is none of these, is a kind of checkpoint that cannot be loaded (see `check_kind`), or
             the download fails.
     """
     try:
-        directory = Path(check_local("the checkpoint", str(path)))
+        directory = local_copy(str(path)) if is_remote(path) else Path(check_local("the checkpoint", str(path)))
     except InputError as error:
         raise CheckpointError(str(error)) from None
     if directory.is_dir():

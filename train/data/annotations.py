@@ -11,9 +11,10 @@ import grain
 import numpy as np
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import is_url
+from tarsier_jax.files import is_remote, is_url
 from tarsier_jax.processing.formats import normalize_sample
 from tarsier_jax.processing.jsonl import check_line, parse_json
+from tarsier_jax.storage import local_copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +35,16 @@ class AnnotationLine:
 class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[reportMissingTypeArgument]
     """The lines of a JSON lines file in UTF-8, read from the disk on access. Takes 16 bytes of memory per line.
 
+    A file in an object store is copied to this machine.
+
     Raises:
         InputError: the file does not exist, is empty, has another encoding, or is a JSON array.
     """
 
     def __init__(self, path: str):
-        self.path = path
+        self.path, self._local = path, _local(path)
         try:
-            with open(path, "rb") as file:
+            with open(self._local, "rb") as file:
                 starts, numbers, at = [], [], 0
                 for number, line in enumerate(file, 1):
                     if line.removeprefix(codecs.BOM_UTF8).strip():
@@ -60,12 +63,16 @@ class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[r
 
     def __getitem__(self, index: SupportsIndex) -> AnnotationLine:
         i = int(index)
-        with open(self.path, "rb") as file:
+        with open(self._local, "rb") as file:
             file.seek(int(self._starts[i]))
             line = file.readline().removeprefix(codecs.BOM_UTF8)
             return AnnotationLine(
                 self.path, int(self._numbers[i]), line.decode(errors="replace")
             )  # the file may have changed
+
+
+def _local(path: str) -> str:
+    return str(local_copy(path)) if is_remote(path) else path
 
 
 def parse_files(files: str) -> list[tuple[str, float | None]]:
@@ -94,7 +101,7 @@ def describe_files(files: str) -> list[str]:
     descriptions = []
     for path, weight in parse_files(files):
         try:
-            with open(path, "rb") as file:
+            with open(_local(path), "rb") as file:
                 digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
                 size = file.tell()
         except OSError as e:

@@ -1,0 +1,135 @@
+"""Content in object stores: fsspec's memory, and a local S3 server."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from tarsier_jax.errors import CheckpointError, InputError
+from tarsier_jax.files import check_source, is_remote
+from tarsier_jax.storage import local_copy
+from tarsier_jax.weights import EMBEDDED, resolve
+from train.data import AnnotationFile
+from train.data.annotations import describe_files
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "tarsier_jax" / "objects"
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    store = fsspec.filesystem("memory")
+    yield store
+    store.store.clear()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Any]:
+    """A bucket of an S3 server on this machine, as an fsspec file system."""
+    server_module = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    server = server_module.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        store = fsspec.filesystem("s3")
+        store.mkdir("bucket")
+        yield store
+    server.stop()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_urls_of_stores() -> None:
+    assert all(map(is_remote, ("gs://b/a", "s3://b/a", "hf://org/name")))
+    assert not any(map(is_remote, ("a.jsonl", "/gs:/b/a", "https://host/a", "s3:/b/a", "file:///a")))
+    assert check_source("--model", "gs://b/m") == "gs://b/m"
+    with pytest.raises(InputError, match="--model https://host/m is a URL"):
+        check_source("--model", "https://host/m")
+
+
+def test_a_directory_is_copied_once(store: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.pipe({"/b/m/a.json": b"1", "/b/m/d/c.txt": b"22"})
+    copy = local_copy("memory://b/m")
+    assert {str(file.relative_to(copy)) for file in copy.rglob("*.*")} == {"a.json", "d/c.txt"}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "get", lambda *_, **__: pytest.fail("copied again"))
+        assert local_copy("memory://b/m") == copy
+    assert local_copy("memory://b/m/d/c.txt").read_bytes() == b"22"
+
+
+def test_a_changed_object_is_copied_again(store: Any) -> None:
+    store.pipe("/b/a.jsonl", b"1\n")
+    before = local_copy("memory://b/a.jsonl")
+    store.pipe("/b/a.jsonl", b"2\n")
+    assert local_copy("memory://b/a.jsonl").read_bytes() == b"2\n"
+    assert before.read_bytes() == b"1\n"  # a run that reads it is not disturbed
+
+
+def test_an_interrupted_copy_is_not_used(store: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.pipe({"/b/m/a": b"1", "/b/m/b": b"2"})
+
+    def get(self: Any, names: list[str], targets: list[str], **_: Any) -> None:
+        Path(targets[0]).write_bytes(b"")
+        raise ConnectionError("reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "get", get)
+        with pytest.raises(InputError, match=r"memory://b/m cannot be read \(reset by peer\)"):
+            local_copy("memory://b/m")
+    assert list(cache.iterdir()) == []
+    assert (local_copy("memory://b/m") / "a").read_bytes() == b"1"
+
+
+def test_two_processes_copy_the_same_content(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.pipe("/b/a", b"1")
+    get = type(store).get
+
+    def get_twice(self: Any, *args: Any, **kwargs: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(store), "get", get)
+            local_copy("memory://b/a")  # the other process ends first
+        get(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(store), "get", get_twice)
+    assert local_copy("memory://b/a").read_bytes() == b"1"
+
+
+def test_annotations(store: Any) -> None:
+    store.pipe("/b/a.jsonl", b'{"messages": []}\n{"messages": [1]}\n')
+    lines = AnnotationFile("memory://b/a.jsonl")
+    assert [line.text for line in lines] == ['{"messages": []}\n', '{"messages": [1]}\n']
+    assert lines[1].file == "memory://b/a.jsonl"
+    assert describe_files("memory://b/a.jsonl")[0].startswith("35 bytes")
+    with pytest.raises(InputError, match=r"memory://b/none\.jsonl does not exist"):
+        AnnotationFile("memory://b/none.jsonl")
+
+
+def test_a_checkpoint_on_an_s3_server(bucket: Any) -> None:
+    source = resolve(EMBEDDED)
+    bucket.put(f"{source}/", "bucket/micro/", recursive=True)
+    directory = resolve("s3://bucket/micro")
+    for file in source.iterdir():
+        assert (directory / file.name).read_bytes() == file.read_bytes()
+
+
+def test_errors_of_a_store(bucket: Any, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="s3://bucket/none does not exist"):
+        resolve("s3://bucket/none")
+    with pytest.raises(InputError, match=r"gs://b/a needs a package .* pip install -e '\.\[gcs\]'"):
+        monkeypatch.setitem(sys.modules, "gcsfs", None)
+        local_copy("gs://b/a")
+    store.pipe("/b/a", b"1")
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.setenv(name, os.devnull)
+    with pytest.warns(UserWarning, match="cache"), pytest.raises(InputError, match="needs a directory for its copy"):
+        local_copy("memory://b/a")
