@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import cache_directory, is_remote
+from tarsier_jax.files import cache_directory
 
 _EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> extra of setup.py with its package
 _SIGNIFICANT = ("size", "ETag", "etag", "generation", "md5Hash", "blob_id", "mtime", "LastModified", "created")
@@ -46,11 +46,11 @@ def store_errors(url: str, action: str = "read") -> Iterator[None]:
         yield
     except (InputError, MemoryError):
         raise
-    except FileNotFoundError:
-        raise InputError(f"{url} does not exist. Check the URL.") from None
     except Exception as error:
-        if isinstance(error, OSError) and error.filename and not is_remote(str(error.filename)):
+        if isinstance(error, OSError) and os.path.exists(os.path.dirname(error.filename or "")):
             raise
+        if isinstance(error, FileNotFoundError):
+            raise InputError(f"{url} does not exist. Check the URL.") from None
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
             f"{url} cannot be {action} ({reason}). Check the URL, the network and the credentials of this machine."

@@ -1,0 +1,224 @@
+"""Outputs in object stores, which can neither append to an object nor rename a directory.
+
+A program writes a directory on this machine, and a thread uploads what is complete. The object `.mirror.json`, written
+last, lists the objects of every file: an upload that is cut short changes nothing. A file of JSON lines is uploaded in
+parts, each with the lines since the previous one; at the end it becomes one object.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tarsier_jax.errors import InputError
+from tarsier_jax.files import atomic_write, cache_directory, locked, warn
+from tarsier_jax.storage import open_store, store_errors
+
+MANIFEST = ".mirror.json"
+_EVERY = 30.0  # seconds between two uploads
+_PART = ".part-"
+_UNFINISHED = (".orbax-checkpoint-tmp", ".partial")
+
+# Path of a file in the directory -> names of its objects; of JSON lines in parts, also their size and digest.
+Files = dict[str, dict[str, Any]]
+
+
+@contextlib.contextmanager
+def mirrored(url: str) -> Iterator[Path]:
+    """Yields a local directory with the content of `url`, whose changes are uploaded until the end of the block.
+
+    The directory is in the cache of this machine and is kept: after a crash, a run on the same machine uploads the
+    changes that the store lacks, unless another machine has written `url` since. Only one run may write `url` at a
+    time: the uploads of a second one fail.
+
+    Raises:
+        InputError: the store cannot be used, or the last changes cannot be uploaded.
+    """
+    root = cache_directory("mirrors")
+    if root is None:
+        raise InputError(f"{url} needs a directory on this machine. Set XDG_CACHE_HOME to a writable directory.")
+    directory = root / hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+    with locked(directory):
+        mirror = Mirror(url, directory)
+        mirror.download()
+        with mirror.uploads():
+            yield directory
+        mirror.upload(is_last=True)
+
+
+class Mirror:
+    """A directory and its copy in an object store."""
+
+    def __init__(self, url: str, directory: Path):
+        self._url, self._directory = url.rstrip("/"), directory
+        self._fs, self._root = open_store(self._url)
+        self._record = directory / MANIFEST  # the identifier of the last upload or download, and the stamps
+        self._writers, self._files = {""}, Files()  # identifiers of this run's uploads
+        self._stamps: dict[str, tuple[int, int]] = {}  # size and time of each uploaded file
+
+    def download(self) -> None:
+        """Makes the directory equal to the store, unless the store is unchanged since this machine wrote it."""
+        writer, self._files = self._read_manifest()
+        self._writers.add(writer)
+        self._remove_orphans()
+        record = json.loads(self._record.read_text(encoding="utf-8")) if self._record.exists() else {}
+        if record.get("writer") == writer:
+            self._stamps = {name: (size, time) for name, (size, time) in record["stamps"].items()}
+            return
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(parents=True)
+        for name, file in self._files.items():
+            path = self._directory / name
+            if ".." in path.parts or not path.is_relative_to(self._directory):
+                raise InputError(f"{self._url}/{MANIFEST} names a file outside of the directory: {name}. Remove it.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as out, store_errors(f"{self._url}/{name}"):
+                for piece in file["objects"]:
+                    with self._fs.open(self._object(piece), "rb") as content:
+                        shutil.copyfileobj(content, out, 1 << 20)
+            self._stamps[name] = _stamp(path)
+        self._write_record(writer)
+
+    @contextlib.contextmanager
+    def uploads(self) -> Iterator[None]:
+        """Uploads in a thread until the end of the block. A failure is warned about, and repeated later."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._upload_until, args=(ended,), name="upload", daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            ended.set()
+            thread.join()
+            with contextlib.suppress(InputError, OSError):
+                self.upload()  # the checkpoint of a run that was interrupted, for instance
+            raise
+        ended.set()
+        thread.join()
+
+    def _upload_until(self, ended: threading.Event) -> None:
+        while not ended.wait(_EVERY):
+            try:
+                self.upload()
+            except (InputError, OSError) as error:
+                warn(f"{self._url} is not up to date. The upload is tried again. ({error})")
+
+    def upload(self, is_last: bool = False) -> None:
+        """Uploads the changes. At the end (`is_last`), files of JSON lines become one object each.
+
+        Raises:
+            InputError: the store cannot be written. The files remain in the directory on this machine.
+        """
+        try:
+            with store_errors(self._url, "written"):
+                self._upload(is_last)
+        except InputError as error:
+            raise InputError(f"{error} The files are in {self._directory}; the same command uploads them.") from None
+
+    def _upload(self, is_last: bool) -> None:
+        paths = {path.relative_to(self._directory).as_posix(): path for path in _complete_files(self._directory)}
+        stamps = {name: _stamp(path) for name, path in paths.items()}
+        self._check_writer()
+        files, targets = Files(), dict[str, Path]()
+        for name, path in paths.items():
+            former = self._files.get(name)
+            is_whole = former is not None and former["objects"] == [name]
+            if former is not None and self._stamps.get(name) == stamps[name] and (is_whole or not is_last):
+                files[name] = former
+            elif name.endswith(".jsonl") and not is_last:
+                files[name] = self._upload_lines(name, path, None if is_whole else former)
+            else:
+                files[name], targets[name] = {"objects": [name]}, path
+        if targets:
+            self._fs.put([str(path) for path in targets.values()], [self._object(name) for name in targets])
+        if targets or files != self._files:
+            self._commit(files, stamps)
+
+    def _upload_lines(self, name: str, path: Path, former: dict[str, Any] | None) -> dict[str, Any]:
+        """Uploads the lines since the last upload as another object, or all lines if the earlier ones have changed."""
+        parts = former or {"objects": [], "size": 0, "digest": ""}
+        with path.open("rb") as file:
+            digest = _hash_of(file, parts["size"])
+            if digest.hexdigest() != parts["digest"]:
+                file.seek(0)
+                parts, digest = {"objects": [], "size": 0}, hashlib.blake2b(digest_size=16)
+            lines = file.read()
+        lines = lines[: lines.rfind(b"\n") + 1]
+        objects = parts["objects"]
+        if lines:
+            piece = f"{name}{_PART}{uuid.uuid4().hex}"  # a new name: the former objects are valid until the commit
+            self._fs.pipe_file(self._object(piece), lines)
+            objects = [*objects, piece]
+            digest.update(lines)
+        return {"objects": objects, "size": parts["size"] + len(lines), "digest": digest.hexdigest()}
+
+    def _commit(self, files: Files, stamps: dict[str, tuple[int, int]]) -> None:
+        """Writes the manifest, and then removes the objects that are not in it."""
+        self._check_writer()
+        unused = _objects(self._files) - _objects(files)
+        writer = uuid.uuid4().hex
+        self._writers.add(writer)  # first: a store may report an error after it has written
+        self._fs.pipe_file(self._object(MANIFEST), json.dumps({"writer": writer, "files": files}).encode())
+        self._files, self._stamps = files, stamps
+        self._write_record(writer)
+        if unused:
+            self._fs.rm([self._object(name) for name in unused])
+
+    def _check_writer(self) -> None:
+        if self._read_manifest()[0] not in self._writers:
+            raise InputError(f"{self._url} was written by another run meanwhile. Choose another URL for one of them.")
+
+    def _read_manifest(self) -> tuple[str, Files]:
+        """Returns an identifier of the last upload, and its files."""
+        self._fs.invalidate_cache()
+        with store_errors(self._url):
+            if self._fs.exists(self._object(MANIFEST)):
+                manifest = json.loads(self._fs.cat_file(self._object(MANIFEST)))
+                return manifest["writer"], manifest["files"]
+        return "", {}
+
+    def _remove_orphans(self) -> None:
+        """Removes the parts of an upload that was cut short."""
+        used = {self._object(name) for name in _objects(self._files)}
+        with store_errors(self._url, "written"):
+            parts = [name for name in self._fs.find(self._root) if _PART in os.path.basename(name)]
+            if orphans := [name for name in parts if name not in used]:
+                self._fs.rm(orphans)
+
+    def _write_record(self, writer: str) -> None:
+        with atomic_write(self._record) as partial:
+            partial.write_text(json.dumps({"writer": writer, "stamps": self._stamps}), encoding="utf-8")
+
+    def _object(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+def _complete_files(directory: Path) -> Iterator[Path]:
+    """Yields the files that are neither hidden nor in a directory that is being written."""
+    for parent, names, files in os.walk(directory):
+        names[:] = [name for name in names if not name.startswith(".") and not any(u in name for u in _UNFINISHED)]
+        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _objects(files: Files) -> set[str]:
+    return {name for file in files.values() for name in file["objects"]}
+
+
+def _hash_of(file: BinaryIO, size: int) -> Any:
+    """Reads up to `size` bytes, and returns their hash."""
+    digest = hashlib.blake2b(digest_size=16)
+    while size > 0 and (piece := file.read(min(size, 1 << 20))):
+        digest.update(piece)
+        size -= len(piece)
+    return digest

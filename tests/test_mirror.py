@@ -1,0 +1,192 @@
+"""Outputs in object stores: fsspec's memory, and a local S3 server."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from tarsier_jax.errors import InputError
+from tarsier_jax.mirror import MANIFEST, Mirror, mirrored
+
+URL = "memory://b/run"
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    return tmp_path
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    store = fsspec.filesystem("memory")
+    yield store
+    store.store.clear()
+
+
+def contents(directory: Path) -> dict[str, str]:
+    files = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(directory)): path.read_text() for path in sorted(files)}
+
+
+def append(directory: Path, *numbers: int) -> None:
+    with (directory / "lines.jsonl").open("a") as file:
+        file.writelines(f"{number}\n" for number in numbers)
+
+
+def move_to(name: str, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(machine / name))
+
+
+def test_another_machine_resumes(store: Any, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mirrored(URL) as directory:
+        assert contents(directory) == {}
+        append(directory, 1, 2)
+        (directory / "run.json").write_text("{}")
+        (directory / "checkpoints" / "5").mkdir(parents=True)
+        (directory / "checkpoints" / "5" / "state").write_text("five")
+        (directory / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+        (directory / "checkpoints" / "6.orbax-checkpoint-tmp" / "state").write_text("si")
+    expected = {"lines.jsonl": "1\n2\n", "run.json": "{}", "checkpoints/5/state": "five"}
+    assert {name: store.cat(f"/b/run/{name}").decode() for name in expected} == expected
+    assert len(store.find("/b/run")) == 4  # with the manifest
+    move_to("two", machine, monkeypatch)
+    with mirrored(URL) as directory:
+        assert contents(directory) == expected
+        append(directory, 3)
+        (directory / "checkpoints" / "5" / "state").unlink()
+    assert store.cat("/b/run/lines.jsonl") == b"1\n2\n3\n"
+    assert not store.exists("/b/run/checkpoints/5/state")
+
+
+def test_lines_are_uploaded_in_parts(store: Any, tmp_path: Path) -> None:
+    mirror = Mirror(URL, tmp_path / "directory")
+    mirror.download()
+    sizes = []
+    for numbers in ((1, 2), (3,), ()):
+        append(tmp_path / "directory", *numbers)
+        mirror.upload()
+        sizes.append(
+            sorted(info["size"] for name, info in store.find("/b/run", detail=True).items() if ".part-" in name)
+        )
+    assert sizes == [[4], [2, 4], [2, 4]]
+    (tmp_path / "directory" / "lines.jsonl").write_text("1\n4\n5")  # a resumed run drops lines; the last is incomplete
+    mirror.upload()
+    other = Mirror(URL, tmp_path / "other")
+    other.download()
+    assert contents(tmp_path / "other") == {"lines.jsonl": "1\n4\n"}
+    mirror.upload(is_last=True)
+    assert [name for name in store.find("/b/run") if MANIFEST not in name] == ["/b/run/lines.jsonl"]
+
+
+def test_a_crash_on_the_same_machine_loses_nothing(store: Any) -> None:
+    with pytest.raises(KeyError), mirrored(URL) as directory:
+        append(directory, 1)
+        raise KeyError
+    append(directory, 2)  # written, but not uploaded, by a process that was killed
+    with mirrored(URL) as again:
+        assert again == directory and contents(directory) == {"lines.jsonl": "1\n2\n"}
+    assert store.cat("/b/run/lines.jsonl") == b"1\n2\n"
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_every_operation(store: Any, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each one, another machine finds the state of one upload: no line lost in between, none twice."""
+    states = [
+        {},
+        {"lines.jsonl": "0\n", "a.json": "0", "c/1/s": "1"},
+        {"lines.jsonl": "0\n1\n", "a.json": "0", "c/1/s": "1"},
+        {"lines.jsonl": "0\n1\n2\n", "a.json": "0", "c/2/s": "2"},
+    ]
+
+    def write(directory: Path, state: dict[str, str]) -> None:
+        for name in contents(directory).keys() - state.keys():
+            (directory / name).unlink()
+        for name, text in state.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text(text)
+
+    def run(limit: int) -> None:
+        """Uploads the states one after the other, and is killed at an operation of the store."""
+        operations = iter(range(limit))
+        with monkeypatch.context() as patch:
+            for name in ("pipe_file", "put_file", "_rm"):
+                original = getattr(type(store), name)
+
+                def limited(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+                    if next(operations, None) is None:
+                        raise Killed
+                    return original(self, *args, **kwargs)
+
+                patch.setattr(type(store), name, limited)
+            mirror = Mirror(URL, machine / f"killed{limit}")
+            mirror.download()
+            for state in states[1:]:
+                write(machine / f"killed{limit}", state)
+                mirror.upload()
+            mirror.upload(is_last=True)
+
+    ends = []
+    for limit in range(40):
+        store.store.clear()
+        try:
+            run(limit)
+            is_whole = True
+        except Killed:
+            is_whole = False
+        other = Mirror(URL, machine / f"other{limit}")
+        other.download()
+        state = contents(machine / f"other{limit}")
+        ends.append(states.index(state))
+        parts = [name for name in store.find("/b/run") if ".part-" in name]
+        assert len(parts) <= ends[-1]  # those of an upload that was cut short are removed
+        assert not is_whole or {name.removeprefix("/b/run/") for name in store.find("/b/run")} == {*state, MANIFEST}
+        if is_whole:
+            break
+    assert ends == sorted(ends) and set(ends) == {0, 1, 2, 3} and is_whole
+
+
+def test_failures_are_repeated(store: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mirror = Mirror(URL, tmp_path / "directory")
+    mirror.download()
+    append(tmp_path / "directory", 1)
+    pipe = type(store).pipe_file
+
+    def fail_after(self: Any, path: str, *args: Any, **kwargs: Any) -> None:
+        pipe(self, path, *args, **kwargs)
+        raise ConnectionError("reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "pipe_file", fail_after)
+        with pytest.raises(InputError, match=rf"cannot be written \(reset by peer\).* files are in {tmp_path}"):
+            mirror.upload()
+    mirror.upload(is_last=True)
+    assert store.cat("/b/run/lines.jsonl") == b"1\n"
+
+
+def test_a_second_run_is_noticed(store: Any, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mirrored(URL) as directory, pytest.raises(InputError, match="Another run is writing"), mirrored(URL):
+        pass
+    with pytest.raises(InputError, match="written by another run meanwhile"), mirrored(URL) as directory:
+        append(directory, 1)
+        move_to("two", machine, monkeypatch)
+        with mirrored(URL) as other:
+            append(other, 2)
+    assert store.cat("/b/run/lines.jsonl") == b"2\n"
+
+
+def test_a_manifest_cannot_name_other_files(store: Any, tmp_path: Path) -> None:
+    for name in ("../other", str(tmp_path / "other")):
+        manifest = {"writer": "1", "files": {name: {"objects": ["a"]}}}
+        store.pipe({"/b/run/a": b"1", f"/b/run/{MANIFEST}": json.dumps(manifest).encode()})
+        with pytest.raises(InputError, match="names a file outside of the directory"):
+            Mirror(URL, tmp_path / "directory").download()
+    store.pipe(f"/b/run/{MANIFEST}", b"[")
+    with pytest.raises(InputError, match="memory://b/run cannot be read"):
+        Mirror(URL, tmp_path / "directory").download()
