@@ -29,8 +29,9 @@ from eval.settings import benchmark_settings, merge_settings, settings_for, weig
 from infer.bulk.config import local_mesh
 from tarsier_jax.errors import InputError
 from tarsier_jax.families import family_of, load_config
-from tarsier_jax.files import atomic_write, local_path, locked
+from tarsier_jax.files import atomic_write, local_path, locked, source_text
 from tarsier_jax.generation.sampling import SamplingOptions
+from tarsier_jax.mirror import output_directory
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from tarsier_jax.programs import add_model_flag, prepare_process, resolve_dtype, run
@@ -47,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_benchmarks_flag(parser)
     parser.add_argument("--annotations", type=local_path, help="directory of the annotation files")
     parser.add_argument("--data_root", type=local_path, help="directory of the videos")
-    parser.add_argument("--output", required=True, type=local_path, help="directory for predictions and scores")
+    parser.add_argument("--output", required=True, type=source_text, help="directory for predictions and scores")
     parser.add_argument("--limit", type=int, help="samples of the first LIMIT videos per benchmark (default: all)")
     parser.add_argument("--allow_missing", action="store_true", help="answer only the samples whose videos exist")
     parser.add_argument(
@@ -73,8 +74,8 @@ def main(args: argparse.Namespace) -> int:
     sources = [BenchmarkInput.load(each, args.annotations, args.data_root, args.limit) for each in benchmarks]
     check_videos(sources, args.allow_missing)
     prepare_process()
-    with locked(args.output, inside=True):
-        return evaluate_all(args, sources, judge)
+    with output_directory(args.output) as output, locked(output, inside=True):
+        return evaluate_all(argparse.Namespace(**{**vars(args), "output": output}), sources, judge)
 
 
 def evaluate_all(args: argparse.Namespace, sources: Sequence[BenchmarkInput], judge: Judge | None) -> int:

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import atomic_write, cache_directory, locked, warn
+from tarsier_jax.files import atomic_write, cache_directory, is_remote, locked, warn
 from tarsier_jax.storage import open_store, store_errors
 
 MANIFEST = ".mirror.json"
@@ -27,6 +29,13 @@ _UNFINISHED = (".orbax-checkpoint-tmp", ".partial")
 
 # Path of a file in the directory -> names of its objects; of JSON lines in parts, also their size and digest.
 Files = dict[str, dict[str, Any]]
+
+
+@contextlib.contextmanager
+def output_directory(path: str) -> Iterator[Path]:
+    """Yields the directory of an output: the path itself, or the local directory of a URL, see `mirrored`."""
+    with mirrored(path) if is_remote(path) else contextlib.nullcontext(Path(path)) as directory:
+        yield directory
 
 
 @contextlib.contextmanager
@@ -50,6 +59,7 @@ def mirrored(url: str) -> Iterator[Path]:
         with mirror.uploads():
             yield directory
         mirror.upload(is_last=True)
+        print(f"{directory} is uploaded to {url}", file=sys.stderr, flush=True)
 
 
 class Mirror:
@@ -106,6 +116,8 @@ class Mirror:
         while not ended.wait(_EVERY):
             try:
                 self.upload()
+            except FileNotFoundError:
+                continue  # the run removed a checkpoint meanwhile
             except (InputError, OSError) as error:
                 warn(f"{self._url} is not up to date. The upload is tried again. ({error})")
 
@@ -135,10 +147,19 @@ class Mirror:
                 files[name] = self._upload_lines(name, path, None if is_whole else former)
             else:
                 files[name], targets[name] = {"objects": [name]}, path
-        if targets:
-            self._fs.put([str(path) for path in targets.values()], [self._object(name) for name in targets])
+        self._put(targets)
         if targets or files != self._files:
             self._commit(files, stamps)
+
+    def _put(self, targets: dict[str, Path]) -> None:
+        """Uploads whole files. Links preserve them, since the run may remove a checkpoint during its upload."""
+        if not targets:
+            return
+        with tempfile.TemporaryDirectory(prefix=".upload-", dir=self._directory) as links:
+            sources = [os.path.join(links, str(i)) for i in range(len(targets))]
+            for path, link in zip(targets.values(), sources, strict=True):
+                os.link(path, link)
+            self._fs.put(sources, [self._object(name) for name in targets])
 
     def _upload_lines(self, name: str, path: Path, former: dict[str, Any] | None) -> dict[str, Any]:
         """Uploads the lines since the last upload as another object, or all lines if the earlier ones have changed."""

@@ -47,7 +47,7 @@ def store_errors(url: str, action: str = "read") -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and os.path.exists(os.path.dirname(error.filename or "")):
+        if isinstance(error, OSError) and os.path.isabs(error.filename or ""):
             raise
         if isinstance(error, FileNotFoundError):
             raise InputError(f"{url} does not exist. Check the URL.") from None

@@ -132,7 +132,7 @@ def test_killed_at_every_operation(store: Any, machine: Path, monkeypatch: pytes
                 mirror.upload()
             mirror.upload(is_last=True)
 
-    ends = []
+    ends, is_whole = [], False
     for limit in range(40):
         store.store.clear()
         try:
@@ -168,6 +168,27 @@ def test_failures_are_repeated(store: Any, monkeypatch: pytest.MonkeyPatch, tmp_
             mirror.upload()
     mirror.upload(is_last=True)
     assert store.cat("/b/run/lines.jsonl") == b"1\n"
+
+
+def test_a_checkpoint_is_removed_during_its_upload(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror = Mirror(URL, tmp_path / "directory")
+    mirror.download()
+    file = tmp_path / "directory" / "checkpoints" / "5" / "state"
+    file.parent.mkdir(parents=True)
+    file.write_text("five")
+    put = type(store).put
+
+    def remove_and_put(*args: Any, **kwargs: Any) -> None:
+        file.unlink()
+        put(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "put", remove_and_put)
+        mirror.upload()
+    assert store.cat("/b/run/checkpoints/5/state") == b"five"
+    mirror.upload()
+    assert not store.exists("/b/run/checkpoints/5/state")
+    assert [path.name for path in (tmp_path / "directory").iterdir() if path.name.startswith(".up")] == []
 
 
 def test_a_second_run_is_noticed(store: Any, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import jax
 from absl import flags
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import check_local, locked
+from tarsier_jax.files import check_source, is_remote, locked
+from tarsier_jax.mirror import output_directory
 from tarsier_jax.programs import prepare_process
 from train.config import TrainConfig, define_flags, read_flags
 from train.processes import shared_failure
@@ -25,7 +26,7 @@ def define_run_flags() -> flags.FlagValues:
     return values
 
 
-def read_run(values: flags.FlagValues) -> tuple[TrainConfig, Path]:
+def read_run(values: flags.FlagValues) -> tuple[TrainConfig, str]:
     """Parses the command line, joins the other processes, and returns the configuration and the workdir.
 
     Raises:
@@ -37,20 +38,27 @@ def read_run(values: flags.FlagValues) -> tuple[TrainConfig, Path]:
     prepare_process()
     if values.distributed or values.coordinator:
         _join(values.coordinator, values.num_processes, values.process_id)
-    return config, Path(check_local("--workdir", values.workdir)).resolve()
+    workdir = check_source("--workdir", values.workdir)
+    if is_remote(workdir) and jax.process_count() > 1:
+        raise InputError(
+            f"--workdir {workdir} is in an object store, which a run of several processes cannot write. Choose a "
+            "directory on a file system that all hosts share, such as a mounted store."
+        )
+    return config, workdir
 
 
 @contextlib.contextmanager
-def exclusive(workdir: Path) -> Iterator[None]:
-    """Refuses a second run in the workdir, and ends all processes when any fails.
+def open_workdir(workdir: str) -> Iterator[Path]:
+    """Yields the directory of the run. Refuses a second run in it, and ends all processes when any fails.
 
     Raises:
-        InputError: another run writes the workdir.
+        InputError: another run writes the workdir, or it is in an object store that cannot be used.
     """
-    # Process 0 holds the lock for all, since all processes of a run write the workdir.
-    lock = locked(workdir, inside=True) if jax.process_index() == 0 else contextlib.nullcontext()
-    with shared_failure(), lock:
-        yield
+    with shared_failure(), output_directory(workdir) as directory:
+        directory = directory.resolve()
+        # Process 0 has the lock for all, since all processes of a run write the workdir.
+        with locked(directory, inside=True) if jax.process_index() == 0 else contextlib.nullcontext():
+            yield directory
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

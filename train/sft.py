@@ -17,7 +17,7 @@ from train.data.samples import Prepare, prepare
 from train.debug_data import write_debug_data
 from train.loop import train
 from train.losses import sft_loss
-from train.main import define_run_flags, exclusive, read_run
+from train.main import define_run_flags, open_workdir, read_run
 from train.run import Objective
 
 
@@ -38,8 +38,8 @@ def sft_objective(config: TrainConfig, prepare: Prepare = prepare) -> Objective:
 
 
 def main() -> int:
-    config, workdir = read_run(define_run_flags())
-    with exclusive(workdir):
+    config, path = read_run(define_run_flags())
+    with open_workdir(path) as workdir:
         config = write_debug_data(config, workdir)
         return train(config, workdir, sft_objective(config)).exit_status
 

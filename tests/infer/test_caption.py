@@ -221,10 +221,10 @@ def test_a_second_run_into_one_output_is_refused(clips: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("flag", ["--input", "--output", "--model"])
 def test_urls(tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = {"--input": "clips", "--output": "out.jsonl", "--model": "org/name", flag: "gs://bucket/x"}
+    flags = {"--input": "clips", "--output": "out.jsonl", "--model": "org/name", flag: "https://host/x"}
     with pytest.raises(SystemExit):
         caption.parse([word for pair in flags.items() for word in pair])
-    assert f"argument {flag}: the path gs://bucket/x is a URL; only local paths" in capsys.readouterr().err
+    assert f"argument {flag}: the path https://host/x is a URL; only local paths" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

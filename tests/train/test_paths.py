@@ -42,17 +42,25 @@ def test_the_workdir(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert run(f"--workdir={flag}")[1] == expected and not list(expected.iterdir())
     with locked(tmp_path / "w", inside=True), pytest.raises(InputError, match=r"Another run is writing .*/w\. Wait"):
         run("--workdir=w")
-    with pytest.raises(InputError, match=r"--workdir gs://bucket/run is a URL"):
-        run("--workdir=gs://bucket/run")
-    assert not Path("gs:").exists()
+    with pytest.raises(InputError, match=r"--workdir https://host/run is a URL"):
+        run("--workdir=https://host/run")
+    assert not Path("https:").exists()
+
+
+def test_a_workdir_in_a_store(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert run("--workdir=memory://bucket/run")[1].is_relative_to(tmp_path / "tarsier_jax" / "mirrors")
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(InputError, match="which a run of several processes cannot write"):
+        run("--workdir=memory://bucket/run")
 
 
 @pytest.mark.parametrize(
     ("flag", "name"),
     [
-        ("model=hf://org/name", "config.model hf://org/name"),
-        ("data.train=a.jsonl=1,gs://bucket/b.jsonl=2", "config.data.train gs://bucket/b.jsonl=2"),
-        ("data.eval=s3://bucket/b.jsonl", "config.data.eval s3://bucket/b.jsonl"),
+        ("model=https://host/name", "config.model https://host/name"),
+        ("data.train=a.jsonl=1,az://bucket/b.jsonl=2", "config.data.train az://bucket/b.jsonl=2"),
+        ("data.eval=https://host/b.jsonl", "config.data.eval https://host/b.jsonl"),
         ("data.media_root=gs://bucket", "config.data.media_root gs://bucket"),
         ("dpo.reference=gs://bucket/r", "config.dpo.reference gs://bucket/r"),
     ],

@@ -256,7 +256,9 @@ def test_a_directory_is_itself(tmp_path: Path) -> None:
     assert resolve(tmp_path) == tmp_path
 
 
-@pytest.mark.parametrize(("path", "message"), [("gs://bucket/model", "is a URL"), ("hf://org/name", "pass org/name")])
+@pytest.mark.parametrize(
+    ("path", "message"), [("az://bucket/model", "is a URL"), ("https://host/name", "pass org/name")]
+)
 def test_a_url_is_no_checkpoint(path: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         resolve(path)

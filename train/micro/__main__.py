@@ -25,7 +25,7 @@ from tarsier_jax.programs import run
 from train.config import TrainConfig
 from train.debug_data import write_debug_data
 from train.loop import train
-from train.main import define_run_flags, exclusive, read_run
+from train.main import define_run_flags, open_workdir, read_run
 from train.micro.checkpoint import MICRO
 from train.micro.curriculum import write_shapes
 from train.micro.samples import prepare_line
@@ -79,12 +79,12 @@ def main() -> int:
         "score_clips", 100, "Held-out clips that score the model; 0 for none.", lower_bound=0, flag_values=values
     )
     keep_freed_memory()
-    config, workdir = read_run(values)
-    with exclusive(workdir):
+    config, path = read_run(values)
+    with open_workdir(path) as workdir:
         config = write_inputs(write_debug_data(config, workdir), workdir)
         summary = train(config, workdir, sft_objective(config, prepare_line))
-    if values.score_clips and not summary.stop_signal and jax.process_index() == 0:
-        print_scores(workdir / "model", values.score_clips)
+        if values.score_clips and not summary.stop_signal and jax.process_index() == 0:
+            print_scores(workdir / "model", values.score_clips)
     return summary.exit_status
 
 
