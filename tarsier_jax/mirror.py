@@ -22,7 +22,7 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.files import atomic_write, cache_directory, is_remote, locked, warn
 from tarsier_jax.storage import open_store, store_errors
 
-MANIFEST = ".mirror.json"
+MANIFEST = ".mirror.json"  # of a directory; that of a file has the name of the file in front
 _EVERY = 30.0  # seconds between two uploads
 _PART = ".part-"
 _UNFINISHED = (".orbax-checkpoint-tmp", ".partial")
@@ -39,12 +39,30 @@ def output_directory(path: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def mirrored(url: str) -> Iterator[Path]:
+def output_file(path: str) -> Iterator[Path]:
+    """Yields the path of an output, or for a URL a local path. Files beside it whose names begin with its are uploaded.
+
+    Several runs may write files in the same directory of a store.
+    """
+    if not is_remote(path):
+        yield Path(path)
+        return
+    parent, _, name = path.rpartition("/")
+    with mirrored(parent, name) as directory:
+        yield directory / name
+
+
+@contextlib.contextmanager
+def mirrored(url: str, name: str = "") -> Iterator[Path]:
     """Yields a local directory with the content of `url`, whose changes are uploaded until the end of the block.
 
     The directory is in the cache of this machine and is kept: after a crash, a run on the same machine uploads the
     changes that the store lacks, unless another machine has written `url` since. Only one run may write `url` at a
     time: the uploads of a second one fail.
+
+    Args:
+        url: URL of a directory.
+        name: Restricts the mirror to files whose names begin with this one.
 
     Raises:
         InputError: the store cannot be used, or the last changes cannot be uploaded.
@@ -52,9 +70,9 @@ def mirrored(url: str) -> Iterator[Path]:
     root = cache_directory("mirrors")
     if root is None:
         raise InputError(f"{url} needs a directory on this machine. Set XDG_CACHE_HOME to a writable directory.")
-    directory = root / hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+    directory = root / hashlib.blake2b(f"{url}/{name}".encode(), digest_size=16).hexdigest()
     with locked(directory):
-        mirror = Mirror(url, directory)
+        mirror = Mirror(url, directory, name)
         mirror.download()
         with mirror.uploads():
             yield directory
@@ -63,9 +81,10 @@ def mirrored(url: str) -> Iterator[Path]:
 
 
 class Mirror:
-    """A directory and its copy in an object store."""
+    """A directory, or the files in it whose names begin with `name`, and its copy in an object store."""
 
-    def __init__(self, url: str, directory: Path):
+    def __init__(self, url: str, directory: Path, name: str = ""):
+        self._name, self._manifest = name, f".{name}{MANIFEST}" if name else MANIFEST
         self._url, self._directory = url.rstrip("/"), directory
         self._fs, self._root = open_store(self._url)
         self._record = directory / MANIFEST  # the identifier of the last upload or download, and the stamps
@@ -86,7 +105,9 @@ class Mirror:
         for name, file in self._files.items():
             path = self._directory / name
             if ".." in path.parts or not path.is_relative_to(self._directory):
-                raise InputError(f"{self._url}/{MANIFEST} names a file outside of the directory: {name}. Remove it.")
+                raise InputError(
+                    f"{self._url}/{self._manifest} names a file outside of the directory: {name}. Remove it."
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as out, store_errors(f"{self._url}/{name}"):
                 for piece in file["objects"]:
@@ -185,7 +206,7 @@ class Mirror:
         unused = _objects(self._files) - _objects(files)
         writer = uuid.uuid4().hex
         self._writers.add(writer)  # first: a store may report an error after it has written
-        self._fs.pipe_file(self._object(MANIFEST), json.dumps({"writer": writer, "files": files}).encode())
+        self._fs.pipe_file(self._object(self._manifest), json.dumps({"writer": writer, "files": files}).encode())
         self._files, self._stamps = files, stamps
         self._write_record(writer)
         if unused:
@@ -199,8 +220,8 @@ class Mirror:
         """Returns an identifier of the last upload, and its files."""
         self._fs.invalidate_cache()
         with store_errors(self._url):
-            if self._fs.exists(self._object(MANIFEST)):
-                manifest = json.loads(self._fs.cat_file(self._object(MANIFEST)))
+            if self._fs.exists(self._object(self._manifest)):
+                manifest = json.loads(self._fs.cat_file(self._object(self._manifest)))
                 return manifest["writer"], manifest["files"]
         return "", {}
 
@@ -208,7 +229,8 @@ class Mirror:
         """Removes the parts of an upload that was cut short."""
         used = {self._object(name) for name in _objects(self._files)}
         with store_errors(self._url, "written"):
-            parts = [name for name in self._fs.find(self._root) if _PART in os.path.basename(name)]
+            names = {name: os.path.basename(name) for name in self._fs.find(self._root)}
+            parts = [name for name, base in names.items() if base.startswith(self._name) and _PART in base]
             if orphans := [name for name in parts if name not in used]:
                 self._fs.rm(orphans)
 

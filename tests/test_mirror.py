@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.mirror import MANIFEST, Mirror, mirrored
+from tarsier_jax.mirror import MANIFEST, Mirror, mirrored, output_file
 
 URL = "memory://b/run"
 
@@ -60,6 +60,18 @@ def test_another_machine_resumes(store: Any, machine: Path, monkeypatch: pytest.
         (directory / "checkpoints" / "5" / "state").unlink()
     assert store.cat("/b/run/lines.jsonl") == b"1\n2\n3\n"
     assert not store.exists("/b/run/checkpoints/5/state")
+
+
+def test_files_of_several_runs(store: Any, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        for numbers in ("1\n", "2\n"):
+            with output_file(f"memory://b/out/{name}") as path, path.open("a") as file:
+                file.write(name + numbers)
+        move_to("two", machine, monkeypatch)
+    objects = {name.removeprefix("/b/out/"): store.cat(name) for name in store.find("/b/out") if ".mirror" not in name}
+    assert objects == {"a.jsonl": b"a.jsonl1\na.jsonl2\n", "b.jsonl": b"b.jsonl1\nb.jsonl2\n"}
+    with output_file(str(machine / "c.jsonl")) as path:
+        assert path == machine / "c.jsonl"
 
 
 def test_lines_are_uploaded_in_parts(store: Any, tmp_path: Path) -> None:
