@@ -82,7 +82,7 @@ class _Loop:
         self.checkpoints = Checkpoints(run.workdir, run.config.max_to_keep)
         data = run.config.data
         lines = mix_files(data.train, run.config.seed, repeat=True, shuffle=data.shuffle)
-        self.rows = iter(run.rows(lines, data.global_batch_size, data.num_workers))
+        self.rows = run.rows(lines, data.global_batch_size, run.config.grad_accum_steps)
         self.evaluation = Evaluation(run)
         self.train_step = make_train_step(run.spec, run.objective.loss)
         self.schedule = make_schedule(run.config.optimizer, run.config.num_train_steps)
@@ -126,7 +126,7 @@ class _Loop:
     def _advance(self) -> None:
         """Starts one step. The device computes it while the host checks the previous one and fetches the next rows."""
         start, compiled = time.perf_counter(), self.compilations.count
-        rows = [next(self.rows) for _ in range(self._local_rows)]
+        rows = next(self.rows)
         waited = time.perf_counter() - start
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
             batch = global_batch(rows, self.config.grad_accum_steps, self.run.spec.mesh)
@@ -142,10 +142,6 @@ class _Loop:
             self.whole.reset()
         self.whole.add(work, waited)
         self._count(rows, work)
-
-    @property
-    def _local_rows(self) -> int:
-        return self.config.data.global_batch_size // self.run.row_groups
 
     def _count(self, rows: list[PackedRow], work: Work) -> None:
         bad = [sample for row in rows for sample in row.bad]
