@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import jax
@@ -169,9 +170,7 @@ class _Loop:
 
     def _non_finite(self, step: int, values: dict[str, float], rows: list[PackedRow]) -> NonFiniteLoss:
         file = self.workdir / f"non_finite_step_{step}_process_{jax.process_index()}.npz"
-        arrays = {f"{name}_{i}": x for i, row in enumerate(rows) for name, x in vars(row.batch).items()}
-        arrays |= {f"{name}_{i}": x for i, row in enumerate(rows) for name, x in row.extra.items()}
-        np.savez(file, **{name: x.astype(np.float32) if "patches" in name else x for name, x in arrays.items()})
+        _write_rows(file, rows)
         last = self.checkpoints.latest()
         origin = "the beginning (nothing is saved yet)" if last is None else f"the last checkpoint (step {last})"
         return NonFiniteLoss(
@@ -263,6 +262,15 @@ class _Loop:
         self.checkpoints.close()
         self.rows.close()
         self.log.close()
+
+
+def _write_rows(file: Path, rows: list[PackedRow]) -> None:
+    """Writes a .npz file array by array: the float32 patches of all rows would fill the memory."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for i, row in enumerate(rows):
+            for name, x in {**vars(row.batch), **row.extra}.items():
+                with archive.open(f"{name}_{i}.npy", "w", force_zip64=True) as out:
+                    np.lib.format.write_array(out, x.astype(np.float32) if name == "patches" else x)
 
 
 class Terminator:

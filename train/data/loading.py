@@ -101,7 +101,7 @@ class _RowPacker:
         num_ahead: Samples that are decoded before the buffer has room for them.
     """
 
-    def __init__(self, samples: Sequence[Any], config: PackingConfig, decoders: Executor, num_ahead: int):
+    def __init__(self, samples: Any, config: PackingConfig, decoders: Executor, num_ahead: int):
         self._samples, self._config, self._decoders = samples, config, decoders
         self._limit = config.packing_buffer + num_ahead  # of decoded samples
         self.set_state({"num_drawn": 0, "num_bad": 0, "waiting": []})
