@@ -1,27 +1,32 @@
-"""Frames per second and memory of video readers, side by side in one run.
+"""Frames per second and memory of video readers, and of the rows that training loads.
 
     python -m benchmarks.loading --clips 40 --workers 2          # whole samples and readers, on clips of 360p to 1080p
     python -m benchmarks.loading --large                          # one hour of 1080p, a 4K and an 8K clip
+    python -m benchmarks.loading --rows 6 --workers 8             # six rows per step of training
 
 Each reads 16 frames per clip. Whole samples: our processor in threads against the original's calls in one thread
 (decord, a resize to the pixel budget, transformers' image processor). Readers, frames as PIL images in one thread:
 ours; decord, which decodes from the start up to frame 3,000 and seeks beyond; PyAV with a seek and forward decoding per
 frame. Files are cached, rounds alternate, and medians are printed. With --large, each reader runs in its own process,
-and the peak memory of the process is printed.
+and the peak memory of the process is printed. With --rows, a `RowLoader` packs the clips of 360p to 1080p into rows of
+16,384 tokens in bfloat16; the memory is the peak of the process above the imports, with one step in use and one ahead.
 """
 
 import argparse
 import dataclasses
+import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -38,6 +43,11 @@ from tarsier_jax.processing.image import Qwen2ImageProcessor, fit_budget
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.weights import EMBEDDED
+from train.config import TrainConfig
+from train.data.annotations import mix_files
+from train.data.loading import RowLoader
+from train.data.packing import DataConfig, PackingConfig, PackUnit, fit_packing
+from train.sft import sft_objective
 
 NUM_FRAMES = 16
 _PROMPT = "Describe the video in detail."
@@ -179,6 +189,74 @@ def write_large(directory: Path) -> Iterable[tuple[str, Path]]:
         path.unlink()
 
 
+class CountingLoad:
+    """Loads samples as SFT does.
+
+    Attributes:
+        most: Largest number of samples that decoded at the same time.
+    """
+
+    def __init__(self, processor: Processor):
+        self._processor, self._objective = processor, sft_objective(TrainConfig())
+        self._mutex, self._running, self.most = threading.Lock(), 0, 0
+
+    def __call__(self, sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
+        with self._mutex:
+            self._running += 1
+            self.most = max(self.most, self._running)
+        unit = self._objective.load(self._processor, sample, rng)
+        with self._mutex:
+            self._running -= 1
+        return unit
+
+
+def measure_rows(clips: int, num_rows: int, workers: int, steps: int = 4) -> None:
+    """Prints threads, seconds per step, memory per row and the seconds of a resume."""
+    _, processor = tarsier_jax.load(EMBEDDED)
+    processor = dataclasses.replace(processor, image=Qwen2ImageProcessor())
+    data = fit_packing(DataConfig(), processor.options, processor.config.vision)
+    packing = PackingConfig(processor, data.row_shape, data.packing_buffer, data.max_bad_fraction, "bfloat16")
+    load = CountingLoad(processor)
+    with tempfile.TemporaryDirectory() as directory:
+        annotations = write_annotations(Path(directory), clips)
+
+        def open_rows() -> RowLoader:
+            lines = mix_files(annotations, 0, repeat=True)
+            return RowLoader(lines, load, packing, seed=0, media_root="", num_rows=num_rows, num_workers=workers)
+
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        loader = open_rows()
+        step = next(loader)
+        start = time.perf_counter()
+        for _ in range(steps):
+            step = next(loader)
+        seconds = (time.perf_counter() - start) / steps
+        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 / len(step)
+        state = loader.get_state()
+        loader.close()
+        loader = open_rows()
+        start = time.perf_counter()
+        loader.set_state([state])
+        next(loader)
+        resume = time.perf_counter() - start
+        loader.close()
+    print(
+        f"{num_rows} rows, {workers} workers: {load.most} samples at once, {seconds:.1f} s per step, {memory:.0f} MiB "
+        f"per row, {resume:.1f} s from a state to the first step"
+    )
+
+
+def write_annotations(directory: Path, clips: int) -> str:
+    """Writes clips of 360p to 1080p with a description each, and returns the file."""
+    file = directory / "clips.jsonl"
+    with file.open("w") as out:
+        for path in write_videos(directory, clips, small=False):
+            video = {"type": "video", "video": {"video_file": str(path)}}
+            question = {"role": "user", "content": [video, {"type": "text", "text": _PROMPT}]}
+            out.write(json.dumps({"messages": [question, {"role": "assistant", "content": "A circle moves."}]}) + "\n")
+    return str(file)
+
+
 def run_ffmpeg(*arguments: object) -> None:
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True)
 
@@ -205,10 +283,13 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--large", action="store_true", help="measure large clips and memory")
+    parser.add_argument("--rows", type=int, help="measure the rows of training, as many per step")
     parser.add_argument("--reader", nargs=2, metavar=("READER", "FILE"), help="measure one reader on one file")
     args = parser.parse_args()
     if args.reader:
         read_once(args.reader[0], Path(args.reader[1]))
+    elif args.rows:
+        measure_rows(args.clips, args.rows, args.workers)
     elif args.large:
         compare_large(args.rounds)
     else:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.files import is_disk_full
-from train.data.packing import row_states
+from train.data.loading import RowLoader
 from train.processes import on_any
 from train.state import TrainState
 
@@ -77,7 +78,7 @@ class Checkpoints:
         """Returns the step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data: grain.DatasetIterator, progress: DataProgress) -> None:
+    def save(self, step: int, state: TrainState, data: RowLoader, progress: DataProgress) -> None:
         """Copies the state to the host and writes it in the background, unless the step is saved already.
 
         Raises:
@@ -101,16 +102,17 @@ class Checkpoints:
             )
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(tree),
-            data=grain.checkpoint.CheckpointSave(_SealedData(data)),
+            data=grain.checkpoint.CheckpointSave(_SealedRows(data)),
             progress=ocp.args.JsonSave(_seal({**dataclasses.asdict(progress), "state": fingerprints})),
         )
         with _clear_errors(self.directory):
             self._manager.save(step, args=items)
 
-    def restore(self, shapes: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, DataProgress]:
+    def restore(self, shapes: TrainState, data: RowLoader) -> tuple[TrainState, DataProgress]:
         """Returns the newest undamaged checkpoint with the shardings of `shapes`, and restores the state of `data`.
 
-        Newer checkpoints are damaged. They are renamed to STEP.damaged, and later starts ignore them.
+        The number of processes and the mesh may differ from those of the save. Newer checkpoints are damaged. They are
+        renamed to STEP.damaged, and later starts ignore them.
 
         Raises:
             CheckpointError: all checkpoints are damaged, or one is of another model, optimizer or data pipeline.
@@ -131,8 +133,10 @@ class Checkpoints:
             "a copy, or choose another --workdir to start from the beginning."
         )
 
-    def _read(self, step: int, tree: dict[str, Any]) -> tuple[dict[str, Any], DataProgress, Any]:
-        """Returns state, progress and the state of the data. All processes agree on whether any part is damaged.
+    def _read(self, step: int, tree: dict[str, Any]) -> tuple[dict[str, Any], DataProgress, list[dict[str, Any]]]:
+        """Returns state, progress and the states of the rows, one object per process of the save.
+
+        All processes agree on whether any part is damaged.
 
         Raises:
             _Damage: the checkpoint is damaged.
@@ -141,13 +145,11 @@ class Checkpoints:
         directory = epath.Path(self.directory / str(step))
         # The items are read by their handlers, not by the manager, which waits for all processes after each item: it
         # would never return if one of them found damage.
-        record, state, rows, damage = {}, {}, _SealedData(), None
+        record, state, rows, damage = {}, {}, [], None
         try:
             record = _unseal(ocp.JsonCheckpointHandler().restore(directory / "progress"))
             _check_layout(directory, tree, record)
-            grain.checkpoint.CheckpointHandler().restore(
-                directory / "data", args=grain.checkpoint.CheckpointRestore(rows)
-            )
+            rows = _read_rows(directory / "data")
             restore = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
             state = ocp.PyTreeCheckpointHandler().restore(directory / "state", args=restore)
         except CheckpointError:
@@ -172,7 +174,7 @@ class Checkpoints:
         changed = [path for path, value in fingerprints.items() if value != before[path]]
         if changed or not_finite:
             raise _Damage(f"{(changed + not_finite)[0]} differs from the saved one")
-        return state, _read_counts(record), rows.state
+        return state, _read_counts(record), rows
 
     def _set_aside(self, damage: Mapping[int, str], step: int) -> None:
         """Renames damaged checkpoints, and prints their new names."""
@@ -191,15 +193,14 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints are renamed")
         self._manager.reload()
 
-    def _resume(self, data: grain.DatasetIterator, rows: Any, step: int) -> None:
+    def _resume(self, data: RowLoader, rows: list[dict[str, Any]], step: int) -> None:
         try:
-            data.set_state(row_states(rows))
-        except Exception as e:  # the state was verified, so the pipeline differs
+            data.set_state(rows)
+        except Exception as e:  # the states were verified, so the configuration differs
             raise CheckpointError(
                 f"The data of {self.directory / str(step)} cannot continue ({_first_line(e)}). It was written with "
                 "another data configuration. Use the same one as before, or choose another --workdir."
             ) from None
-        data.start_prefetch()
 
     def reached_preemption(self, step: int) -> bool:
         """Returns whether any of several processes received SIGTERM; all of them return the same."""
@@ -277,22 +278,23 @@ def _hash(x: jax.Array) -> jax.Array:
     return jnp.sum(words, dtype=jnp.uint32)
 
 
-class _SealedData:
-    """The state of the data with a checksum, in the form that grain's handler saves and restores."""
+class _SealedRows:
+    """The states of a process's rows with a checksum, in the form that grain's handler saves."""
 
-    def __init__(self, data: grain.DatasetIterator | None = None):
-        self._data, self.state = data, None
+    def __init__(self, data: RowLoader):
+        self._data = data
 
     def get_state(self) -> bytes:
-        assert self._data is not None
         return json.dumps(_seal({"rows": self._data.get_state()}), indent=1).encode()
 
-    def set_state(self, state: bytes) -> None:
-        content = _unseal(json.loads(state))
-        self.state = content.get("rows", content)  # an earlier version saved the rows alone
 
-    def start_prefetch(self) -> None:
-        """Part of grain's interface. The data starts after the checkpoint is verified."""
+def _read_rows(directory: epath.Path) -> list[dict[str, Any]]:
+    """Returns the states of the rows, one per process of the save. Raises _Damage."""
+    matches = [re.fullmatch(r"process_\d+-of-(\d+)\.json", file.name) for file in directory.iterdir()]
+    count = max((int(match[1]) for match in matches if match), default=1)
+    files = [directory / f"process_{i}-of-{count}.json" for i in range(count)]  # a missing one is an error
+    contents = [_unseal(json.loads(file.read_text())) for file in files]
+    return [content.get("rows", content) for content in contents]  # an earlier version saved the rows alone
 
 
 def _seal(content: dict[str, Any]) -> dict[str, Any]:

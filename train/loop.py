@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import jax
@@ -82,7 +83,7 @@ class _Loop:
         self.checkpoints = Checkpoints(run.workdir, run.config.max_to_keep)
         data = run.config.data
         lines = mix_files(data.train, run.config.seed, repeat=True, shuffle=data.shuffle)
-        self.rows = iter(run.rows(lines, data.global_batch_size, data.num_workers))
+        self.rows = run.rows(lines, data.global_batch_size, run.config.grad_accum_steps)
         self.evaluation = Evaluation(run)
         self.train_step = make_train_step(run.spec, run.objective.loss)
         self.schedule = make_schedule(run.config.optimizer, run.config.num_train_steps)
@@ -126,7 +127,7 @@ class _Loop:
     def _advance(self) -> None:
         """Starts one step. The device computes it while the host checks the previous one and fetches the next rows."""
         start, compiled = time.perf_counter(), self.compilations.count
-        rows = [next(self.rows) for _ in range(self._local_rows)]
+        rows = next(self.rows)
         waited = time.perf_counter() - start
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
             batch = global_batch(rows, self.config.grad_accum_steps, self.run.spec.mesh)
@@ -142,10 +143,6 @@ class _Loop:
             self.whole.reset()
         self.whole.add(work, waited)
         self._count(rows, work)
-
-    @property
-    def _local_rows(self) -> int:
-        return self.config.data.global_batch_size // self.run.row_groups
 
     def _count(self, rows: list[PackedRow], work: Work) -> None:
         bad = [sample for row in rows for sample in row.bad]
@@ -173,9 +170,7 @@ class _Loop:
 
     def _non_finite(self, step: int, values: dict[str, float], rows: list[PackedRow]) -> NonFiniteLoss:
         file = self.workdir / f"non_finite_step_{step}_process_{jax.process_index()}.npz"
-        arrays = {f"{name}_{i}": x for i, row in enumerate(rows) for name, x in vars(row.batch).items()}
-        arrays |= {f"{name}_{i}": x for i, row in enumerate(rows) for name, x in row.extra.items()}
-        np.savez(file, **{name: x.astype(np.float32) if "patches" in name else x for name, x in arrays.items()})
+        _write_rows(file, rows)
         last = self.checkpoints.latest()
         origin = "the beginning (nothing is saved yet)" if last is None else f"the last checkpoint (step {last})"
         return NonFiniteLoss(
@@ -267,6 +262,15 @@ class _Loop:
         self.checkpoints.close()
         self.rows.close()
         self.log.close()
+
+
+def _write_rows(file: Path, rows: list[PackedRow]) -> None:
+    """Writes a .npz file array by array: the float32 patches of all rows would fill the memory."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for i, row in enumerate(rows):
+            for name, x in {**vars(row.batch), **row.extra}.items():
+                with archive.open(f"{name}_{i}.npy", "w", force_zip64=True) as out:
+                    np.lib.format.write_array(out, x.astype(np.float32) if name == "patches" else x)
 
 
 class Terminator:

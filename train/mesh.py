@@ -10,7 +10,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.packing import stack_rows
 from tarsier_jax.sharding import BATCH, make_mesh
 from train.config import MeshConfig, TrainConfig
 from train.data.packing import PackedRow
@@ -50,28 +49,24 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
-def row_share(mesh: Mesh) -> tuple[int, int]:
-    """Returns (index, count): this process loads share `index` of `count` equal shares of a step's rows.
+def find_local_rows(mesh: Mesh, num_rows: int, parts: int) -> list[int]:
+    """Returns the rows of a step that this process loads, in the order of `global_batch`.
 
-    Processes that the tensor axis spans load the same rows.
+    The rows are split into parts, and each part over data and fsdp, on any number of processes. Processes that the
+    tensor axis spans load the same rows.
     """
-    sharding = NamedSharding(mesh, P(BATCH))
-    across = mesh.shape["data"] * mesh.shape["fsdp"]
-    indices = sharding.addressable_devices_indices_map((across,)).values()
-    starts = sorted({index[0].start or 0 for index in indices if index is not None})
-    return starts[0] // len(starts), across // len(starts)
+    size = num_rows // parts
+    slices = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((size,)).values()
+    positions = sorted({i for index in slices if index is not None for i in range(*index[0].indices(size))})
+    return [part * size + i for part in range(parts) for i in positions]
 
 
 def global_batch(rows: Sequence[PackedRow], parts: int, mesh: Mesh) -> StepBatch:
-    """Returns one step's arrays on the devices, from the rows of all processes."""
-    n = len(rows) // parts
-    stacked = [
-        StepBatch(
-            stack_rows([row.batch for row in rows[i * n : (i + 1) * n]]),
-            {name: np.concatenate([row.extra[name] for row in rows[i * n : (i + 1) * n]]) for name in rows[0].extra},
-        )
-        for i in range(parts)
-    ]
-    local = jax.tree.map(lambda *x: x[0][None] if parts == 1 else np.stack(x), *stacked)
+    """Returns one step's arrays on the devices, from the `find_local_rows` of all processes."""
+
+    def stack(*arrays: np.ndarray) -> np.ndarray:  # of one row each
+        return np.concatenate(arrays).reshape(parts, len(arrays) // parts, *arrays[0].shape[1:])
+
+    local = jax.tree.map(stack, *(StepBatch(row.batch, row.extra) for row in rows))
     shardings = batch_shardings(local, mesh)
     return jax.tree.map(lambda s, x: jax.make_array_from_process_local_data(s, x), shardings, local)

@@ -10,7 +10,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import InputError
@@ -22,8 +21,9 @@ from tarsier_jax.programs import resolve_dtype
 from tarsier_jax.weights import resolve
 from train.config import TrainConfig
 from train.data.annotations import describe_files
-from train.data.packing import PackingConfig, PackUnit, fit_packing, make_rows
-from train.mesh import build_mesh, check_rows, row_share
+from train.data.loading import RowLoader
+from train.data.packing import PackingConfig, PackUnit, fit_packing
+from train.mesh import build_mesh, check_rows, find_local_rows
 from train.processes import check_same_settings
 from train.record import check_run_metadata, flatten, record_start
 from train.state import LossFunction, StateSpec, make_state_spec
@@ -76,20 +76,16 @@ class TrainRun:
     objective: Objective
     changes: tuple[str, ...] = ()
 
-    @property
-    def row_group(self) -> int:
-        """Index of the share of a step's rows that this process loads."""
-        return row_share(self.spec.mesh)[0]
+    def rows(self, lines: grain.MapDataset, num_rows: int, parts: int = 1) -> RowLoader:
+        """Returns the loader of this process's rows.
 
-    @property
-    def row_groups(self) -> int:
-        """Number of shares."""
-        return row_share(self.spec.mesh)[1]
-
-    def rows(self, lines: grain.MapDataset, rows: int, workers: int = 1) -> grain.IterDataset:
-        """Returns this process's packed rows; `rows` counts those of a step over all processes."""
+        Args:
+            lines: Mixture of the annotations.
+            num_rows: Rows per step over all processes.
+            parts: Parts of a step whose gradients are summed.
+        """
         data = self.config.data
-        packer = PackingConfig(
+        packing = PackingConfig(
             processor=self.processor,
             shape=data.row_shape,
             packing_buffer=data.packing_buffer,
@@ -97,16 +93,15 @@ class TrainRun:
             dtype=self.spec.config.dtype,
             extra=self.objective.extra,
         )
-        return make_rows(
+        return RowLoader(
             lines,
             functools.partial(self.objective.load, self.processor),
-            packer,
+            packing,
             seed=self.config.seed,
             media_root=data.media_root,
-            rows=rows,
-            process=self.row_group,
-            processes=self.row_groups,
-            workers=workers,
+            num_rows=num_rows,
+            local_rows=find_local_rows(self.spec.mesh, num_rows, parts),
+            num_workers=data.num_workers,
         )
 
 
@@ -136,7 +131,7 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
         spec = make_state_spec(model_config, config.optimizer, config.num_train_steps, mesh, objective.with_reference)
     except ValueError as e:
         raise InputError(f"{e} Choose other sizes in config.mesh.") from None
-    facts = _facts(config, objective, processor, directory, mesh)
+    facts = _facts(config, objective, processor, directory)
     check_same_settings("data", {**facts, "data.eval": describe_files(config.data.eval) if config.data.eval else []})
     changes = []
     if jax.process_index() == 0:
@@ -162,9 +157,7 @@ def _common(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key.removeprefix("config.") not in _OF_A_HOST}
 
 
-def _facts(
-    config: TrainConfig, objective: Objective, processor: Processor, directory: Path, mesh: Mesh
-) -> dict[str, Any]:
+def _facts(config: TrainConfig, objective: Objective, processor: Processor, directory: Path) -> dict[str, Any]:
     """Returns the facts that must not change on resume: those of the checkpoints' content and of the data order."""
     model, optimizer = processor.config, config.optimizer
     facts = {
@@ -176,8 +169,6 @@ def _facts(
             _digest(file.read_bytes()) for file in map(directory.joinpath, _TOKENIZER_FILES) if file.exists()
         ],
         "chat_template": _digest(processor.chat_template.encode()),
-        "processes": jax.process_count(),
-        "row_groups": row_share(mesh)[1],
         "seed": config.seed,
         "data.train": describe_files(config.data.train),
         **flatten(dataclasses.asdict(config.processor), "processor."),

@@ -8,7 +8,6 @@ import numpy as np
 from tarsier_jax.api import answer
 from tarsier_jax.generation.sampling import SamplingOptions
 from train.data.annotations import mix_files, read_sample
-from train.data.packing import PackedRow
 from train.mesh import global_batch
 from train.run import TrainRun
 from train.state import TrainState, build_model, make_eval_step
@@ -29,15 +28,14 @@ class Evaluation:
         """Returns loss and metrics of the objective over all held-out samples; names start with "eval_"."""
         mesh = self._run.spec.mesh
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        iterator = iter(self._run.rows(self._lines, rows))
+        loader = self._run.rows(self._lines, rows)
         sums: dict[str, float] = {}
-        while True:
-            batch: list[PackedRow] = [next(iterator) for _ in range(rows // self._run.row_groups)]
+        for batch in loader:
             part = {k: float(v) for k, v in self._step(state, global_batch(batch, 1, mesh)).items()}
             if part["weight"] == 0:  # no samples remain; all processes see it in the same step
                 break
             sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
-        iterator.close()
+        loader.close()
         weight = sums.pop("weight", 0.0)
         return {f"eval_{name}": value / weight for name, value in sums.items()}
 

@@ -40,7 +40,7 @@ def mistake(process: int, _: Path) -> None:
 
 def damage_seen_by_one(process: int, workdir: Path) -> None:
     """Equal settings, and a checkpoint of which one process cannot read its own file."""
-    from tests.train.test_checkpoints import data
+    from tests.train.texts import next_number, open_numbers
     from train.checkpoints import Checkpoints, DataProgress
     from train.state import TrainState
 
@@ -54,10 +54,10 @@ def damage_seen_by_one(process: int, workdir: Path) -> None:
         values = jax.make_array_from_callback((2, 8), split, lambda index: np.full((2, 8), i, np.float32)[index])
         return TrainState(step + i, {"w": values}, {}, ())
 
-    checkpoints, rows = Checkpoints(workdir, keep=2), data()
+    checkpoints, rows = Checkpoints(workdir, keep=2), open_numbers(process, 2)
     for i in (3, 6):
         for _ in range(3):
-            next(rows)
+            next_number(rows)
         checkpoints.save(i, state(i), rows, DataProgress(samples=i))
     checkpoints.wait()
     if process == 1:
@@ -66,7 +66,7 @@ def damage_seen_by_one(process: int, workdir: Path) -> None:
     shapes: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
     restored, progress = checkpoints.restore(shapes, rows)
     values = restored.params["w"].addressable_shards[0].data.tolist()
-    print("restored", int(restored.step), values[0][0], progress.samples, next(rows), checkpoints.latest())
+    print("restored", int(restored.step), values[0][0], progress.samples, next_number(rows), checkpoints.latest())
     checkpoints.close()
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tarsier_jax.errors import CheckpointError
+from tests.train.texts import former_state, next_number, open_numbers
 from train.checkpoints import Checkpoints, DataProgress, _read_counts
 from train.state import TrainState
 
@@ -28,18 +28,13 @@ def shapes(state: TrainState) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def data() -> Any:
-    lines = grain.MapDataset.range(100)
-    return iter(grain.experimental.InterleaveIterDataset([lines.to_iter_dataset()], cycle_length=1))
-
-
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workdir with checkpoints of the steps 3 and 6; the data has yielded as many elements."""
     workdir = tmp_path_factory.mktemp("run")
-    checkpoints, rows = Checkpoints(workdir, keep=2), data()
+    checkpoints, rows = Checkpoints(workdir, keep=2), open_numbers()
     for step in (3, 6):
-        assert [next(rows) for _ in range(3)][-1] == step - 1
+        assert [next_number(rows) for _ in range(3)][-1] == step - 1
         checkpoints.save(step, a_state(step), rows, DataProgress(samples=step))
     checkpoints.wait()
     checkpoints.close()
@@ -53,10 +48,12 @@ def workdir(tmp_path: Path, two_checkpoints: Path) -> Path:
 
 def restore(workdir: Path, like: TrainState | None = None) -> tuple[TrainState, DataProgress, int]:
     """State, progress, and the next element of the data."""
-    checkpoints, rows = Checkpoints(workdir, keep=2), data()
+    checkpoints, rows = Checkpoints(workdir, keep=2), open_numbers()
     state, progress = checkpoints.restore(shapes(like or a_state(0)), rows)
     checkpoints.close()
-    return state, progress, next(rows)
+    number = next_number(rows)
+    rows.close()
+    return state, progress, number
 
 
 def assert_restored(workdir: Path, step: int) -> None:
@@ -93,8 +90,8 @@ def change_a_count(checkpoint: Path) -> None:
 
 def skip_elements(checkpoint: Path) -> None:
     file = of_data(checkpoint)
-    assert '"next_index": 6' in file.read_text()
-    file.write_text(file.read_text().replace('"next_index": 6', '"next_index": 9'))
+    assert '"num_drawn": 7' in file.read_text()
+    file.write_text(file.read_text().replace('"num_drawn": 7', '"num_drawn": 9'))
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
@@ -143,7 +140,7 @@ def test_a_step_may_be_damaged_twice(workdir: Path) -> None:
 
 def test_a_run_saves_the_step_of_a_damaged_checkpoint_again(workdir: Path) -> None:
     flip(largest_file(workdir / "checkpoints" / "6" / "state"))
-    checkpoints, rows = Checkpoints(workdir, keep=2), data()
+    checkpoints, rows = Checkpoints(workdir, keep=2), open_numbers()
     checkpoints.restore(shapes(a_state(0)), rows)
     for _ in range(3):
         next(rows)
@@ -190,8 +187,10 @@ def test_a_checkpoint_of_another_configuration_is_not_damaged(workdir: Path, lik
 
 def test_other_data_is_no_damage(workdir: Path) -> None:
     checkpoints = Checkpoints(workdir, keep=2)
-    rows: Any = iter(grain.MapDataset.range(100).to_iter_dataset())
-    with pytest.raises(CheckpointError, match=r"The data of .*6 cannot continue .*another data configuration"):
+    rows = open_numbers(num_rows=2)
+    with pytest.raises(
+        CheckpointError, match=r"The data of .*6 cannot continue .*1 rows, not of 2.*another data configuration"
+    ):
         checkpoints.restore(shapes(a_state(0)), rows)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6"]
 
@@ -215,11 +214,12 @@ def test_errors_that_pass_are_no_damage(workdir: Path, monkeypatch: pytest.Monke
 
 
 def of_an_earlier_version(checkpoint: Path) -> None:
-    """Removes checksums and fingerprints."""
+    """Removes checksums and fingerprints, and stores the state of the data as that of grain's iterator."""
     progress = checkpoint / "progress" / "metadata"
     counts = json.loads(progress.read_text())
     progress.write_text(json.dumps({k: v for k, v in counts.items() if k not in ("state", "crc32")}))
-    of_data(checkpoint).write_text(json.dumps(json.loads(of_data(checkpoint).read_text())["rows"]))
+    rows = json.loads(of_data(checkpoint).read_text())["rows"]
+    of_data(checkpoint).write_text(json.dumps(former_state(list(rows.values()))))
 
 
 def test_checkpoints_of_an_earlier_version(workdir: Path) -> None:
@@ -235,7 +235,7 @@ def test_values_that_are_not_finite_are_not_saved(workdir: Path) -> None:
     checkpoints, state = Checkpoints(workdir, keep=2), a_state(7)
     state.params["decoder/norm/weight"] = state.params["decoder/norm/weight"].at[3, 5].set(jnp.nan)
     with pytest.raises(CheckpointError, match=r"At step 7 .*not finite, in params/decoder/norm/weight"):
-        checkpoints.save(7, state, data(), DataProgress())
+        checkpoints.save(7, state, open_numbers(), DataProgress())
     assert checkpoints.latest() == 6
 
 

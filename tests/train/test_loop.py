@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ import tarsier_jax
 from configs.recap_7b import get_config
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.weights import convert_to_hf
+from tests.train.texts import open_numbers
 from train.checkpoints import Checkpoints, DataProgress
 from train.config import TrainConfig, read_config
 from train.debug_data import write_debug_clips, write_debug_data
@@ -154,7 +154,7 @@ def test_held_out_samples_that_cannot_be_used_lose_no_training(tmp_path: Path) -
 
 def test_no_space_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = TrainState(jnp.int32(3), {"decoder/norm/weight": jnp.ones(2**18)}, {}, ())
-    data: Any = iter(grain.MapDataset.range(3).to_iter_dataset())
+    data = open_numbers()
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(3, state, data, DataProgress())
     checkpoints.wait()

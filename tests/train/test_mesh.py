@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from tarsier_jax.errors import InputError
 from train.config import MeshConfig, TrainConfig
 from train.data.packing import DataConfig
-from train.mesh import build_mesh, check_rows, row_share
+from train.mesh import build_mesh, check_rows, find_local_rows
 
 
 def devices(count: int) -> list[jax.Device]:
@@ -66,32 +66,51 @@ def test_rows_are_split_into_parts_and_over_data_and_fsdp() -> None:
             check_rows(with_rows(rows, parts), mesh)
 
 
-@pytest.mark.parametrize(
-    ("config", "processes", "shares"),
-    [
-        (MeshConfig(), 1, [(0, 1)]),
-        (MeshConfig(), 2, [(0, 2), (1, 2)]),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        (MeshConfig(fsdp=2, tensor=4), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # the tensor axis spans two processes
-        (MeshConfig(fsdp=1, tensor=8), 2, [(0, 1), (0, 1)]),
-    ],
-)
-def test_processes_share_rows(
-    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, processes: int, shares: list[tuple[int, int]]
-) -> None:
-    mesh = build_mesh(config, devices(8))
-    for process, share in enumerate(shares):
-        own = np.arange(8) // (8 // processes) == process
+def rows_of_processes(
+    monkeypatch: pytest.MonkeyPatch, mesh: Mesh, processes: np.ndarray, num_rows: int, parts: int
+) -> list[list[int]]:
+    """The rows that each process loads; `processes` has the process of every device, in the order of the mesh."""
 
+    def rows(process: int) -> list[int]:
         class Sharding:
             """A process's view of a `NamedSharding` of rows over data and fsdp."""
 
             def __init__(self, mesh: Mesh, *_: Any) -> None:
-                self.rows = np.arange(8).reshape(-1, mesh.shape["tensor"])
+                self.owners = processes.reshape(-1, mesh.shape["tensor"])
 
-            def addressable_devices_indices_map(self, shape: tuple[int], own: np.ndarray = own) -> dict:
-                assert shape == (len(self.rows),)
-                return {i: (slice(r, r + 1),) for r, row in enumerate(self.rows) for i in row.tolist() if own[i]}
+            def addressable_devices_indices_map(self, shape: tuple[int]) -> dict:
+                n = shape[0] // len(self.owners)
+                own = np.argwhere(self.owners == process).tolist()
+                return {(i, j): (slice(i * n, (i + 1) * n),) for i, j in own}
 
         monkeypatch.setattr("train.mesh.NamedSharding", Sharding)
-        assert row_share(mesh) == share
+        return find_local_rows(mesh, num_rows, parts)
+
+    return [rows(process) for process in range(max(processes) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "parts", "expected"),
+    [
+        (MeshConfig(), [0] * 8, 1, [list(range(16))]),
+        (MeshConfig(), [0] * 8, 2, [list(range(16))]),
+        (MeshConfig(), [0] * 4 + [1] * 4, 1, [list(range(8)), list(range(8, 16))]),
+        (MeshConfig(), [0] * 4 + [1] * 4, 2, [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]),
+        # The order of a pod's chips: a process has no neighbours.
+        (MeshConfig(), [0, 0, 1, 1, 0, 0, 1, 1], 2, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]),
+        # The tensor axis spans two processes, which load the same rows.
+        (MeshConfig(fsdp=2, tensor=4), [0, 0, 1, 1, 2, 2, 3, 3], 4, 2 * [[0, 1, 4, 5, 8, 9, 12, 13]]),
+        (MeshConfig(fsdp=1, tensor=8), [0] * 4 + [1] * 4, 1, 2 * [list(range(16))]),
+    ],
+)
+def test_processes_share_rows(
+    monkeypatch: pytest.MonkeyPatch,
+    config: MeshConfig,
+    processes: list[int],
+    parts: int,
+    expected: list[list[int]],
+) -> None:
+    mesh = build_mesh(config, devices(8))
+    shares = rows_of_processes(monkeypatch, mesh, np.array(processes), 16, parts)
+    assert shares[: len(expected)] == expected
+    assert set().union(*shares) == set(range(16))

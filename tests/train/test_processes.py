@@ -59,6 +59,6 @@ def test_the_reason_of_one_ends_both(tmp_path: Path, what: str, failing: int, st
 def test_both_go_back_to_the_checkpoint_before(tmp_path: Path) -> None:
     for i, (status, output) in enumerate(both("damage_seen_by_one", tmp_path)):
         assert status == 0, output
-        assert "restored 3 3.0 3 3 3" in output
+        assert f"restored 3 3.0 3 {6 + i} 3" in output  # process i has row i of two
         assert ("6 is damaged (" in output) == (i == 0)  # one of them prints it
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "6.damaged"]

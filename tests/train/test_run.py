@@ -91,6 +91,14 @@ def test_what_does_not_is_free_and_named(open_debug: Callable[..., TrainRun], st
     assert len((started / "runs.jsonl").read_text().splitlines()) == 2
 
 
+def test_the_number_of_processes_may_change(open_debug: Callable[..., TrainRun], started: Path) -> None:
+    """An earlier version kept it, and the number of processes that load different rows, in run.json."""
+    run = started / "run.json"
+    run.write_text(json.dumps({**json.loads(run.read_text()), "processes": 2, "row_groups": 2}))
+    open_debug(started)
+    assert not json.loads(run.read_text()).keys() & {"processes", "row_groups"}
+
+
 def of_files(*files: Path) -> dict[str, Any]:
     return {"data.train": ",".join(map(str, files)), "data.eval": "", "data.media_root": str(files[0].parent)}
 

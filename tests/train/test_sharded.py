@@ -1,5 +1,6 @@
 """Twenty steps are the same on one device, on eight, and on eight that two processes share."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,25 @@ def test_eight_devices(tmp_path: Path, on_one_device: np.ndarray) -> None:
     np.testing.assert_allclose(curve(tmp_path), on_one_device, rtol=1e-5, atol=0)
 
 
-def test_two_processes_of_four_devices(tmp_path: Path, on_one_device: np.ndarray) -> None:
-    flags = (*MESH, f"--coordinator=localhost:{free_port()}", "--num_processes=2")
-    other = start(tmp_path, *flags, "--process_id=1", devices=4)
-    printed = finish(start(tmp_path, *flags, "--process_id=0", devices=4))
+@pytest.fixture(scope="module")
+def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run on two processes of four devices."""
+    workdir = tmp_path_factory.mktemp("two")
+    flags = (*MESH, f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--config.max_to_keep=9")
+    other = start(workdir, *flags, "--process_id=1", devices=4)
+    printed = finish(start(workdir, *flags, "--process_id=0", devices=4))
     assert "step 20/20" in printed and "step 1/20" not in finish(other)  # only one of them speaks
+    return workdir
+
+
+def test_two_processes_of_four_devices(on_two_processes: Path, on_one_device: np.ndarray) -> None:
+    np.testing.assert_allclose(curve(on_two_processes), on_one_device, rtol=1e-5, atol=0)
+
+
+def test_a_run_resumes_on_other_hardware(tmp_path: Path, on_two_processes: Path, on_one_device: np.ndarray) -> None:
+    """Twelve steps on two processes of four devices, and eight on one device."""
+    shutil.copytree(on_two_processes, tmp_path, dirs_exist_ok=True)
+    for step in ("15", "18", "20"):
+        shutil.rmtree(tmp_path / "checkpoints" / step)
+    assert "resumed from step 12" in finish(start(tmp_path))
     np.testing.assert_allclose(curve(tmp_path), on_one_device, rtol=1e-5, atol=0)

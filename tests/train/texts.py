@@ -3,15 +3,19 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grain
 import numpy as np
 
+from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Example
-from train.data.annotations import mix_files
-from train.data.packing import PackingConfig, PackUnit, make_rows
+from tarsier_jax.processing.packing import RowShape
+from train.data.annotations import AnnotationLine, mix_files
+from train.data.loading import RowLoader
+from train.data.packing import PackingConfig, PackUnit
 
 ROWS = 4  # of a step
 
@@ -38,6 +42,47 @@ def write_texts(path: Path, tokens: Sequence[int]) -> str:
     return write_lines(path, [{"id": str(i), "tokens": n} for i, n in enumerate(tokens)])
 
 
-def open_rows(files: str, packer: PackingConfig, repeat: bool = True, **options: Any) -> grain.DatasetIterator:
-    options = {"rows": ROWS, "seed": 0, "media_root": "", "load": load, **options}
-    return iter(make_rows(mix_files(files, options["seed"], repeat), packer=packer, **options))
+def open_rows(files: str, packer: PackingConfig, repeat: bool = True, **options: Any) -> RowLoader:
+    options = {"num_rows": ROWS, "seed": 0, "media_root": "", "load": load, **options}
+    return RowLoader(mix_files(files, options["seed"], repeat), config=packer, **options)
+
+
+def former_state(rows: Sequence[Mapping[str, Any]], workers: int = 0) -> dict[str, Any]:
+    """The state of a process in earlier versions: grain's iterator of its rows, or of threads of several rows each."""
+
+    def index(number: int) -> dict[str, int]:
+        return {"next_index": number}
+
+    states: list[Any] = [
+        {
+            "samples": index(row["num_drawn"]),
+            "waiting": [index(number) for number in row["waiting"]],
+            "seen": row["num_drawn"],
+            "bad": row["num_bad"],
+        }
+        for row in rows
+    ]
+    if workers:
+        states = [{"turn": 0, "streams": states[worker::workers]} for worker in range(workers)]
+    return {
+        "next_index_in_cycle": 0,
+        "next_index_in_datasets": len(states),
+        "iterators_in_use_indices": list(range(len(states))),
+        "iterators_in_use_states": states,
+        "exhausted": [0] * len(states),
+        "future_states": {},
+    }
+
+
+def open_numbers(row: int = 0, num_rows: int = 1) -> RowLoader:
+    """A loader of one row, which packs one text per step: "r", "r + n", ... in row r of n."""
+    processor: Any = SimpleNamespace(config=ModelConfig(), pad_token_id=0)
+    config = PackingConfig(processor, RowShape(8, 0, 4, 1, 1), 1, 0.0, "float32")
+    texts: Any = [AnnotationLine("a.jsonl", i, json.dumps({"id": str(i), "tokens": 8})) for i in range(100)]
+    lines = grain.MapDataset.source(texts)
+    return RowLoader(lines, load, config, seed=0, media_root="", num_rows=num_rows, local_rows=[row])
+
+
+def next_number(rows: RowLoader) -> int:
+    (row,) = next(rows)
+    return int(row.keys[0])

@@ -1,12 +1,7 @@
-"""Samples of annotation lines, decoded in threads and packed into rows (grain).
-
-With B rows per step over all processes, row r of every batch packs the samples r, r + B, r + 2 B, ... of the mixture.
-The set of rows of a batch therefore does not depend on the number of processes or threads.
-"""
+"""The samples of annotation lines, and the parameters of packing them into rows. `train.data.loading` packs them."""
 
 import dataclasses
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -191,20 +186,16 @@ class LoadLine(grain.transforms.RandomMap):
                     "max_seq_len."
                 )
             Row(self.packer.shape, self.packer.processor.config).add(unit.unit)  # raises if it exceeds an empty row
-            return unit
+            return self._with_patches(unit)
         except Exception as e:  # one bad sample must not stop the run; `check_share` limits their fraction
             return BadSample(element.file, element.number, reason_of(e))
 
-
-class PackedRows(grain.IterDataset):
-    """Rows of one stream of samples. `threads` limits the number of streams that decode at the same time."""
-
-    def __init__(self, samples: grain.IterDataset, packer: "PackingConfig", threads: threading.Semaphore):
-        super().__init__(samples)
-        self._packer, self._threads = packer, threads
-
-    def __iter__(self) -> "SequencePacker":
-        return SequencePacker(self._parent.__iter__(), self._packer, self._threads)
+    def _with_patches(self, unit: PackUnit) -> PackUnit:
+        """Returns the unit with its patches in the dtype of the row, once for all its examples, which share them."""
+        patches = unit.unit[0].pixel_values.astype(self.packer.dtype)
+        return dataclasses.replace(
+            unit, unit=[dataclasses.replace(example, pixel_values=patches) for example in unit.unit]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,75 +219,6 @@ class PackingConfig:
     extra: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
-class SequencePacker(grain.DatasetIterator):
-    """Packs samples into rows. A row takes the oldest samples of a small buffer that fit."""
-
-    def __init__(self, samples: grain.DatasetIterator, packer: PackingConfig, threads: threading.Semaphore):
-        super().__init__(samples)
-        self._samples, self._packer, self._threads = samples, packer, threads
-        self._waiting: list[tuple[Any, PackUnit]] = []  # each with the iterator state before it
-        self._num_drawn, self._bad = 0, 0
-        self._done = False
-
-    def __next__(self) -> PackedRow:
-        with self._threads:
-            return self._next_row()
-
-    def get_state(self) -> dict[str, Any]:
-        waiting = [state for state, _ in self._waiting]
-        return {"samples": self._samples.get_state(), "waiting": waiting, "seen": self._num_drawn, "bad": self._bad}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._waiting = []
-        for before in state["waiting"]:  # decoded again, since a checkpoint contains no pixels
-            self._samples.set_state(before)
-            sample = next(self._samples)
-            if isinstance(sample, PackUnit):  # its video may have disappeared
-                self._waiting.append((before, sample))
-        self._samples.set_state(state["samples"])
-        self._num_drawn, self._bad, self._done = state["seen"], state["bad"], False
-
-    def _next_row(self) -> PackedRow:
-        packer, bad, before = self._packer, list[BadSample](), self._num_drawn
-        row, units = Row(packer.shape, packer.processor.config), list[PackUnit]()
-        while True:
-            bad += self._fill()
-            fits = next((i for i, (_, unit) in enumerate(self._waiting) if row.add(unit.unit)), None)
-            if fits is None:
-                break
-            units.append(self._waiting.pop(fits)[1])
-        extra = {name: self._extra(name, shape, units) for name, shape in packer.extra.items()}
-        batch = row.build(packer.processor.pad_token_id, packer.dtype)
-        num_truncated = sum(any(example.num_truncated for example in unit.unit) for unit in units)
-        keys = tuple(unit.key for unit in units)
-        return PackedRow(batch, extra, self._num_drawn - before, num_truncated, tuple(bad), keys)
-
-    def _fill(self) -> list[BadSample]:
-        """Draws samples until the buffer is full; returns the bad ones among them."""
-        bad = []
-        while len(self._waiting) < self._packer.packing_buffer and not self._done:
-            state = self._samples.get_state()
-            sample = next(self._samples, None)
-            if sample is None:
-                self._done = True
-                break
-            self._num_drawn += 1
-            if isinstance(sample, BadSample):
-                bad.append(sample)
-                self._bad += 1
-                check_share(self._bad, self._num_drawn, self._packer.max_bad_fraction, sample)
-            else:
-                self._waiting.append((state, sample))
-        return bad
-
-    @staticmethod
-    def _extra(name: str, shape: tuple[int, ...], units: Sequence[PackUnit]) -> np.ndarray:
-        out = np.zeros((1, *shape), np.float32)
-        for i, unit in enumerate(units):
-            out[0, i] = unit.extra[name]
-        return out
-
-
 def check_share(num_bad: int, num_drawn: int, share: float, last: BadSample) -> None:
     """Raises InputError when too many samples are bad."""
     if num_bad > FORGIVEN + share * num_drawn:
@@ -304,51 +226,3 @@ def check_share(num_bad: int, num_drawn: int, share: float, last: BadSample) -> 
             f"{num_bad} of {num_drawn} samples cannot be used, more than data.max_bad_fraction {share:g} allows. The "
             f"last one: {last.file} line {last.line}: {last.reason}"
         )
-
-
-def make_rows(
-    lines: grain.MapDataset,
-    load: Load,
-    packer: PackingConfig,
-    *,
-    seed: int,
-    media_root: str,
-    rows: int,
-    process: int = 0,
-    processes: int = 1,
-    workers: int = 1,
-) -> grain.IterDataset:
-    """Returns the rows of one process, step after step, packed ahead in threads.
-
-    Threads suffice: decoding, resizing and patchifying release the GIL, and the patches of a row, hundreds of
-    megabytes, need no copy between processes.
-
-    Args:
-        lines: Mixture of the annotations.
-        load: Returns the unit of a sample.
-        packer: Parameters of packing.
-        seed: Seed of the random choices of `load`.
-        media_root: Directory that relative paths of media start from.
-        rows: Rows per step over all processes.
-        process: Index of the process's share of the rows.
-        processes: Number of shares.
-        workers: Threads that decode at the same time.
-    """
-    local = rows // processes
-    samples = lines.seed(seed).random_map(LoadLine(load, packer, media_root))[process::processes]
-    in_order = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    # One thread per row, of which `workers` run at a time: the state does not depend on the number of workers.
-    threads = threading.Semaphore(max(workers, 1))
-    streams = [PackedRows(samples[row::local].to_iter_dataset(in_order), packer, threads) for row in range(local)]
-    return grain.experimental.InterleaveIterDataset(streams, cycle_length=local, make_iter_buffer_size=local)
-
-
-def row_states(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the state of `make_rows` from one of this version or of an earlier one, with several rows per thread."""
-    threads = state.get("iterators_in_use_states", [])
-    if not any("streams" in thread for thread in threads):
-        return state
-    local = sum(len(thread["streams"]) for thread in threads)
-    states = [threads[row % len(threads)]["streams"][row // len(threads)] for row in range(local)]
-    indices = {"next_index_in_datasets": local, "iterators_in_use_indices": list(range(local))}
-    return {**state, **indices, "iterators_in_use_states": states, "exhausted": [0] * local}

@@ -164,7 +164,7 @@ def write_reference(run: TrainRun, reference: ReferenceFile, pairs: int) -> None
     _report_unused(reference, missing)
     reference.path.parent.mkdir(parents=True, exist_ok=True)
     params = load_reference(run.spec, run.model_directory)
-    rows = iter(run.rows(grain.MapDataset.source(missing), config.data.global_batch_size, config.data.num_workers))
+    loader = run.rows(grain.MapDataset.source(missing), config.data.global_batch_size)
 
     def compute(params: Params, step: StepBatch) -> tuple[jax.Array, jax.Array]:
         batch = jax.tree.map(lambda x: x[0], step.batch)
@@ -174,12 +174,11 @@ def write_reference(run: TrainRun, reference: ReferenceFile, pairs: int) -> None
     compute = jax.jit(compute, out_shardings=NamedSharding(mesh, P()))
     start, done = time.perf_counter(), 0
     with reference.append(jax.process_index()) as file:
-        while True:
-            local = [next(rows) for _ in range(config.data.global_batch_size // run.row_groups)]
+        for local in loader:
             log_probs, count = (np.asarray(x) for x in compute(params, global_batch(local, 1, mesh)))
             if not count:  # no lines remain; all processes see it in the same step
                 break
-            for row, values in zip(local, log_probs[run.row_group * len(local) :], strict=False):
+            for row, values in zip(local, log_probs[loader.local_rows], strict=True):
                 for key, (chosen, rejected) in zip(row.keys, values.tolist(), strict=False):
                     file.write(json.dumps({"key": key, "chosen": chosen, "rejected": rejected}) + "\n")
             file.flush()
@@ -188,7 +187,7 @@ def write_reference(run: TrainRun, reference: ReferenceFile, pairs: int) -> None
                 rate = done / (time.perf_counter() - start)
                 remaining = duration((len(missing) - done) / rate)
                 print(f"reference {done}/{len(missing)}  {rate:.2f} pairs/s  left {remaining}", flush=True)
-    rows.close()
+    loader.close()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the reference is complete")
     reference.read()

@@ -1,8 +1,9 @@
 import collections
+import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.image import Qwen2ImageProcessor, smart_resize
 from tarsier_jax.processing.packing import RowShape
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
-from tests.train.texts import ROWS, load, open_rows, write_lines, write_texts
+from tests.train.texts import ROWS, former_state, load, open_rows, write_lines, write_texts
 from train.config import TrainConfig
 from train.data.annotations import mix_files
+from train.data.loading import RowLoader
 from train.data.packing import (
     FORGIVEN,
     BadSample,
@@ -29,7 +31,6 @@ from train.data.packing import (
     PackUnit,
     check_share,
     fit_packing,
-    row_states,
 )
 from train.run import Objective
 from train.sft import sft_objective
@@ -50,8 +51,9 @@ def packer(processor: Processor) -> PackingConfig:
     )
 
 
-def take(n: int, rows: grain.DatasetIterator) -> list[PackedRow]:
-    return [next(rows) for _ in range(n)]
+def take(n: int, rows: RowLoader) -> list[PackedRow]:
+    """The rows of n steps, one after the other."""
+    return [row for _ in range(n) for row in next(rows)]
 
 
 def rows_of(n: int, files: str, packer: PackingConfig, **options: Any) -> list[PackedRow]:
@@ -111,7 +113,7 @@ def test_held_out_lines_come_once_and_in_order(tmp_path: Path, texts: str) -> No
 
 def test_a_row_takes_what_fits_of_the_next_few(tmp_path: Path, packer: PackingConfig) -> None:
     files = write_texts(tmp_path / "a.jsonl", [30, 40, 20, 30, 10, 64])
-    rows = rows_of(4, files, packer, repeat=False, rows=1)
+    rows = rows_of(4, files, packer, repeat=False, num_rows=1)
     assert [row.keys for row in rows] == [("0", "2", "4"), ("1",), ("3",), ("5",)]
     assert [int(row.batch.lengths[0]) for row in rows] == [60, 40, 30, 64]
     assert [row.num_drawn for row in rows] == [6, 0, 0, 0]
@@ -120,7 +122,7 @@ def test_a_row_takes_what_fits_of_the_next_few(tmp_path: Path, packer: PackingCo
 
 def test_rows_are_empty_once_held_out_samples_run_out(tmp_path: Path, packer: PackingConfig) -> None:
     files = write_texts(tmp_path / "a.jsonl", [30, 40, 50])
-    rows = rows_of(3 * ROWS, files, packer, repeat=False)
+    rows = rows_of(3, files, packer, repeat=False)
     assert [row.keys for row in rows] == [("0",), ("1",), ("2",), *[()] * 9]
     assert not any(row.batch.segment_ids.any() for row in rows[3:])
 
@@ -128,7 +130,7 @@ def test_rows_are_empty_once_held_out_samples_run_out(tmp_path: Path, packer: Pa
 def test_row_r_packs_every_fourth_sample(texts: str, packer: PackingConfig) -> None:
     """Over three epochs: none left out, none twice, only the few that wait are still to come."""
     lines = mix_files(texts, 0, repeat=True)
-    rows = rows_of(8 * ROWS, texts, packer)
+    rows = rows_of(8, texts, packer)
     for r in range(ROWS):
         mine = rows[r::ROWS]
         num_drawn = sum(row.num_drawn for row in mine)
@@ -141,87 +143,148 @@ def test_row_r_packs_every_fourth_sample(texts: str, packer: PackingConfig) -> N
 
 
 def test_every_held_out_sample_is_in_one_row(texts: str, packer: PackingConfig) -> None:
-    rows = rows_of(8 * ROWS, texts, packer, repeat=False)
+    rows = rows_of(8, texts, packer, repeat=False)
     assert sorted((key for row in rows for key in row.keys), key=int) == [str(i) for i in range(24)]
     assert rows[-1].keys == ()
 
 
-def steps(rows: Sequence[PackedRow], size: int = ROWS) -> list[collections.Counter]:
-    """The set of rows of each step."""
-    return [collections.Counter(contents(rows[i : i + size])) for i in range(0, len(rows), size)]
+def test_the_order_and_the_random_choices_of_earlier_versions(texts: str, packer: PackingConfig) -> None:
+    """The hash is that of the rows of grain's iterators, one thread per row, which earlier versions used."""
+    rows = rows_of(8, texts, packer)
+    assert [row.keys for row in rows[:2]] == [("21", "18", "23"), ("2", "7", "3")]
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.keys, row.num_drawn, row.num_truncated]).encode())
+        for x in jax.tree.leaves((row.batch, row.extra)):
+            digest.update(np.asarray(x).tobytes())
+    assert digest.hexdigest()[:16] == "025016643bdb963e"
 
 
-def test_processes_share_the_rows_of_a_step(texts: str, packer: PackingConfig) -> None:
-    alone = rows_of(4 * ROWS, texts, packer)
-    halves = [rows_of(4 * ROWS // 2, texts, packer, process=process, processes=2) for process in (0, 1)]
-    shared = [a + b for a, b in zip(*(steps(half, ROWS // 2) for half in halves), strict=True)]
-    assert shared == steps(alone)
+def share_of(process: int, processes: int) -> list[int]:
+    return np.split(np.arange(ROWS), processes)[process].tolist()
 
 
-@pytest.mark.parametrize(("before", "waiting"), [(0, 0), (1, 3), (6, 12)])
+def test_rows_continue_on_other_numbers_of_processes_and_workers(texts: str, packer: PackingConfig) -> None:
+    """2 processes, then 1, 4 and 1 again, with other numbers of threads: the rows are those of one process."""
+    expected, states = contents(rows_of(8, texts, packer)), []
+    for step, (processes, workers) in enumerate([(2, 2), (1, 16), (4, 1), (1, 0)]):
+        loaders = [
+            open_rows(texts, packer, local_rows=share_of(process, processes), num_workers=workers)
+            for process in range(processes)
+        ]
+        for loader in loaders:
+            if states:
+                loader.set_state(states)
+        rows = [row for _ in range(2) for loader in loaders for row in next(loader)]
+        assert contents(rows) == expected[2 * ROWS * step : 2 * ROWS * (step + 1)]
+        states = json.loads(json.dumps([loader.get_state() for loader in loaders]))
+        for loader in loaders:
+            loader.close()
+    assert sum(len(row["waiting"]) for row in states[0].values()) == 12  # in no row yet
+
+
+@pytest.mark.parametrize(("before", "waiting"), [(0, 0), (1, 12), (3, 12)])
 def test_rows_go_on_where_they_were(texts: str, packer: PackingConfig, before: int, waiting: int) -> None:
     rows = open_rows(texts, packer)
     take(before, rows)
     state = json.dumps(rows.get_state())
-    expected = take(2 * ROWS, rows)
+    expected = take(2, rows)
     rows.close()
     again = open_rows(texts, packer)
     take(3, again)  # its earlier state does not matter
-    again.set_state(json.loads(state))
-    assert contents(take(2 * ROWS, again)) == contents(expected)
+    again.set_state([json.loads(state)])
+    assert json.dumps(again.get_state()) == state
+    assert contents(take(2, again)) == contents(expected)
     again.close()
-    decoded = sum(len(row["waiting"]) for row in json.loads(state)["iterators_in_use_states"])
-    assert decoded == waiting  # in no row yet
+    assert sum(len(row["waiting"]) for row in json.loads(state).values()) == waiting  # in no row yet
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3, 4, 16])
-def test_rows_continue_with_another_number_of_workers(texts: str, packer: PackingConfig, workers: int) -> None:
-    rows = open_rows(texts, packer, workers=2)
-    first = take(6, rows)
-    state = json.dumps(rows.get_state())
-    expected = contents(take(6, rows))
-    rows.close()
-    assert contents(first) + expected == contents(rows_of(12, texts, packer))
-    again = open_rows(texts, packer, workers=workers)
-    again.set_state(json.loads(state))
-    assert contents(take(6, again)) == expected
-    again.close()
-
-
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_states_of_an_earlier_version(texts: str, packer: PackingConfig, workers: int) -> None:
-    """There, each worker had several rows, one state with the states of its rows."""
+def test_states_of_another_number_of_rows(texts: str, packer: PackingConfig) -> None:
     rows = open_rows(texts, packer)
-    take(ROWS, rows)
-    state = json.loads(json.dumps(rows.get_state()))
-    expected = contents(take(ROWS, rows))
+    with pytest.raises(ValueError, match="it has the states of 3 rows, not of 4"):
+        rows.set_state([{str(row): {"num_drawn": 0, "num_bad": 0, "waiting": []} for row in range(3)}])
     rows.close()
-    states = state["iterators_in_use_states"]
-    threads = [{"turn": 0, "streams": states[worker::workers]} for worker in range(workers)]
-    indices = {"next_index_in_datasets": workers, "iterators_in_use_indices": list(range(workers))}
-    former = {**state, **indices, "iterators_in_use_states": threads, "exhausted": [0] * workers}
+
+
+@pytest.mark.parametrize(
+    ("workers", "shares", "processes"), [(0, 1, 1), (1, 1, 1), (2, 1, 1), (4, 1, 1), (0, 2, 2), (0, 4, 4), (0, 2, 4)]
+)
+def test_states_of_earlier_versions(
+    texts: str, packer: PackingConfig, workers: int, shares: int, processes: int
+) -> None:
+    """There, share i of n had the rows i, i + n, ..., and processes of one tensor group had the same share."""
+    rows = open_rows(texts, packer)
+    take(1, rows)
+    state = list(rows.get_state().values())
+    expected = contents(take(1, rows))
+    rows.close()
+    former = [former_state(state[process * shares // processes :: shares], workers) for process in range(processes)]
     again = open_rows(texts, packer)
-    again.set_state(row_states(former))
-    assert contents(take(ROWS, again)) == expected
+    again.set_state(former)
+    assert contents(take(1, again)) == expected
     again.close()
 
 
-def test_workers_bound_how_many_rows_are_made_at_once(texts: str, packer: PackingConfig) -> None:
-    running, most, lock = [0], [0], threading.Lock()
+@pytest.mark.parametrize("num_rows", [1, 4, 8])
+def test_as_many_samples_decode_at_once_as_workers(texts: str, packer: PackingConfig, num_rows: int) -> None:
+    """Of one row, or of several: three are neither a divisor nor a multiple of four or eight rows."""
+    num_running, most, lock = 0, 0, threading.Lock()
 
     def counted(sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
+        nonlocal num_running, most
         with lock:
-            running[0] += 1
-            most[0] = max(most[0], running[0])
+            num_running += 1
+            most = max(most, num_running)
         time.sleep(0.005)
         with lock:
-            running[0] -= 1
+            num_running -= 1
         return load(sample, rng)
 
-    rows = open_rows(texts, packer, load=counted, workers=3)
-    take(2 * ROWS, rows)
+    rows = open_rows(texts, packer, load=counted, num_workers=3, num_rows=num_rows)
+    take(8 // num_rows, rows)
     rows.close()
-    assert most[0] == 3  # not a divisor of the four rows
+    assert most == 3
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_the_decoded_samples_of_a_row_are_bounded(tmp_path: Path, packer: PackingConfig, num_workers: int) -> None:
+    """A row ready and the buffer full, and as many more samples as keep the workers busy, however long nobody asks."""
+    decoded = []
+
+    def counted(sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
+        decoded.append(sample["id"])
+        return load(sample, rng)
+
+    files = write_texts(tmp_path / "long.jsonl", [60] * 24)  # a row each
+    rows = open_rows(files, packer, num_rows=1, load=counted, num_workers=num_workers)
+    take(1, rows)
+    deadline = time.monotonic() + 30
+    bound = 2 + packer.packing_buffer + num_workers - 1
+    while len(decoded) < bound and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(decoded) == bound
+    rows.close()
+
+
+def test_waiting_samples_are_decoded_in_parallel_on_resume(texts: str, packer: PackingConfig) -> None:
+    """Three of each of four rows: none returns before all are in progress."""
+    rows = open_rows(texts, packer)
+    take(1, rows)
+    state = rows.get_state()
+    rows.close()
+    barrier, waiting = threading.Barrier(12, timeout=30), threading.Semaphore(12)
+
+    def together(sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
+        if waiting.acquire(blocking=False):
+            barrier.wait()
+        return load(sample, rng)
+
+    again = open_rows(texts, packer, load=together, num_workers=12)
+    again.set_state([state])
+    take(1, again)
+    again.close()
+    assert not barrier.broken
 
 
 def test_a_step_of_rows_is_made_ahead(tmp_path: Path, packer: PackingConfig) -> None:
@@ -232,13 +295,13 @@ def test_a_step_of_rows_is_made_ahead(tmp_path: Path, packer: PackingConfig) -> 
         made.append(sample["id"])
         return load(sample, rng)
 
-    rows = open_rows(write_texts(tmp_path / "long.jsonl", [60] * 24), packer, rows=8, load=counted)
+    rows = open_rows(write_texts(tmp_path / "long.jsonl", [60] * 24), packer, num_rows=8, load=counted)
     take(1, rows)
     deadline = time.monotonic() + 30
-    while len(made) < 8 * 3 and time.monotonic() < deadline:
+    while len(made) < 8 * 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     rows.close()
-    assert len(made) >= 8 * 3
+    assert len(made) >= 8 * 5
 
 
 # Samples that cannot be used
@@ -257,7 +320,7 @@ def test_bad_lines_are_skipped_and_counted(tmp_path: Path, packer: PackingConfig
         texts[2],
     ]
     files = write_lines(tmp_path / "a.jsonl", lines)
-    rows = rows_of(2, files, packer, repeat=False, rows=1)
+    rows = rows_of(2, files, packer, repeat=False, num_rows=1)
     assert [row.keys for row in rows] == [("0", "1"), ("2",)]
     assert [(row.num_drawn, len(row.bad)) for row in rows] == [(8, 5), (0, 0)]
     assert {(bad.file, bad.line) for bad in rows[0].bad} == {(files, line) for line in (2, 4, 5, 6, 7)}
@@ -271,10 +334,10 @@ def test_bad_lines_are_skipped_and_counted(tmp_path: Path, packer: PackingConfig
 def test_a_bad_sample_is_remembered_with_the_state(tmp_path: Path, packer: PackingConfig) -> None:
     """The share counts from the start of the run, not from where it went on."""
     files = write_texts(tmp_path / "a.jsonl", [0] * FORGIVEN + [60] * 4 + [0] * 10)
-    rows = open_rows(files, packer, repeat=False, rows=1)
+    rows = open_rows(files, packer, repeat=False, num_rows=1)
     take(1, rows)
-    again = open_rows(files, packer, repeat=False, rows=1)
-    again.set_state(rows.get_state())
+    again = open_rows(files, packer, repeat=False, num_rows=1)
+    again.set_state([rows.get_state()])
     with pytest.raises(InputError, match=f"{FORGIVEN + 1} of 15 samples cannot be used"):
         take(3, again)
     rows.close()
@@ -294,7 +357,7 @@ def test_too_large_a_share_of_bad_samples() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_share_stops_the_run_wherever_samples_are_made(tmp_path: Path, packer: PackingConfig, workers: int) -> None:
     files = write_texts(tmp_path / "a.jsonl", [0] * 30)
-    rows = open_rows(files, packer, workers=workers)
+    rows = open_rows(files, packer, num_workers=workers)
     with pytest.raises(
         InputError, match=r"^11 of 11 samples .*max_bad_fraction 0.01 .*a.jsonl line \d+: Sample \d+ is"
     ):
@@ -304,7 +367,7 @@ def test_the_share_stops_the_run_wherever_samples_are_made(tmp_path: Path, packe
 
 def test_cut_samples_are_counted(tmp_path: Path, packer: PackingConfig) -> None:
     lines = [{"id": str(i), "tokens": 30, "cut": 5 * (i % 2)} for i in range(4)]
-    rows = rows_of(2, write_lines(tmp_path / "a.jsonl", lines), packer, repeat=False, rows=1)
+    rows = rows_of(2, write_lines(tmp_path / "a.jsonl", lines), packer, repeat=False, num_rows=1)
     assert [(row.keys, row.num_truncated) for row in rows] == [(("0", "1"), 1), (("2", "3"), 1)]
 
 
@@ -324,12 +387,12 @@ def media_rows(tmp_path: Path, clip: str, processor: Processor) -> Any:
     shape = RowShape(tokens=160, bins=4, patches=16, frames=2, samples=4)
     packer = PackingConfig(processor, shape, packing_buffer=2, max_bad_fraction=0.0, dtype="bfloat16")
 
-    def rows(lines: Sequence[Any], repeat: bool) -> Iterator[PackedRow]:
+    def rows(lines: Sequence[Any], repeat: bool) -> RowLoader:
         def load(sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
             return objective.load(processor, sample, rng)
 
         files = write_lines(tmp_path / "a.jsonl", lines)
-        return open_rows(files, packer, repeat, load=load, media_root=str(tmp_path), rows=1)
+        return open_rows(files, packer, repeat, load=load, media_root=str(tmp_path), num_rows=1)
 
     return rows
 
@@ -368,7 +431,7 @@ def test_drawn_frames_are_the_same_again_after_a_restore(media_rows: Any) -> Non
     state = json.dumps(rows.get_state())
     expected = take(3, rows)
     again = media_rows(lines, repeat=True)
-    again.set_state(json.loads(state))
+    again.set_state([json.loads(state)])
     assert contents(take(3, again)) == contents(expected)
     frames = {row.batch.patches.tobytes() for row in expected}
     assert len(frames) == 3  # of one clip, other ones each time
@@ -384,7 +447,7 @@ def test_a_clip_that_was_decoded_before_a_restart_may_be_gone_after_it(clip: str
     rows.close()
     Path(clip).rename(Path(clip).with_name("elsewhere"))
     again = media_rows(lines, repeat=False)
-    again.set_state(state)
+    again.set_state([state])
     (row,) = take(1, again)
     assert row.keys == () and [bad.line for bad in row.bad] == [4]  # lines 2 and 3 were drawn before
     again.close()
