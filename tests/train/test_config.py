@@ -362,7 +362,7 @@ def test_the_first_tarsiers_recipes_train_the_projector_and_the_decoder(
         }
         assert not any(path.startswith("decoder/") for path in frozen)
         shape = fit_packing(config.data, config.processor, FULL_MODELS["random_tarsier1"].vision).row_shape
-        assert (shape.patches, shape.frames, shape.bins) == (576, 1, 27) and config.processor.n_frames == 8
+        assert (shape.patches, shape.frames, shape.bins) == (576, 1, 25) and config.processor.n_frames == 8
 
 
 def test_there_are_recipes() -> None:

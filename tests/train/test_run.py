@@ -53,9 +53,9 @@ def started(tmp_path: Path, started_sft: Path) -> Path:
     [
         ("seed", 5, "0"),
         ("data.seq_len", 512, "448"),
-        ("data.vision_bins", 9, "16"),
-        ("data.patches_per_bin", 72, "80"),
-        ("data.frames_per_bin", 3, "5"),
+        ("data.vision_bins", 9, "8"),
+        ("data.patches_per_bin", 72, "160"),
+        ("data.frames_per_bin", 3, "10"),
         ("data.max_samples_per_seq", 3, "4"),
         ("data.global_batch_size", 8, "4"),
         ("data.shuffle", False, "True"),
