@@ -98,12 +98,15 @@ def propose(sizes: Sequence[UnitSize], longest: RowShape, packing_buffer: int, m
         packing_buffer: Samples among which a row looks for the next one that fits.
         model: Sizes of the model.
     """
-    sizes = [size for size in sizes if size.tokens <= longest.tokens]
+    fitting = [size for size in sizes if size.tokens <= longest.tokens]
+    if not fitting:
+        return []
+    bin_sizes = _bin_sizes(fitting, model) or [longest.patches]
     proposals = []
     for length in _ROW_LENGTHS:
         row = dataclasses.replace(longest, tokens=max(64, int(longest.tokens * length) // 64 * 64))
-        shapes = [shape for patches in _bin_sizes(sizes, model) for shape in _shapes(sizes, row, patches, model)]
-        plans = [make_plan(sizes, shape, packing_buffer, model) for shape in shapes if _fit_all(sizes, shape)]
+        shapes = [shape for patches in bin_sizes for shape in _shapes(fitting, row, patches, model)]
+        plans = [make_plan(sizes, shape, packing_buffer, model) for shape in shapes if _fit_all(fitting, shape)]
         proposals += sorted(plans, key=lambda plan: plan.flops)[:1]
     return proposals
 
@@ -113,7 +116,10 @@ def _fit_all(sizes: Sequence[UnitSize], shape: RowShape) -> bool:
 
 
 def _bin_sizes(sizes: Sequence[UnitSize], model: ModelConfig) -> list[int]:
-    """Returns patches per bin: some frames of the largest size, or of one of the two most frequent sizes."""
+    """Returns patches per bin for some frames of the largest size, or of one of the two most frequent sizes.
+
+    Samples without frames need none.
+    """
     counts = collections.Counter(patches for size in sizes for patches in size.frame_patches.tolist())
     largest, multiple = max(counts, default=0), model.vision.bin_multiple
     if largest > 512 and 64 % multiple == 0:

@@ -128,6 +128,10 @@ class Row:
         """Tokens of all samples, without padding."""
         return self._space.tokens
 
+    @property
+    def num_examples(self) -> int:
+        return self._space.examples
+
     def add(self, unit: Unit) -> bool:
         """Adds the unit if it fits, and returns whether it did.
 

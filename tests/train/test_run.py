@@ -91,6 +91,28 @@ def test_what_does_not_is_free_and_named(open_debug: Callable[..., TrainRun], st
     assert len((started / "runs.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("make_objective", [sft_objective, dpo_objective])
+def test_the_steps_of_epochs_are_the_same_on_resume(
+    open_debug: Callable[..., TrainRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_objective: Any
+) -> None:
+    """Estimated once: 8 lines, rows of 4 samples (2 pairs), and 4 rows per step."""
+    over = {"dpo.reference": str(tmp_path / "reference")} if make_objective is dpo_objective else {}
+    steps = [5, 9] if make_objective is dpo_objective else [3, 5]
+    first = open_debug(tmp_path / "run", make_objective, num_epochs=9.0, **over)
+    assert first.config.num_train_steps == steps[1]
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    monkeypatch.setattr("train.run.measure_samples", lambda *_: pytest.fail("measured again"))
+    for epochs, expected in ((9.0, steps[1]), (5.0, steps[0])):
+        assert (
+            open_debug(tmp_path / "run", make_objective, num_epochs=epochs, **over).config.num_train_steps == expected
+        )
+
+
+def test_epochs_shorter_than_the_warm_up(open_debug: Callable[..., TrainRun], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="warmup_steps is 2, but the run has 1 steps"):
+        open_debug(tmp_path, num_epochs=0.5)
+
+
 def of_files(*files: Path) -> dict[str, Any]:
     return {"data.train": ",".join(map(str, files)), "data.eval": "", "data.media_root": str(files[0].parent)}
 
