@@ -27,8 +27,10 @@ def test_eight_devices(tmp_path: Path, on_one_device: np.ndarray) -> None:
 
 
 def test_two_processes_of_four_devices(tmp_path: Path, on_one_device: np.ndarray) -> None:
-    flags = (*MESH, f"--coordinator=localhost:{free_port()}", "--num_processes=2")
+    epochs = "--config.num_epochs=40"  # of 8 lines: 20 steps of 4 rows of 4 samples, which process 0 estimates
+    flags = (*MESH, epochs, f"--coordinator=localhost:{free_port()}", "--num_processes=2")
     other = start(tmp_path, *flags, "--process_id=1", devices=4)
     printed = finish(start(tmp_path, *flags, "--process_id=0", devices=4))
+    assert "40 epochs of 8 lines are 20 steps" in printed
     assert "step 20/20" in printed and "step 1/20" not in finish(other)  # only one of them speaks
     np.testing.assert_allclose(curve(tmp_path), on_one_device, rtol=1e-5, atol=0)
