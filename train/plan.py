@@ -1,11 +1,11 @@
-"""Proposes the rows of a run from its annotations, without training and without decoding their videos.
+"""Proposes the rows of a run from its annotations, without training.
 
     python -m train.plan --config configs/recap_7b.py --config.data.train=FILE --config.data.media_root=DIR
 
-Measures some samples of the mixture: their tokens, frames, and sizes of frames. Packs them into rows of the
-configuration and of other sizes, and prints for each: the padding, the samples per row, the FLOPs per sample of a step
-relative to the configuration's (padding included), and the steps per epoch. Ends with the flags of the rows with the
-fewest FLOPs. Longer rows take more memory; see `python -m train.aot`.
+Measures some samples of the mixture: their tokens, frames, and sizes of frames. It decodes one frame of each video.
+Packs the sizes into rows of the configuration and of other shapes, and prints for each: the samples per row, the
+padding, the FLOPs per sample of a step relative to the configuration's (padding included), and the steps per epoch.
+Ends with the flags of the rows with the fewest FLOPs. Longer rows take more memory; see `python -m train.aot`.
 """
 
 import collections
@@ -46,8 +46,10 @@ from train.run import training_processor
 from train.throughput import Work, step_flops
 
 _ROW_LENGTHS = (1.0, 0.75, 0.5)  # fractions of the longest row
-_FRAMES = (1, 2, 3, 4)  # frames per proposed bin
-_BIN_COUNTS = 6  # numbers of bins that are tried per length and size of bins
+_FRAMES = 4  # numbers of frames per bin that are tried
+_SMALLEST_BIN = 512  # patches of a proposed bin, which attention on TPUs computes in tiles of that size
+_TILE = 64  # patches; divisor of the patches of a proposed bin
+_BIN_COUNTS = 5  # numbers of bins that are tried per length and size of bins
 _INTERVAL = 5.0  # seconds between two lines of progress
 _BAD_LINES = 5  # bad samples that are named
 
@@ -116,19 +118,19 @@ def _fit_all(sizes: Sequence[UnitSize], shape: RowShape) -> bool:
 
 
 def _bin_sizes(sizes: Sequence[UnitSize], model: ModelConfig) -> list[int]:
-    """Returns patches per bin for some frames of the largest size, or of one of the two most frequent sizes.
+    """Returns patches per bin that contain some frames of the largest size, or of one of the two most frequent sizes.
 
     Samples without frames need none.
     """
     counts = collections.Counter(patches for size in sizes for patches in size.frame_patches.tolist())
     largest, multiple = max(counts, default=0), model.vision.bin_multiple
-    if largest > 512 and 64 % multiple == 0:
-        multiple = 64  # tiles of the accelerators' kernels
-    frames = {largest, *(patches for patches, _ in counts.most_common(2))}
-    bins = {math.ceil(n * patches / multiple) * multiple for patches in frames for n in _FRAMES}
-    return (
-        sorted(patches for patches in bins if largest <= patches <= max(_FRAMES) * largest) if largest else [multiple]
-    )
+    if _TILE % multiple == 0:
+        multiple = _TILE
+    bins = set()
+    for frame in {largest, *(patches for patches, _ in counts.most_common(2))} - {0}:
+        first = math.ceil(_SMALLEST_BIN / frame)
+        bins |= {math.ceil((first + more) * frame / multiple) * multiple for more in range(_FRAMES)}
+    return sorted(patches for patches in bins if largest <= patches <= _FRAMES * max(largest, _SMALLEST_BIN))
 
 
 def _shapes(sizes: Sequence[UnitSize], row: RowShape, patches: int, model: ModelConfig) -> list[RowShape]:
@@ -136,7 +138,7 @@ def _shapes(sizes: Sequence[UnitSize], row: RowShape, patches: int, model: Model
     visual_tokens = model.vision.num_tokens(sum(int(size.frame_patches.sum()) for size in sizes))
     visual_fraction = visual_tokens / sum(size.tokens for size in sizes)
     most = math.ceil(1.15 * visual_fraction * row.tokens / model.vision.num_tokens(patches))
-    numbers = {round(most * (1 - i / 3 / _BIN_COUNTS)) for i in range(_BIN_COUNTS + 1)}
+    numbers = {round(count) for count in np.linspace(2 / 3 * most, most, _BIN_COUNTS)}
     frames = max(1, min(row.frames, patches // model.vision.smallest_frame))
     return [dataclasses.replace(row, bins=bins, patches=patches, frames=frames) for bins in sorted(numbers)]
 

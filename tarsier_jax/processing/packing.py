@@ -99,12 +99,13 @@ class RowSpace:
         places = [np.zeros((0, 2), np.int64)]
         for t, h, w in size.grid_thw.tolist():
             capacity = np.minimum((self.shape.patches - patches) // (h * w), self.shape.frames - frames)
-            ends = np.minimum(np.cumsum(capacity), t)  # frames of the visual in a bin and the bins before it
-            if not len(ends) or ends[-1] < t:
+            total = np.cumsum(capacity)
+            if not len(total) or total[-1] < t:
                 return None
-            counts = np.diff(ends, prepend=0)
+            starts = np.minimum(total - capacity, t)  # frames of the visual in the bins before
+            counts = np.minimum(total, t) - starts
             bins = np.repeat(np.arange(len(counts)), counts)
-            offsets = patches[bins] + h * w * (np.arange(t) - (ends - counts)[bins])
+            offsets = patches[bins] + h * w * (np.arange(t) - starts[bins])
             places.append(np.stack([bins, offsets], axis=1))
             patches += h * w * counts
             frames += counts

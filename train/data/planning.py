@@ -19,7 +19,7 @@ from train.data.annotations import mix_files, num_lines
 from train.data.packing import BadSample, LoadLine, PackingConfig, PackUnit
 
 NUM_SAMPLES = 512  # samples that are measured
-_NUM_ROWS = 200  # rows that are packed for an estimate
+_NUM_PACKED = 1024  # samples that are packed for an estimate
 # A row that every sample fits.
 _UNLIMITED = RowShape(tokens=2**40, bins=1, patches=2**40, frames=2**40, samples=2**40)
 
@@ -148,7 +148,7 @@ def estimate_rows(sizes: Sequence[UnitSize], shape: RowShape, packing_buffer: in
             f"All {len(sizes)} measured samples exceed an empty row of {shape.tokens} tokens and {shape.bins} bins of "
             f"{shape.patches} patches. `python -m train.plan` proposes rows that they fit."
         )
-    rows = list(itertools.islice(pack_sizes(_in_random_order(fitting), shape, packing_buffer), _NUM_ROWS))
+    rows = list(_until(_NUM_PACKED, pack_sizes(_in_random_order(fitting), shape, packing_buffer)))
     samples, tokens, patches = (
         float(np.mean([getattr(row, name) for row in rows])) for name in ("units", "tokens", "patches")
     )
@@ -169,6 +169,14 @@ def steps_of_epochs(config: TrainConfig, num_epochs: float, lines_per_row: float
     """Returns the number of steps in which `num_epochs` times the number of lines are read."""
     lines_per_step = lines_per_row * config.data.global_batch_size
     return math.ceil(num_epochs * num_lines(config.data.train) / lines_per_step)
+
+
+def _until(samples: int, rows: Iterator[RowSpace]) -> Iterator[RowSpace]:
+    """Yields rows until they have that many samples."""
+    while samples > 0:
+        row = next(rows)
+        samples -= row.units
+        yield row
 
 
 def _in_random_order(sizes: Sequence[UnitSize]) -> Iterator[UnitSize]:
