@@ -16,6 +16,7 @@ def sized(config: ConfigDict, size: str, model: str = "random") -> ConfigDict:
     if size == "full":
         return config
     config.model, config.data.train, config.data.eval = model, "random", "random"
+    config.num_epochs = 0.0
     config.num_train_steps, config.log_every, config.save_every, config.eval_every = 20, 1, 10, 10
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 2)
     config.processor.n_frames, config.processor.max_pixels = 4, 12_544

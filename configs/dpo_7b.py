@@ -15,7 +15,6 @@ def get_config(size: str = "full") -> ConfigDict:
     config.num_train_steps = 1000
     config.data.global_batch_size = 64
     config.data.max_samples_per_seq = 2
-    config.data.seq_len = 20_480
     config.optimizer.peak_lr = 1e-6
     config.optimizer.warmup_steps = 100
     config.dpo.beta = 0.1

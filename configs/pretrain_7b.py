@@ -14,7 +14,7 @@ def get_config(size: str = "full") -> ConfigDict:
     config.model = "Qwen/Qwen2-VL-7B-Instruct"
     config.num_train_steps = 200_000
     config.processor.max_n_frames = 128
-    config.data.global_batch_size = 384
+    config.data.global_batch_size = 192  # rows of two full-size videos each
     config.optimizer.peak_lr = 2e-5
     config.optimizer.warmup_steps = 1000
     return sized(config, size)

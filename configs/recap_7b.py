@@ -13,7 +13,7 @@ from train.config import default_config
 def get_config(size: str = "full") -> ConfigDict:
     config = default_config()
     config.model = "Qwen/Qwen2-VL-7B-Instruct"
-    config.num_train_steps = 18_300  # two epochs of 585,643 clips, 64 per step; fewer suffice if clips share rows
+    config.num_epochs = 2.0
     config.data.global_batch_size = 64
     config.optimizer.peak_lr = 2e-5
     config.optimizer.warmup_steps = 250

@@ -12,7 +12,7 @@ from train.config import default_config
 def get_config(size: str = "full") -> ConfigDict:
     config = default_config()
     config.num_train_steps = 5000
-    config.data.global_batch_size = 64
+    config.data.global_batch_size = 32  # rows of two full-size videos each
     config.optimizer.peak_lr = 2e-6
     config.optimizer.warmup_steps = 250
     return sized(config, size)

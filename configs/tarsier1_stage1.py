@@ -15,6 +15,7 @@ def get_config(size: str = "full") -> ConfigDict:
     config = default_config()
     config.num_train_steps = 34_000
     config.processor.n_frames = 8
+    config.data.seq_len = 16_384
     config.data.global_batch_size = 128
     config.optimizer.peak_lr = 2e-5
     config.optimizer.warmup_steps = 1000

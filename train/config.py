@@ -83,7 +83,8 @@ class TrainConfig:
 
     Attributes:
         model: Starting checkpoint: a Hugging Face directory, hub id, converted directory or key of debug_data.MODELS.
-        num_train_steps: Optimizer steps.
+        num_train_steps: Optimizer steps; num_epochs replaces them if it is above 0.
+        num_epochs: Passes over data.train, from which the number of steps follows; 0 for num_train_steps.
         seed: Seed of the data order and of every random choice.
         grad_accum_steps: Parts of a step's rows that are computed one after the other; their gradients are summed.
         dtype: Dtype of matrix products: float32, bfloat16, or auto (bfloat16 on accelerators).
@@ -107,6 +108,7 @@ class TrainConfig:
 
     model: str = ""
     num_train_steps: int = 1000
+    num_epochs: float = 0.0
     seed: int = 0
     grad_accum_steps: int = 1
     dtype: str = "auto"
@@ -129,9 +131,10 @@ class TrainConfig:
         check_choice(self, "attention", ("auto", *IMPLEMENTATIONS))
         check_choice(self, "remat", ("none", "dots", "full"))
         check_at_least(self, 0, "num_train_steps", "seed", "log_every", "save_every", "eval_every", "eval_captions")
-        check_at_least(self, 0, "profile_step")
+        check_at_least(self, 0, "profile_step", "num_epochs")
         check_at_least(self, 1, "max_to_keep")
-        make_schedule(self.optimizer, self.num_train_steps)  # checks the warm-up
+        if not self.num_epochs:
+            make_schedule(self.optimizer, self.num_train_steps)  # checks the warm-up
 
 
 def default_config() -> ConfigDict:
@@ -206,7 +209,7 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
     """Parses the process's command line (ml_collections looks there for --config.KEY) into `values` and the config.
 
     Raises:
-        InputError: a flag or key does not exist, or has an invalid value.
+        InputError: a flag or key does not exist, has an invalid value, or is without effect.
     """
     names = ", ".join(f"--{name}" for name in values if name != "config")
     if {"-h", "--help"} & set(sys.argv):
@@ -229,7 +232,13 @@ def read_flags(values: flags.FlagValues) -> TrainConfig:
         raise InputError(f"{problem} Recipes are in configs/; every key is explained in train/config.py.") from None
     if rest:
         raise InputError(f"{rest[0]!r} is not a flag. Flags are --config, --config.KEY=VALUE, {names}.")
-    return with_local_paths(read_config(values.config))
+    config = read_config(values.config)
+    if config.num_epochs and "config.num_train_steps" in _given_keys():
+        raise InputError(
+            f"--config.num_train_steps is without effect, since config.num_epochs is {config.num_epochs:g}. Leave it "
+            "out, or add --config.num_epochs=0."
+        )
+    return with_local_paths(config)
 
 
 def help_lines(config: Any = TrainConfig(), prefix: str = "--config") -> Iterator[str]:

@@ -79,7 +79,8 @@ def dpo_objective(config: TrainConfig) -> Objective:
                 pairs,
             )
 
-    return Objective("dpo", loss, chosen, load_with_reference, {"reference": (pairs, 2)}, before=before, answers=2)
+    extra = {"reference": (pairs, 2)}
+    return Objective("dpo", loss, chosen, load_with_reference, extra, before=before, answers=2, load_plain=load)
 
 
 def mask_shared(pair: Sequence[Example]) -> list[Example]:

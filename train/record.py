@@ -22,6 +22,16 @@ _PACKAGES = ("tarsier_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
 _WITHOUT_SECTION = {"rows": "data.rows", "lookahead": "data.lookahead", "freeze": "optimizer.freeze"}
 
 
+def read_run_metadata(workdir: Path) -> dict[str, Any]:
+    """Returns the facts in run.json that must not change; none if the workdir has no checkpoints.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = workdir / "run.json"
+    return _read(file) if _has_checkpoints(workdir) and file.exists() else {}
+
+
 def check_run_metadata(workdir: Path, facts: Mapping[str, Any]) -> None:
     """Writes the facts that must not change to run.json, or compares them where the workdir has checkpoints.
 
@@ -32,7 +42,7 @@ def check_run_metadata(workdir: Path, facts: Mapping[str, Any]) -> None:
     """
     file = workdir / "run.json"
     facts = json.loads(json.dumps(facts))
-    former = _read(file) if _has_checkpoints(workdir) and file.exists() else {}
+    former = read_run_metadata(workdir)
     for key, value in facts.items():
         if key in former and former[key] != value:
             raise InputError(

@@ -10,6 +10,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import InputError
@@ -20,12 +21,13 @@ from tarsier_jax.processing.templates import training_template
 from tarsier_jax.programs import resolve_dtype
 from tarsier_jax.weights import resolve
 from train.config import TrainConfig
-from train.data.annotations import describe_files
+from train.data.annotations import describe_files, num_lines
 from train.data.loading import RowLoader
 from train.data.packing import PackingConfig, PackUnit, fit_packing
+from train.data.planning import collect, estimate_rows, lines_per_row, measure_samples, steps_of_epochs
 from train.mesh import build_mesh, check_rows, find_local_rows
 from train.processes import check_same_settings
-from train.record import check_run_metadata, flatten, record_start
+from train.record import check_run_metadata, flatten, read_run_metadata, record_start
 from train.state import LossFunction, StateSpec, make_state_spec
 
 
@@ -42,6 +44,7 @@ class Objective:
         with_reference: Whether the state contains a frozen reference model.
         before: Called before the first step.
         answers: Sequences that share the frames of one sample.
+        load_plain: `load` without extra arrays, where those exist only after `before`.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Objective:
     with_reference: bool = False
     before: Callable[["TrainRun"], None] | None = None
     answers: int = 1
+    load_plain: Callable[[Processor, Mapping[str, Any], np.random.Generator], PackUnit] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ class TrainRun:
     """A run, ready to start.
 
     Attributes:
-        config: Configuration, with the sizes of the bins set.
+        config: Configuration, with the sizes of the bins and the number of steps set.
         workdir: Directory of checkpoints and logs.
         model_directory: Starting checkpoint.
         processor: The checkpoint's processor with the run's options.
@@ -127,11 +131,14 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
     config = dataclasses.replace(config, data=packing)
     model_config = run_config(model_config, config, mesh.devices.flat[0])
     processor = training_processor(directory, model_config, config)
+    pace = {"lines_per_row": _lines_per_row(config, workdir, objective, processor)} if config.num_epochs else {}
+    if pace:
+        config = dataclasses.replace(config, num_train_steps=steps_of_epochs(config, config.num_epochs, **pace))
     try:
         spec = make_state_spec(model_config, config.optimizer, config.num_train_steps, mesh, objective.with_reference)
     except ValueError as e:
         raise InputError(f"{e} Choose other sizes in config.mesh.") from None
-    facts = _facts(config, objective, processor, directory)
+    facts = {**_facts(config, objective, processor, directory), **pace}
     check_same_settings("data", {**facts, "data.eval": describe_files(config.data.eval) if config.data.eval else []})
     changes = []
     if jax.process_index() == 0:
@@ -140,12 +147,37 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
     return TrainRun(config, workdir, directory, processor, spec, objective, tuple(changes))
 
 
+def _lines_per_row(config: TrainConfig, workdir: Path, objective: Objective, processor: Processor) -> float:
+    """Returns the lines of annotations that a row takes: of run.json on resume, else measured by process 0."""
+    value = 0.0
+    if jax.process_index() == 0:
+        recorded = read_run_metadata(workdir).get("lines_per_row")
+        value = _measure_lines_per_row(config, objective, processor) if recorded is None else float(recorded)
+    if jax.process_count() > 1:
+        content = np.frombuffer(np.float64(value).tobytes(), np.uint8)  # JAX would round it to float32
+        value = float(np.frombuffer(multihost_utils.broadcast_one_to_all(content).tobytes(), np.float64)[0])
+    return value
+
+
+def _measure_lines_per_row(config: TrainConfig, objective: Objective, processor: Processor) -> float:
+    material = collect(measure_samples(config, processor, objective.load_plain or objective.load))
+    rows = estimate_rows(material.sizes, config.data.row_shape, config.data.packing_buffer)
+    lines = lines_per_row(material, rows)
+    print(
+        f"{config.num_epochs:g} epochs of {num_lines(config.data.train):,} lines are "
+        f"{steps_of_epochs(config, config.num_epochs, lines):,} steps: a row takes {lines:.2f} lines on average, "
+        f"estimated from {material.num_lines} lines",
+        flush=True,
+    )
+    return lines
+
+
 # Settings that may differ between processes: paths and reading of a host's files.
 _OF_A_HOST = ("model", "data.train", "data.eval", "data.media_root", "data.num_workers")
 # Settings of the data that must not change on resume. The others affect only the speed.
 _OF_ROWS = (
     *("seq_len", "max_samples_per_seq"),
-    *("vision_bins", "patches_per_bin", "frames_per_bin"),  # may follow from others, so these come after them
+    *("patches_per_bin", "frames_per_bin", "vision_bins"),  # may follow from others, so these come after them
     *("shuffle", "global_batch_size", "packing_buffer"),
 )
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")

@@ -207,6 +207,6 @@ def _add_to_row(rows: list[Row], example: Example, may_be_first: bool) -> tuple[
     """
     for i in sorted(range(len(rows)), key=lambda i: rows[i].tokens):
         start = rows[i].tokens
-        if (may_be_first or rows[i].examples) and rows[i].add([example]):
+        if (may_be_first or rows[i].num_examples) and rows[i].add([example]):
             return i, start
     return None

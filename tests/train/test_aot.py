@@ -13,9 +13,15 @@ from train import aot
 @pytest.mark.slow
 def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
     """One sequence of 16,384 tokens per chip, on 256 chips."""
-    done = tpu.run(
-        "train.aot", "--config=configs/recap_7b.py", "--config.data.global_batch_size=256", "--topology=v5e:16x16"
-    )
+    rows = {
+        "global_batch_size": 256,
+        "seq_len": 16_384,
+        "vision_bins": 27,
+        "patches_per_bin": 2496,
+        "frames_per_bin": 16,
+    }
+    flags = [f"--config.data.{key}={value}" for key, value in rows.items()]
+    done = tpu.run("train.aot", "--config=configs/recap_7b.py", *flags, "--topology=v5e:16x16")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "FITS"
     arguments, total = (float(re.search(rf"{k} ([\d.]+)", done.stdout)[1]) for k in ("arguments", "total"))

@@ -362,7 +362,15 @@ def test_the_first_tarsiers_recipes_train_the_projector_and_the_decoder(
         }
         assert not any(path.startswith("decoder/") for path in frozen)
         shape = fit_packing(config.data, config.processor, FULL_MODELS["random_tarsier1"].vision).row_shape
-        assert (shape.patches, shape.frames, shape.bins) == (576, 1, 27) and config.processor.n_frames == 8
+        assert (shape.patches, shape.frames, shape.bins) == (576, 1, 25) and config.processor.n_frames == 8
+
+
+def test_epochs_of_a_recipe_and_steps_of_the_command_line(command_line: Callable[..., TrainConfig]) -> None:
+    recipe = f"--config={RECIPES[0].with_name('recap_7b.py')}"
+    assert command_line(recipe).num_epochs == 2 and command_line(f"{recipe}:debug").num_epochs == 0
+    with pytest.raises(InputError, match=r"num_train_steps is without effect, since config\.num_epochs is 2\. .*=0"):
+        command_line(recipe, "--config.num_train_steps=300")
+    assert command_line(recipe, "--config.num_train_steps=300", "--config.num_epochs=0").num_train_steps == 300
 
 
 def test_there_are_recipes() -> None:

@@ -53,9 +53,9 @@ def started(tmp_path: Path, started_sft: Path) -> Path:
     [
         ("seed", 5, "0"),
         ("data.seq_len", 512, "448"),
-        ("data.vision_bins", 9, "16"),
-        ("data.patches_per_bin", 72, "80"),
-        ("data.frames_per_bin", 3, "5"),
+        ("data.vision_bins", 9, "8"),
+        ("data.patches_per_bin", 72, "160"),
+        ("data.frames_per_bin", 3, "10"),
         ("data.max_samples_per_seq", 3, "4"),
         ("data.global_batch_size", 8, "4"),
         ("data.shuffle", False, "True"),
@@ -97,6 +97,28 @@ def test_the_number_of_processes_may_change(open_debug: Callable[..., TrainRun],
     run.write_text(json.dumps({**json.loads(run.read_text()), "processes": 2, "row_groups": 2}))
     open_debug(started)
     assert not json.loads(run.read_text()).keys() & {"processes", "row_groups"}
+
+
+@pytest.mark.parametrize("make_objective", [sft_objective, dpo_objective])
+def test_the_steps_of_epochs_are_the_same_on_resume(
+    open_debug: Callable[..., TrainRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_objective: Any
+) -> None:
+    """Estimated once: 8 lines, rows of 4 samples (2 pairs), and 4 rows per step."""
+    over = {"dpo.reference": str(tmp_path / "reference")} if make_objective is dpo_objective else {}
+    steps = [5, 9] if make_objective is dpo_objective else [3, 5]
+    first = open_debug(tmp_path / "run", make_objective, num_epochs=9.0, **over)
+    assert first.config.num_train_steps == steps[1]
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    monkeypatch.setattr("train.run.measure_samples", lambda *_: pytest.fail("measured again"))
+    for epochs, expected in ((9.0, steps[1]), (5.0, steps[0])):
+        assert (
+            open_debug(tmp_path / "run", make_objective, num_epochs=epochs, **over).config.num_train_steps == expected
+        )
+
+
+def test_epochs_shorter_than_the_warm_up(open_debug: Callable[..., TrainRun], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="warmup_steps is 2, but the run has 1 steps"):
+        open_debug(tmp_path, num_epochs=0.5)
 
 
 def of_files(*files: Path) -> dict[str, Any]:

@@ -110,6 +110,11 @@ def describe_files(files: str) -> list[str]:
     return descriptions
 
 
+def num_lines(files: str) -> int:
+    """Returns the number of lines of all files that are not empty. Raises InputError."""
+    return sum(len(AnnotationFile(path)) for path, _ in parse_files(files))
+
+
 def mix_files(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grain.MapDataset:
     """Returns the mixture of the files.
 

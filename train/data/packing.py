@@ -1,6 +1,7 @@
 """The samples of annotation lines, and the parameters of packing them into rows. `train.data.loading` packs them."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,9 +28,9 @@ class DataConfig:
         eval: Held-out annotation files, in the same format; empty for none.
         media_root: Directory that relative paths of videos and images start from.
         seq_len: Tokens per packed row.
-        vision_bins: Bins of patches per row; -1 for as many full-size frames as seq_len takes.
-        patches_per_bin: Patches per bin, so of the largest frame; -1 for the size that processor.max_pixels allows.
-        frames_per_bin: Frames per bin; -1 for up to 16.
+        vision_bins: Bins of patches per row; -1 for those that 0.9 of seq_len takes, the rest being text.
+        patches_per_bin: Patches per bin; -1 for two of the largest frames that processor.max_pixels allows.
+        frames_per_bin: Frames per bin; -1 for up to 32.
         max_samples_per_seq: Samples per row; 1 turns packing off.
         shuffle: Shuffle the lines at each pass; False keeps the order of the files.
         global_batch_size: Packed rows per optimizer step, over all devices and accumulation steps.
@@ -44,7 +45,7 @@ class DataConfig:
     train: str = ""
     eval: str = ""
     media_root: str = ""
-    seq_len: int = 16_384
+    seq_len: int = 20_480
     vision_bins: int = -1
     patches_per_bin: int = -1
     frames_per_bin: int = -1
@@ -70,12 +71,17 @@ class DataConfig:
         )
 
 
-_MAX_FRAMES_PER_BIN = 16
+_MAX_FRAMES_PER_BIN = 32
 _SMALLEST_BIN = 32  # patches; the sides of enlarged frames are rounded up
+_VISUAL_FRACTION = 0.9  # of a row's tokens; the others are text
 
 
 def fit_packing(data: DataConfig, options: ProcessorOptions, vision: VisionConfig, answers: int = 1) -> DataConfig:
     """Derives the sizes of the bins that are -1.
+
+    A bin contains two of the largest frames: of frames of any smaller size, at least a third of the bin is filled by
+    each further one. It contains one if all frames have one size, or if a row contains one sample, whose frames need as
+    many bins at any size.
 
     Args:
         data: Configuration of the data.
@@ -84,9 +90,9 @@ def fit_packing(data: DataConfig, options: ProcessorOptions, vision: VisionConfi
         answers: Sequences that share the frames of one sample: two in DPO.
 
     Returns:
-        The configuration with vision_bins, patches_per_bin and frames_per_bin set. A row has one bin per full-size
-        frame within seq_len, and at most n_frames bins per sample. Longer videos have smaller frames, which share
-        bins.
+        The configuration with vision_bins, patches_per_bin and frames_per_bin set. A row has bins for the full-size
+        frames in 0.9 of seq_len, at least for those of one sample if seq_len takes them, and at most for n_frames per
+        sample. Longer videos have smaller frames, which share bins.
 
     Raises:
         InputError: bins would split a merged patch, or a frame of the only size.
@@ -97,19 +103,32 @@ def fit_packing(data: DataConfig, options: ProcessorOptions, vision: VisionConfi
             f"config.data.patches_per_bin is {data.patches_per_bin}, but must be a multiple of {multiple}, the patches "
             "that the model does not split: those of a token, or of a frame if all frames have one size."
         )
+    samples = max(1, data.max_samples_per_seq // answers)
+    largest = max(vision.largest_frame(options.max_pixels), _SMALLEST_BIN)
     patches = data.patches_per_bin
     if patches == -1:
-        patches = max(vision.largest_frame(options.max_pixels), _SMALLEST_BIN)
+        patches = largest * (1 if largest == vision.smallest_frame or samples == 1 else 2)
         patches = -(-patches // 64) * 64 if patches > 512 else patches  # tiles of the accelerators' kernels
         patches -= patches % multiple
     bins = data.vision_bins
     if bins == -1:
-        frames = max(1, data.max_samples_per_seq // answers) * options.n_frames
-        bins = max(1, min(int(data.seq_len / vision.budget_tokens(options.max_pixels)), frames))
+        frames = _full_size_frames(data.seq_len / vision.budget_tokens(options.max_pixels), options.n_frames, samples)
+        bins = max(1, math.ceil(frames / max(1, patches // largest)))
     per_bin = data.frames_per_bin
     if per_bin == -1:
         per_bin = max(1, min(_MAX_FRAMES_PER_BIN, patches // vision.smallest_frame))
     return dataclasses.replace(data, vision_bins=bins, patches_per_bin=patches, frames_per_bin=per_bin)
+
+
+def _full_size_frames(capacity: float, n_frames: int, samples: int) -> float:
+    """Returns the number of full-size frames that the bins of a row must contain.
+
+    Args:
+        capacity: Frames whose tokens fill a row.
+        n_frames: Frames per sample.
+        samples: Maximum number of samples per row.
+    """
+    return min(max(_VISUAL_FRACTION * capacity, min(n_frames, math.floor(capacity))), samples * n_frames)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from PIL import Image
 from tarsier_jax.config import ClipVisionConfig, Qwen2VisionConfig
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.image import Qwen2ImageProcessor, smart_resize
-from tarsier_jax.processing.packing import RowShape
+from tarsier_jax.processing.packing import RowShape, RowSpace, UnitSize
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from tests.train.texts import ROWS, former_state, load, open_rows, write_lines, write_texts
 from train.config import TrainConfig
@@ -461,11 +461,15 @@ def test_sizes_of_bins_follow_from_the_sequence_and_the_frames() -> None:
         fitted = fit_packing(data, ProcessorOptions(**options), Qwen2VisionConfig(), answers)
         return fitted.vision_bins, fitted.patches_per_bin, fitted.frames_per_bin
 
-    assert sizes(DataConfig()) == (27, 2496, 16)  # 27 frames of 460,800 pixels are 15,876 of 16,384 tokens
-    assert sizes(DataConfig(seq_len=20_480, max_samples_per_seq=2), answers=2) == (16, 2496, 16)  # a pair per row
-    assert sizes(DataConfig(max_samples_per_seq=4), n_frames=3) == (12, 2496, 16)
-    assert sizes(DataConfig(seq_len=448, max_samples_per_seq=4), n_frames=3, max_pixels=12_544) == (12, 80, 5)
+    assert sizes(DataConfig()) == (16, 4928, 32)  # 32 frames of 460,800 pixels are 18,811 of 20,480 tokens
+    assert sizes(DataConfig(seq_len=16_384)) == (13, 4928, 32)
+    assert sizes(DataConfig(seq_len=9472)) == (8, 4928, 32)  # 16 frames, of 9,405 tokens
+    assert sizes(DataConfig(seq_len=500)) == (1, 4928, 32)
+    assert sizes(DataConfig(max_samples_per_seq=2), answers=2) == (16, 2496, 32)  # a pair per row: a bin per frame
+    assert sizes(DataConfig(max_samples_per_seq=4), n_frames=3) == (6, 4928, 32)
+    assert sizes(DataConfig(seq_len=448, max_samples_per_seq=4), n_frames=3, max_pixels=12_544) == (6, 160, 10)
     assert sizes(DataConfig(vision_bins=0, patches_per_bin=64)) == (0, 64, 4)  # set values stay
+    assert sizes(DataConfig(patches_per_bin=2496)) == (32, 2496, 32)
     with pytest.raises(InputError, match=r"config\.data\.patches_per_bin is 50, but must be a multiple of 4"):
         sizes(DataConfig(patches_per_bin=50))
 
@@ -479,9 +483,22 @@ def test_bins_of_frames_of_one_size() -> None:
         fit_packing(DataConfig(patches_per_bin=640), ProcessorOptions(), vision)
 
 
+@pytest.mark.parametrize("seq_len", [9472, 16_384, 19_000, 20_480])
+@pytest.mark.parametrize("n_frames", [5, 16, 32])
+def test_bins_take_a_video_of_full_size(seq_len: int, n_frames: int) -> None:
+    """Where its tokens fit the row."""
+    frame_tokens = 18 * 32  # 896 x 504 pixels
+    shape = fit_packing(DataConfig(seq_len=seq_len), ProcessorOptions(n_frames=n_frames), Qwen2VisionConfig()).row_shape
+    video = UnitSize(1, n_frames * frame_tokens, np.array([[n_frames, 36, 64]], np.int32))
+    assert (RowSpace(shape).allocate(video) is not None) == (n_frames * frame_tokens <= seq_len)
+
+
 @pytest.mark.parametrize("max_pixels", [3136, 12_544, 73_728, 460_800])
 def test_every_frame_up_to_four_times_as_wide_as_high_fits_a_bin(max_pixels: int) -> None:
-    patches = fit_packing(DataConfig(), ProcessorOptions(max_pixels=max_pixels), Qwen2VisionConfig()).patches_per_bin
+    one_sample, several = (
+        fit_packing(DataConfig(max_samples_per_seq=n), ProcessorOptions(max_pixels=max_pixels), Qwen2VisionConfig())
+        for n in (1, 64)
+    )
     rng, image, areas = np.random.default_rng(0), Qwen2ImageProcessor(), []
     for _ in range(3000):
         height, aspect = int(rng.integers(200, 2000)), rng.uniform(1, 3.9)
@@ -489,4 +506,5 @@ def test_every_frame_up_to_four_times_as_wide_as_high_fits_a_bin(max_pixels: int
         if min(size) >= image.factor:  # smaller ones are refused
             height, width = smart_resize(*size, image.factor, image.min_pixels, image.max_pixels)
             areas.append(height * width // image.patch_size**2)
-    assert patches / 1.25 <= max(areas) <= patches
+    assert one_sample.patches_per_bin / 1.25 <= max(areas) <= one_sample.patches_per_bin
+    assert several.patches_per_bin / 1.25 <= 2 * max(areas) <= several.patches_per_bin
