@@ -14,9 +14,6 @@ import numpy as np
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.clip import (
-    ACCEPTED,
-    IMAGE_SUFFIXES,
-    MEDIA_SUFFIXES,
     Clip,
     ClipLimits,
     MediaFile,
@@ -25,6 +22,7 @@ from tarsier_jax.processing.clip import (
     media_file,
 )
 from tarsier_jax.processing.image_files import load_image, open_picture
+from tarsier_jax.processing.media_types import ACCEPTED, IMAGE_SUFFIXES, MEDIA_SUFFIXES
 from tarsier_jax.processing.video_files import open_video
 
 __all__ = ["Clip", "find_inputs", "kind_of", "load_image", "natural_key", "open_clip"]
