@@ -11,6 +11,7 @@ OUT.00000-of-00004.jsonl and so on. Or start one program with --ray ADDRESS. See
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from infer.bulk.config import CaptionConfig
 from infer.bulk.inputs import Items, find_items, is_list
 from infer.bulk.journal import Journal
 from infer.bulk.loading import ItemLoader
+from infer.bulk.manifest import Manifest, identify_model, identify_remote_model, local_devices
 from infer.bulk.outputs import Tally, finished_lines, lines_of, remove_errors, write_lines, write_parquet
 from infer.bulk.ray_cluster import lines_from_ray
 from infer.bulk.resume import missing_items
@@ -108,6 +110,10 @@ def main(args: argparse.Namespace) -> int:
 def caption_missing(items: Items, config: CaptionConfig, output: Path, args: argparse.Namespace) -> int:
     """Captions the items without a line; returns the number of items without a caption."""
     lines = lines_of(output)
+    model = identify_remote_model(config.model) if args.ray else identify_model(config.model)
+    windows = windows_of(args.every, args.window)
+    options = {**config.caption_options, "windows": windows and dataclasses.asdict(windows)}
+    manifest = Manifest(output, model, options, args.overwrite)
     if args.retry_errors and not args.overwrite:
         _log(f"{remove_errors(lines)} clips with an error are tried again")
     # The name identifies a file, because other files may have been added; the index also identifies a line of a list.
@@ -120,13 +126,15 @@ def caption_missing(items: Items, config: CaptionConfig, output: Path, args: arg
         _log(f"clips into {output}, which has {earlier.captions + earlier.errors} lines")
     failed = earlier.errors
     if next(iter(todo), None) is not None:
-        caption = caption_on_ray if args.ray else caption_here
-        failed += caption(todo, config, lines, args)
+        manifest.start(args.input, f"Ray cluster {args.ray}" if args.ray else local_devices(), earlier)
+        tally = (caption_on_ray if args.ray else caption_here)(todo, config, lines, args)
+        manifest.end(tally)
+        failed += tally.errors
     return failed
 
 
-def caption_here(todo: Items, config: CaptionConfig, lines: Path, args: argparse.Namespace) -> int:
-    """Writes a line per item, with an engine over this process's devices; returns the number without a caption."""
+def caption_here(todo: Items, config: CaptionConfig, lines: Path, args: argparse.Namespace) -> Tally:
+    """Writes a line per item, with an engine over this process's devices; returns the counts."""
     engine = config.start()
     with (
         signals_end(),
@@ -139,14 +147,14 @@ def caption_here(todo: Items, config: CaptionConfig, lines: Path, args: argparse
         with Frontend(engine, config.workers, loader) as frontend:
             tally = write_lines(config.lines(frontend, todo), todo.total, lines, args.overwrite)
     _log(f"{tally}\n{summary(engine.stats, loader, compilations.count)}")
-    return tally.errors
+    return tally
 
 
-def caption_on_ray(todo: Items, config: CaptionConfig, lines: Path, args: argparse.Namespace) -> int:
+def caption_on_ray(todo: Items, config: CaptionConfig, lines: Path, args: argparse.Namespace) -> Tally:
     """Captions as `caption_here` does, with engines on a Ray cluster."""
     tally = write_lines(lines_from_ray(todo, config, args.ray, args.ray_actors), todo.total, lines, args.overwrite)
     _log(f"{tally}, including the start of the actors")
-    return tally.errors
+    return tally
 
 
 @contextlib.contextmanager

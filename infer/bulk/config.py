@@ -84,6 +84,12 @@ class CaptionConfig:
             ProcessorOptions(n_frames=self.n_frames)  # raises InputError
         mesh_sizes(self.mesh)
 
+    @property
+    def caption_options(self) -> dict[str, Any]:
+        """The options that the captions depend on, besides the model."""
+        names = ("dtype", "int8", "prompt", "n_frames")
+        return {name: getattr(self, name) for name in names} | dataclasses.asdict(self.sampling)
+
     def start(self) -> Engine:
         """Loads the model over this process's devices and compiles the engine; see `start_engine`."""
         return start_engine(

@@ -18,10 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.weights import is_converted
-from tarsier_jax.weights.digest import digest_files
-from tarsier_jax.weights.orbax import PARAMS
-from tarsier_jax.weights.safetensors import open_tensors
+from tarsier_jax.weights.digest import digest_weights
 from train.config import TrainConfig
 from train.data.annotations import AnnotationLine, mix_files, read_sample
 from train.data.samples import prepare_pair
@@ -130,15 +127,6 @@ def fingerprint(run: TrainRun) -> str:
         "template": processor.chat_template,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def digest_weights(directory: Path) -> bytes:
-    """Returns the SHA-256 of all weights of a checkpoint and of their file names; takes a second per few GiB."""
-    if is_converted(directory):
-        files = [path for path in (directory / PARAMS).glob("*/**/*") if path.is_file()]
-    else:
-        files = list({tensor.file for tensor in open_tensors(directory).values()})
-    return digest_files(directory, files)
 
 
 def _broadcast(digest: Callable[[], bytes]) -> bytes:
