@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.archives import split_archive
 from tarsier_jax.weights.digest import digest_weights
 from train.config import TrainConfig
 from train.data.annotations import AnnotationLine, mix_files, read_sample
@@ -97,7 +98,10 @@ class ReferenceFile:
 
 
 def _media_sizes(chat: Mapping[str, Any]) -> Iterator[Any]:
-    """Yields the sizes in bytes of the media files of a chat; for directories, names and sizes of their files."""
+    """Yields the sizes in bytes of the media files of a chat.
+
+    For directories these are names and sizes of their files, for media in archives the sizes of the archives.
+    """
     items = [item for message in chat["messages"] for item in message["content"] if item["type"] != "text"]
     values = [value for item in items for value in item[item["type"]].values()]
     paths = [path for value in values for path in (value if isinstance(value, list) else [value])]
@@ -106,6 +110,8 @@ def _media_sizes(chat: Mapping[str, Any]) -> Iterator[Any]:
             yield sorted((file.name, file.stat().st_size) for file in path.iterdir())
         elif path.is_file():
             yield path.stat().st_size
+        elif (split := split_archive(path)) is not None:
+            yield split[0].stat().st_size
 
 
 def fingerprint(run: TrainRun) -> str:
