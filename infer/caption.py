@@ -1,9 +1,10 @@
 """Captions many clips: `python -m infer.caption --model CHECKPOINT --input DIR|GLOB|LIST --output OUT.jsonl`.
 
-LIST is a .jsonl or .parquet file of paths or annotations. OUT receives one line per clip, in the order in which
-captions end: the caption, or the error. The line of an annotation is the annotation with the caption in the
-assistant's turn, ready for evaluation. The same command resumes an interrupted run. The exit status is 1 if a clip has
-no caption. OUT.parquet is converted from OUT.parquet.jsonl at the end.
+LIST is a .jsonl or .parquet file of paths or annotations. Tar files (WebDataset), Parquet files and saved datasets that
+contain the media are read in place. OUT receives one line per clip, in the order in which captions end: the caption, or
+the error. The line of an annotation is the annotation with the caption in the assistant's turn, ready for evaluation.
+The same command resumes an interrupted run; OUT.manifest.json contains the options, which must stay the same. The exit
+status is 1 if a clip has no caption. OUT.parquet is converted from OUT.parquet.jsonl at the end.
 
 Several machines: start each with --num_shards N --shard_index I, or with --distributed. Each writes its own file,
 OUT.00000-of-00004.jsonl and so on. Or start one program with --ray ADDRESS. See docs/captioning.md.
@@ -49,7 +50,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_model_flag(parser)
     parser.add_argument(
-        "--input", type=path_text, required=True, help="directory, glob, media file, or list (.jsonl, .parquet)"
+        "--input",
+        type=path_text,
+        required=True,
+        help="directory, glob, media file, archive, or list (.jsonl, .parquet)",
     )
     parser.add_argument("--output", required=True, type=local_path, help="file to write (.jsonl, .parquet)")
     parser.add_argument(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.archives import split_archive
 from tarsier_jax.processing.clip import (
     Clip,
     ClipLimits,
@@ -49,7 +50,8 @@ def find_inputs(path: str | Path, other_endings: collections.Counter[str] | None
         if not files:
             raise InputError(f"{path} contains no video, animation or image. {ACCEPTED}")
         return sorted(files, key=natural_key)
-    check_file(path)
+    if split_archive(path) is None:
+        check_file(path)
     kind_of(path)
     return [path]
 

@@ -19,7 +19,7 @@ from tarsier_jax.processing.archives import find_archives, open_archive
 from tarsier_jax.processing.processor import media_sample
 from tarsier_jax.processing.sample import open_visuals, read_messages
 from tarsier_jax.processing.tar_archive import FileRange
-from tarsier_jax.processing.video import open_clip
+from tarsier_jax.processing.video import find_inputs, open_clip
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 CHAT = [{"role": "user", "content": "<video>Describe."}, {"role": "assistant", "content": "A ball."}]
@@ -85,6 +85,7 @@ def test_frames_are_those_of_the_file(name: str, kind: str, files: dict[str, byt
     np.testing.assert_array_equal(pictures(place), expected)
     (visual,) = open_visuals(read_messages(media_sample(place)), 4, 4, "v1", 1, None)
     assert visual.clip.name == str(place) and visual.count == min(4, len(expected))
+    assert find_inputs(place) == [place]
 
 
 def test_a_range_reads_as_a_file(tmp_path: Path) -> None:
