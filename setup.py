@@ -88,6 +88,7 @@ setup(
             *WEB,
             "playwright>=1.50",  # drives Chromium
             "pyarrow>=15",
+            "datasets>=3",  # writes saved datasets
             "gguf>=0.10",  # reads the weights of SmolLM2, which the Makefile installs
             "accelerate>=1",
             "decord2>=3.4",  # the original's reader, in benchmarks
