@@ -14,6 +14,7 @@ from tarsier_jax.processing.formats import is_conversation
 from tarsier_jax.processing.jsonl import parse_json
 from tarsier_jax.processing.media_types import MEDIA_SUFFIXES, kind_of_suffix
 from tarsier_jax.processing.prompt_rows import is_prompt_row
+from tarsier_jax.processing.tar_archive import plain_sample
 
 _JSON_COLUMNS = ("messages", "conversations", "extra_info", "image_processing_config")  # which may contain JSON
 _MEDIA_COLUMNS = ("video", "videos", "image", "images")
@@ -57,7 +58,7 @@ class TableArchive:
     def sample(self, index: int, name: str) -> dict[str, Any]:
         """Returns a row without empty columns, with paths in the place of media.
 
-        A row without a conversation whose only medium is in the column "video" is {"input": path, ...}.
+        A row without a conversation and with one medium is {"input": path}, with `PLAIN_KEYS` of the row.
 
         Args:
             index: Number of the row.
@@ -281,5 +282,5 @@ def _with_media(row: dict[str, Any], media: Mapping[str, Any]) -> dict[str, Any]
         return {**row, **lists}
     paths = [path for value in media.values() for path in (value if isinstance(value, list) else [value])]
     if len(paths) == 1 and row.get("input") is None:
-        return {**row, "input": paths[0]}
+        return plain_sample(paths[0], row)
     return {**row, **media}

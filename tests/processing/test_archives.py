@@ -105,7 +105,8 @@ def test_the_samples_of_a_tar_file(files: dict[str, bytes], tmp_path: Path) -> N
         "b/0.mp4": mp4,
         "b/1.left.png": png,
         "b/0.txt": "A ball.\n",
-        "b/1.json": {"prompt": "Why?", "caption": "Because."},
+        "b/1.left.json": {"prompt": "Which?"},
+        "b/1.json": {"prompt": "Why?", "caption": "Because.", "fps": 30},
         "b/.0.mp4": b"hidden",
         "b/0.cls": "3",
     }
@@ -144,7 +145,9 @@ def test_media_of_one_sample_by_their_names(files: dict[str, bytes], tmp_path: P
 def test_the_rows_of_a_table(name: str, tmp_path: Path) -> None:
     """Their bytes are not among them."""
     value = {"bytes": b"123", "path": "x.mp4"}
-    rows = samples(write_table(tmp_path / name, video=pa.array([value, None], STRUCT), prompt=["Why?", None]))
+    rows = samples(
+        write_table(tmp_path / name, video=pa.array([value, None], STRUCT), prompt=["Why?", None], fps=[30, None])
+    )
     assert rows == [{"prompt": "Why?", "input": f"{name}/0/video"}, {}]
     lists = pa.array([[value], [value, value]], pa.list_(STRUCT))
     chats = pa.array([json.dumps(CHAT), json.dumps(CHAT)])

@@ -40,6 +40,14 @@ def test_the_length_of_a_video(render: Callable[..., Path], name: str) -> None:
     assert read_length(media_file(render(name, *ENCODINGS[name]))) == pytest.approx((5.0, 0.125), abs=1e-3)
 
 
+def test_a_file_that_is_replaced(render: Callable[..., Path], mp4: Path, tmp_path: Path) -> None:
+    """The index of frames, which stays in memory, is that of the new file."""
+    path = tmp_path / "a.mp4"
+    for source, length in ((mp4, 40), (render("short.mp4", "-frames:v", "12"), 12)):
+        path.write_bytes(source.read_bytes())
+        assert open_clip(path).length == length
+
+
 def test_upper_case_names(mp4: Path, tmp_path: Path) -> None:
     path = tmp_path / "CLIP.MP4"
     path.write_bytes(mp4.read_bytes())

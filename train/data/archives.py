@@ -82,8 +82,8 @@ def archives_of(source: str) -> list[str]:
 
 
 def _chat(sample: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a sample with a caption as a conversation. Conversations and samples of a task stay as they are."""
-    if is_conversation(sample) or "input" not in sample or "task" in sample:
+    """Returns a sample with a caption as a conversation, and a conversation as it is."""
+    if is_conversation(sample) or "input" not in sample:
         return sample
     caption = sample.get("caption")
     if not isinstance(caption, str):
