@@ -96,6 +96,7 @@ setup(
             "moto[s3]>=5.2",  # an S3 server on this machine, with the next two
             "flask>=3",
             "flask-cors>=6",
+            "datasets>=3",  # writes saved datasets
             "gguf>=0.10",  # reads the weights of SmolLM2, which the Makefile installs
             "accelerate>=1",
             "decord2>=3.4",  # the original's reader, in benchmarks

@@ -1,37 +1,39 @@
 """Captions many clips: `python -m infer.caption --model CHECKPOINT --input DIR|GLOB|LIST --output OUT.jsonl`.
 
-LIST is a .jsonl or .parquet file of paths or annotations. OUT receives one line per clip, in the order in which
-captions end: the caption, or the error. The line of an annotation is the annotation with the caption in the
-assistant's turn, ready for evaluation. The same command resumes an interrupted run. The exit status is 1 if a clip has
-no caption. OUT.parquet is converted from OUT.parquet.jsonl at the end.
+LIST is a .jsonl or .parquet file of paths or annotations. Tar files (WebDataset), Parquet files and saved datasets that
+contain the media are read in place. OUT receives one line per clip, in the order in which captions end: the caption, or
+the error. The line of an annotation is the annotation with the caption in the assistant's turn, ready for evaluation.
+The same command resumes an interrupted run; OUT.manifest.json contains the options, which must stay the same. The exit
+status is 1 if a clip has no caption. OUT.parquet is converted from OUT.parquet.jsonl at the end.
 
 Several machines: start each with --num_shards N --shard_index I, or with --distributed. Each writes its own file,
 OUT.00000-of-00004.jsonl and so on. Or start one program with --ray ADDRESS. See docs/captioning.md.
 """
 
 import argparse
-import collections
 import contextlib
-import json
+import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from infer.bulk.config import CaptionConfig
-from infer.bulk.inputs import Item, find_items, is_list
+from infer.bulk.inputs import Items, find_items, is_list
 from infer.bulk.journal import Journal
 from infer.bulk.loading import ItemLoader
-from infer.bulk.outputs import finished_lines, lines_of, write_lines, write_parquet
+from infer.bulk.manifest import Manifest, identify_model, identify_remote_model, local_devices
+from infer.bulk.outputs import Tally, finished_lines, lines_of, remove_errors, write_lines, write_parquet
 from infer.bulk.ray_cluster import lines_from_ray
+from infer.bulk.resume import missing_items
+from infer.bulk.windows import windows_of
 from infer.engine import EngineStats, Frontend
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path, locked, path_text
-from tarsier_jax.processing.clip import MEDIA_SUFFIXES
+from tarsier_jax.processing.media_types import MEDIA_SUFFIXES
 from tarsier_jax.programs import (
     Compilations,
     add_model_flag,
@@ -48,7 +50,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_model_flag(parser)
     parser.add_argument(
-        "--input", type=path_text, required=True, help="directory, glob, media file, or list (.jsonl, .parquet)"
+        "--input",
+        type=path_text,
+        required=True,
+        help="directory, glob, media file, archive, or list (.jsonl, .parquet)",
     )
     parser.add_argument("--output", required=True, type=local_path, help="file to write (.jsonl, .parquet)")
     parser.add_argument(
@@ -80,6 +85,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--ray_actors", type=int, help="number of engines on it (default: one per accelerator, or one per node)"
     )
     parser.add_argument("--limit", type=int, help="maximum number of clips")
+    parser.add_argument(
+        "--every", metavar="SECONDS", type=float, help="caption long videos in windows that start so often"
+    )
+    parser.add_argument("--window", metavar="SECONDS", type=float, help="length of each window (default: --every)")
+    parser.add_argument("--retry_errors", action="store_true", help="caption the clips with an error line again")
     parser.add_argument("--overwrite", action="store_true", help="discard the output of an earlier run")
     add_precision_flags(parser)
     add_sampling_flags(parser, seed_help="clip i is sampled with seed + i")
@@ -101,49 +111,34 @@ def main(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def caption_missing(items: Sequence[Item], config: CaptionConfig, output: Path, args: argparse.Namespace) -> int:
+def caption_missing(items: Items, config: CaptionConfig, output: Path, args: argparse.Namespace) -> int:
     """Captions the items without a line; returns the number of items without a caption."""
     lines = lines_of(output)
+    model = identify_remote_model(config.model) if args.ray else identify_model(config.model)
+    windows = windows_of(args.every, args.window)
+    options = {**config.caption_options, "windows": windows and dataclasses.asdict(windows)}
+    manifest = Manifest(output, model, options, args.overwrite)
+    if args.retry_errors and not args.overwrite:
+        _log(f"{remove_errors(lines)} clips with an error are tried again")
     # The name identifies a file, because other files may have been added; the index also identifies a line of a list.
-    fields = ("idx", "input") if is_list(args.input) else ("input",)
-    earlier = [] if args.overwrite else list(finished_lines(lines))
-    failed = sum("error" in line for line in earlier)
-    todo = missing_items(items, earlier, fields, args.prompt)
-    _log(f"{len(items)} clips, {len(items) - len(todo)} of them captioned before, into {output}")
-    if todo:
-        caption = caption_on_ray if args.ray else caption_here
-        failed += caption(todo, config, lines, args)
+    fields = ("idx", "input", "start") if is_list(args.input) else ("input", "start")
+    earlier = Tally()
+    todo = missing_items(items, [] if args.overwrite else earlier.counted(finished_lines(lines)), fields, args.prompt)
+    if items.total is not None and todo.total is not None:
+        _log(f"{items.total} clips, {items.total - todo.total} of them captioned before, into {output}")
+    else:
+        _log(f"clips into {output}, which has {earlier.captions + earlier.errors} lines")
+    failed = earlier.errors
+    if next(iter(todo), None) is not None:
+        manifest.start(args.input, f"Ray cluster {args.ray}" if args.ray else local_devices(), earlier)
+        tally = (caption_on_ray if args.ray else caption_here)(todo, config, lines, args)
+        manifest.end(tally)
+        failed += tally.errors
     return failed
 
 
-def missing_items(
-    items: Sequence[Item], earlier: Sequence[Mapping[str, Any]], fields: Sequence[str], prompt: str
-) -> list[Item]:
-    """Returns the items without a line among the `earlier` ones, where `fields` identify a line.
-
-    Items can share these fields, such as questions about one video. Then their prompts distinguish them, and each line
-    counts for one item; a line without a prompt, such as an error, counts for any of them.
-    """
-
-    def identity(content: Mapping[str, Any]) -> str:
-        return json.dumps([content.get(field) for field in fields])
-
-    lines = collections.Counter((identity(line), json.dumps(line.get("prompt"))) for line in earlier)
-    names, repeated = {name for name, _ in lines}, collections.Counter(identity(vars(item)) for item in items)
-    missing = []
-    for item in items:
-        name = identity(vars(item))
-        choices = [(name, json.dumps(item.line.get("prompt") or prompt)), (name, "null")]
-        line = next((choice for choice in choices if lines[choice] > 0), None)
-        if repeated[name] > 1 and line is not None:
-            lines[line] -= 1
-        elif repeated[name] > 1 or name not in names:
-            missing.append(item)
-    return missing
-
-
-def caption_here(todo: Sequence[Item], config: CaptionConfig, lines: Path, args: argparse.Namespace) -> int:
-    """Writes a line per item, with an engine over this process's devices; returns the number without a caption."""
+def caption_here(todo: Items, config: CaptionConfig, lines: Path, args: argparse.Namespace) -> Tally:
+    """Writes a line per item, with an engine over this process's devices; returns the counts."""
     engine = config.start()
     with (
         signals_end(),
@@ -154,16 +149,16 @@ def caption_here(todo: Sequence[Item], config: CaptionConfig, lines: Path, args:
         loader = ItemLoader(prepare, config.prompt, None if config.isolate else journal)
         loader.try_suspects(todo)
         with Frontend(engine, config.workers, loader) as frontend:
-            tally = write_lines(config.lines(frontend, todo), len(todo), lines, args.overwrite)
+            tally = write_lines(config.lines(frontend, todo), todo.total, lines, args.overwrite)
     _log(f"{tally}\n{summary(engine.stats, loader, compilations.count)}")
-    return tally.errors
+    return tally
 
 
-def caption_on_ray(todo: Sequence[Item], config: CaptionConfig, lines: Path, args: argparse.Namespace) -> int:
+def caption_on_ray(todo: Items, config: CaptionConfig, lines: Path, args: argparse.Namespace) -> Tally:
     """Captions as `caption_here` does, with engines on a Ray cluster."""
-    tally = write_lines(lines_from_ray(todo, config, args.ray, args.ray_actors), len(todo), lines, args.overwrite)
+    tally = write_lines(lines_from_ray(todo, config, args.ray, args.ray_actors), todo.total, lines, args.overwrite)
     _log(f"{tally}, including the start of the actors")
-    return tally.errors
+    return tally
 
 
 @contextlib.contextmanager
@@ -216,7 +211,7 @@ def _find_processes() -> tuple[int, int]:
     return jax.process_count(), jax.process_index()
 
 
-def share_of(args: argparse.Namespace, processes: int, process: int) -> tuple[Path, list[Item]]:
+def share_of(args: argparse.Namespace, processes: int, process: int) -> tuple[Path, Items]:
     """Returns the output file and the clips of this process. Raises InputError."""
     if args.num_shards < 1:
         raise InputError(f"--num_shards is {args.num_shards}; it must be at least 1.")
@@ -230,7 +225,9 @@ def share_of(args: argparse.Namespace, processes: int, process: int) -> tuple[Pa
         raise InputError(f"--output {args.output} is named as a media file. Choose a name such as captions.jsonl.")
     shards = args.num_shards * processes
     shard = args.shard_index * processes + process
-    items = find_items(args.input)[: args.limit][shard::shards]
+    items = find_items(args.input).part(args.limit, shard, shards)
+    if (windows := windows_of(args.every, args.window)) is not None:
+        items = windows.split(items)
     if shards == 1:
         return args.output, items
     return args.output.with_suffix(f".{shard:05d}-of-{shards:05d}{args.output.suffix}"), items

@@ -21,7 +21,7 @@ from infer.media import MediaLimits, MediaLoader
 from infer.network import is_loopback, listen, read_key
 from tarsier_jax.errors import InputError
 from tarsier_jax.generation.sampling import SamplingOptions
-from tarsier_jax.processing.clip import MEDIA_SUFFIXES
+from tarsier_jax.processing.media_types import MEDIA_SUFFIXES
 from tarsier_jax.processing.options import ProcessorOptions
 from tarsier_jax.programs import (
     add_model_flag,

@@ -1,23 +1,19 @@
 """The records of a workdir: run.json, which must stay as it is, and runs.jsonl, with a line per start."""
 
 import json
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
 
-import tarsier_jax
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import atomic_write
+from tarsier_jax.versions import versions
 from train.config import FORMER_KEYS
 
-_PACKAGES = ("tarsier_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 # Names of settings in run.json that earlier versions wrote without a section.
 _WITHOUT_SECTION = {"rows": "data.rows", "lookahead": "data.lookahead", "freeze": "optimizer.freeze"}
 
@@ -76,17 +72,6 @@ def record_start(workdir: Path, config: Mapping[str, Any]) -> list[str]:
     return [f"{k} was {before[k]!r} and is now {v!r}" for k, v in after.items() if k in before and before[k] != v]
 
 
-def versions() -> dict[str, str | None]:
-    """Returns the versions of Python and of the packages that affect the numbers, and the commit of a git checkout."""
-    numbers: dict[str, str | None] = {"python": sys.version.split()[0], "commit": _commit()}
-    for package in _PACKAGES:
-        try:
-            numbers[package] = version(package)
-        except PackageNotFoundError:
-            numbers[package] = None
-    return numbers
-
-
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"data": {"seq_len": 4}} -> {"data.seq_len": 4}."""
     flat: dict[str, Any] = {}
@@ -120,17 +105,3 @@ def _last_config(file: Path) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue  # a line cut short or damaged
     return {}
-
-
-def _commit() -> str | None:
-    """Returns the commit of the checkout; None for an installed package, or without git."""
-    root = Path(tarsier_jax.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = [shutil.which("git") or "git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        # Without close_fds Python spawns git; JAX, which has threads, warns of a fork.
-        git = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, close_fds=False)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return git.stdout.strip()

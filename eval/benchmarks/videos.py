@@ -14,7 +14,7 @@ from eval.benchmarks.annotations import video_files_of, with_video_files
 from eval.benchmarks.benchmark import Benchmark
 from eval.predictions import PLACEHOLDER, AnnotatedSample, Prediction
 from tarsier_jax.errors import InputError
-from tarsier_jax.processing.clip import MEDIA_SUFFIXES
+from tarsier_jax.processing.media_types import MEDIA_SUFFIXES
 
 
 def find_videos(

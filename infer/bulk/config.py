@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -84,6 +84,12 @@ class CaptionConfig:
             ProcessorOptions(n_frames=self.n_frames)  # raises InputError
         mesh_sizes(self.mesh)
 
+    @property
+    def caption_options(self) -> dict[str, Any]:
+        """The options that the captions depend on, besides the model."""
+        names = ("dtype", "int8", "prompt", "n_frames")
+        return {name: getattr(self, name) for name in names} | dataclasses.asdict(self.sampling)
+
     def start(self) -> Engine:
         """Loads the model over this process's devices and compiles the engine; see `start_engine`."""
         return start_engine(
@@ -106,11 +112,20 @@ class CaptionConfig:
         with MediaLoader(processor, _LIMITS, workers=max(1, self.workers), root="/") as loader:
             yield loader
 
-    def lines(self, frontend: Frontend, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
-        """Yields the output line of each item in the order in which captions end: its caption, or its error."""
-        by_number = {item.number: item for item in items}
-        for number, result in frontend.answer_all(by_number.items(), self.sampling):
-            yield _line(by_number[number], result, self.prompt)
+    def lines(self, frontend: Frontend, items: Iterable[Item]) -> Iterator[dict[str, Any]]:
+        """Yields the output line of each item in the order in which captions end: its caption, or its error.
+
+        Only the items in progress are in memory.
+        """
+        pending: dict[int, Item] = {}
+
+        def numbered() -> Iterator[tuple[int, Item]]:
+            for item in items:
+                pending[item.number] = item
+                yield item.number, item
+
+        for number, result in frontend.answer_all(numbered(), self.sampling):
+            yield _line(pending.pop(number), result, self.prompt)
 
 
 def start_engine(
@@ -180,6 +195,8 @@ def _mesh_error(flag: str, problem: str) -> InputError:
 
 def _line(item: Item, result: Completion | RequestError, prompt: str) -> dict[str, Any]:
     source = {"idx": item.idx, "input": item.input}
+    if item.start is not None:
+        source |= {"start": item.start, "end": item.end}
     if isinstance(result, RequestError):
         return {**source, "error": result.reason}
     example = result.request.example

@@ -1,25 +1,27 @@
-"""The items of a captioning run: media files, or lines of JSON or Parquet."""
+"""The items of a captioning run: media files, samples of archives, or lines of JSON or Parquet."""
 
 import collections
 import dataclasses
 import glob
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.archives import find_archives, is_archive, open_archive
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.jsonl import parse_json, read_lines, to_json
+from tarsier_jax.processing.media_types import ACCEPTED, kind_of_suffix
 from tarsier_jax.processing.processor import media_sample
 from tarsier_jax.processing.prompt_rows import is_prompt_row, with_prompt_answer
 from tarsier_jax.processing.sample import MEDIA_KEYS
-from tarsier_jax.processing.video import ACCEPTED, find_inputs
+from tarsier_jax.processing.video import find_inputs
 
 _LISTS = (".jsonl", ".json", ".parquet")
-_NESTED = ("messages", "conversations", "extra_info", "image_processing_config")  # columns that may contain JSON
 # Keys that name further media, or say how to show one, which only an annotation can.
 _MEDIA = ("videos", "images", "video", "image", "audio", "audios")
 _ANNOTATION_KEYS = (*_MEDIA, *MEDIA_KEYS, "video_start", "video_end", "nframes", "max_pixels", "min_pixels")
@@ -35,6 +37,9 @@ class Item:
         input: Name of the file, or file and number of the line.
         line: Content of the line; empty for a file.
         problem: Reason why the line cannot be used; empty for a usable line.
+        start: Start of its window of the video in seconds; None for the whole clip.
+        end: End of the window, which is not in it.
+        last_frame: Time of the last frame in the window.
     """
 
     number: int
@@ -42,6 +47,9 @@ class Item:
     input: str
     line: Mapping[str, Any]
     problem: str = ""
+    start: float | None = None
+    end: float | None = None
+    last_frame: float | None = None
 
     @property
     def is_annotation(self) -> bool:
@@ -62,7 +70,10 @@ class Item:
         for key in _ANNOTATION_KEYS:
             if self.line.get(key) is not None:
                 raise InputError(f'"{key}" beside "input" is not read. Write the line as an annotation, with messages.')
-        return media_sample(self.input, self.line.get("prompt") or prompt)
+        sample = media_sample(self.input, self.line.get("prompt") or prompt)
+        if self.start is not None:
+            sample["messages"][0]["content"][0]["video"] |= {"start_time": self.start, "end_time": self.last_frame}
+        return sample
 
 
 def open_answer(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,24 +120,75 @@ def with_answer(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
     return {**row, "messages": messages}
 
 
-def find_items(source: str) -> list[Item]:
-    """Returns the clips of --input: a file, a directory, a glob, or a list (.jsonl, .json, .parquet).
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """The items of a run, which are read again at each iteration and are not in memory at once.
+
+    Attributes:
+        read: Returns an iterator over them.
+        total: Their number; None if it is unknown.
+    """
+
+    read: Callable[[], Iterator[Item]]
+    total: int | None = None
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.read()
+
+    def part(self, limit: int | None, first: int, step: int) -> "Items":
+        """Returns every `step`th of the first `limit` items, from number `first` on."""
+        total = None if self.total is None else len(range(self.total)[:limit][first::step])
+        return Items(lambda: itertools.islice(itertools.islice(self, limit), first, None, step), total)
+
+
+def find_items(source: str) -> Items:
+    """Returns the clips of --input: a file, a directory, a glob, an archive, or a list (.jsonl, .json, .parquet).
 
     A line of a list is an annotation, an object with "input" (and "prompt", "idx"), or a path.
 
     Raises:
-        InputError: nothing matches, or a list cannot be read.
+        InputError: nothing matches, or a list or an archive cannot be read.
     """
     path = Path(source)
     if is_list(source):
-        return list(_read_list(path))
+        return _list_items(path)
     matches = (
         [source] if os.path.exists(path) or not glob.has_magic(source) else sorted(glob.glob(source, recursive=True))
     )
-    paths = find_media(matches)
-    if not paths:
+    if not matches:
         raise InputError(f"Nothing matches {source}. Check the pattern, and put it in quotes.")
-    return [Item(i, i, str(file), {}) for i, file in enumerate(paths)]
+    archives = {match: _archives(match) for match in matches}
+    media = [match for match in matches if not archives[match]]
+    files = [*itertools.chain.from_iterable(archives.values()), *(find_media(media) if media else ())]
+    if len(files) == 1 and is_archive(files[0]):
+        open_archive(files[0])  # raises InputError, which is a line of the output where there are several archives
+    return Items(lambda: _file_items(files), None if any(map(is_archive, files)) else len(files))
+
+
+def _archives(source: str) -> list[Path]:
+    """Returns the archives of a file, or of a directory without media files."""
+    if os.path.isdir(source) and any(kind_of_suffix(p) for p in Path(source).rglob("*") if not p.name.startswith(".")):
+        return []
+    return find_archives(source)
+
+
+def _file_items(files: Iterable[Path]) -> Iterator[Item]:
+    numbers = itertools.count()
+    for file in files:
+        if is_archive(file):
+            yield from _archive_items(file, numbers)
+        else:
+            number = next(numbers)
+            yield Item(number, number, str(file), {})
+
+
+def _archive_items(path: Path, numbers: Iterator[int]) -> Iterator[Item]:
+    try:
+        for place, sample in open_archive(path).samples(str(path)):
+            yield _item(next(numbers), place, sample)
+    except InputError as error:
+        number = next(numbers)
+        yield Item(number, number, str(path), {}, str(error))
 
 
 def find_media(sources: Iterable[str]) -> list[Path]:
@@ -149,24 +211,32 @@ def is_list(source: str) -> bool:
     return Path(source).suffix.lower() in _LISTS and not os.path.isdir(source)
 
 
-def _read_list(path: Path) -> Iterator[Item]:
-    try:
-        lines = _parquet_rows(path) if path.suffix.lower() == ".parquet" else read_lines(path)
-        number = -1
-        for number, line in enumerate(lines):
-            yield _item(path, number, line)
-    except OSError as e:
-        raise InputError(f"The list {path} cannot be read ({e.strerror or e}). Check --input.") from None
-    if number < 0:
+def _list_items(path: Path) -> Items:
+    """Returns the lines of a list, after all of them have been read once. Raises InputError."""
+    if path.suffix.lower() == ".parquet":
+        items = Items(lambda: _archive_items(path, itertools.count()), len(open_archive(path)))
+    else:
+        try:
+            items = Items(lambda: _json_items(path), sum(1 for _ in read_lines(path)))
+        except OSError as e:
+            raise InputError(f"The list {path} cannot be read ({e.strerror or e}). Check --input.") from None
+    if not items.total:
         raise InputError(f"The list {path} is empty. Check --input.")
+    return items
 
 
-def _item(path: Path, number: int, line: Any) -> Item:
-    place = f"{path} line {number + 1}"
-    try:
-        line = _unpacked(line, place) if isinstance(line, Mapping) else parse_json(line, place)
-    except InputError as e:
-        return Item(number, number, place, {}, f"{e} Each line is an object or a path in quotes.")
+def _json_items(path: Path) -> Iterator[Item]:
+    for number, line in enumerate(read_lines(path)):
+        place = f"{path} line {number + 1}"
+        try:
+            yield _item(number, place, parse_json(line, place))
+        except InputError as e:
+            yield Item(number, number, place, {}, f"{e} Each line is an object or a path in quotes.")
+
+
+def _item(number: int, place: str, line: Any) -> Item:
+    if isinstance(line, InputError):
+        return Item(number, number, place, {}, str(line))
     if isinstance(line, str):
         return Item(number, number, line, {"input": line})
     source = line.get("input") if isinstance(line, Mapping) else None
@@ -174,23 +244,3 @@ def _item(path: Path, number: int, line: Any) -> Item:
         return Item(number, number, place, {}, f'{place} has neither "messages" nor "input". Add one of them.')
     idx = json.loads(to_json(line.get("idx")))  # as in the output
     return Item(number, number if idx is None else idx, source if isinstance(source, str) and source else place, line)
-
-
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        import pyarrow as pa  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError(f"Reading {path} needs pyarrow: pip install pyarrow.") from None
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                # Columns of other lines are empty in this one.
-                yield {k: v for k, v in row.items() if v is not None}
-    except (pa.ArrowException, UnicodeDecodeError) as e:
-        raise InputError(f"The list {path} is not a readable Parquet file ({e}). Check --input.") from None
-
-
-def _unpacked(row: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Returns a row of a Parquet file with JSON columns parsed."""
-    return {k: parse_json(v, f"{place}, {k},") if k in _NESTED and isinstance(v, str) else v for k, v in row.items()}

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from infer.bulk.inputs import Item
@@ -39,7 +39,7 @@ class ItemLoader:
             self.frames += example.frames
         return example
 
-    def try_suspects(self, items: Sequence[Item]) -> None:
+    def try_suspects(self, items: Iterable[Item]) -> None:
         """Loads the journal's suspects among the items, one at a time: the next crash shows which of them it is."""
-        if self._journal:
+        if self._journal and self._journal.suspects:
             self._journal.try_suspects(((item.input, item) for item in items), self)

@@ -26,6 +26,20 @@ def finished_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: the file is not the output of a run. It is not changed.
     """
+    for _, content in _whole_lines(path):
+        yield content
+
+
+def remove_errors(path: Path) -> int:
+    """Removes the error lines of an earlier run, atomically, and returns their number. Raises as `finished_lines`."""
+    count = sum("error" in content for content in finished_lines(path))
+    if count:
+        with atomic_write(path) as partial, partial.open("wb") as file:
+            file.writelines(line for line, content in _whole_lines(path) if "error" not in content)
+    return count
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     if not path.exists() or is_special(path):
         return
     with path.open("r+b") as file:
@@ -41,7 +55,7 @@ def finished_lines(path: Path) -> Iterator[dict[str, Any]]:
                     "another --output, or start again with --overwrite."
                 )
             whole += len(line)
-            yield content
+            yield line, content
         file.truncate(whole)
 
 
@@ -101,6 +115,12 @@ class Tally:
         self.captions += "error" not in line
         self.tokens += line.get("new_tokens", 0)
 
+    def counted(self, lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yields the lines, and counts them."""
+        for line in lines:
+            self.add(line)
+            yield line
+
     def __str__(self) -> str:
         seconds = time.perf_counter() - self.start
         return (
@@ -109,8 +129,8 @@ class Tally:
         )
 
 
-def write_lines(lines: Iterable[Mapping[str, Any]], total: int, path: Path, overwrite: bool = False) -> Tally:
-    """Writes each line when it arrives, with a progress bar of `total` lines."""
+def write_lines(lines: Iterable[Mapping[str, Any]], total: int | None, path: Path, overwrite: bool = False) -> Tally:
+    """Writes each line when it arrives, with a progress bar of `total` lines; None is an unknown number."""
     writer, tally = LineWriter(path, overwrite), Tally()
     with contextlib.closing(writer), tqdm(total=total, unit="clip", smoothing=0.1) as bar:
         for line in lines:

@@ -12,7 +12,7 @@ import re
 import socket
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -32,11 +32,12 @@ _CONNECT_TIMEOUT = 10  # seconds
 
 
 def lines_from_ray(
-    items: Sequence[Item], config: CaptionConfig, address: str, actors: int | None
+    items: Iterable[Item], config: CaptionConfig, address: str, actors: int | None
 ) -> Iterator[dict[str, Any]]:
     """Yields the output line of every item once, when its task ends on the cluster.
 
     Args:
+        items: The items, which Ray stores in memory.
         address: Address of the cluster, as in `ray.init`.
         actors: Number of engines; None uses all accelerators, or the CPUs of every node without accelerators.
 
@@ -46,6 +47,7 @@ def lines_from_ray(
     """
     ray = _connect(address)
     try:
+        items = list(items)
         room, needs = count_actors(ray.nodes(), math.prod(mesh_sizes(config.mesh).values()))
         actors = room if actors is None else actors
         size = max(1, min(_SHARE * config.slots, math.ceil(len(items) / (_SHARES * actors))))

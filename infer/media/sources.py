@@ -16,30 +16,11 @@ from infer.media.fetch import Fetcher
 from infer.media.limits import MediaLimits
 from tarsier_jax.errors import MediaError
 from tarsier_jax.processing.clip import MediaFile, check_size, kind_of
+from tarsier_jax.processing.media_types import HEAD, kind_of_content
 from tarsier_jax.processing.sample import SOURCES
 
 _ANYWHERE = Path("/")
-_HEAD = 1024  # bytes that determine the type of a file
 _NAME = 200  # characters of a URL in an error
-# The first bytes of the formats of images and videos. A transport stream has the same byte every 188 bytes.
-_SIGNATURES = (
-    (0, b"\xff\xd8\xff", "image"),
-    (0, b"\x89PNG\r\n\x1a\n", "image"),
-    (0, b"GIF87a", "gif"),
-    (0, b"GIF89a", "gif"),
-    (8, b"WEBP", "image"),
-    (0, b"BM", "image"),
-    (0, b"II*\0", "image"),
-    (0, b"MM\0*", "image"),
-    (8, b"AVI ", "video"),
-    (0, b"\x1a\x45\xdf\xa3", "video"),  # Matroska, WebM
-    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "video"),  # ASF
-    (0, b"\0\0\x01\xba", "video"),  # MPEG program stream
-    (0, b"FLV\x01", "video"),
-    (0, b"OggS", "video"),
-    *((4, box, "video") for box in (b"moov", b"mdat", b"wide", b"free", b"skip")),  # MP4, QuickTime
-)
-_STILL_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis")  # pictures in the container of MP4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +142,7 @@ class Sources:
         check_size(name, len(content), limits.max_bytes)
         self._bytes += len(content)
         check_size(f"{name}, with the media before it,", self._bytes, limits.max_sample_bytes)
-        kind = _kind_of_content(content[:_HEAD], name)
+        kind = kind_of_content(content[:HEAD], name)
         descriptor = os.memfd_create("media", os.MFD_CLOEXEC)
         self._add(descriptor)
         with open(descriptor, "wb", closefd=False) as file:
@@ -238,21 +219,6 @@ def _decode_base64(text: str, name: str) -> bytes:
         return base64.b64decode(text.encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError):
         raise MediaError(f"The data URL of the {name} has invalid base64. Encode it again.", "undecodable") from None
-
-
-def _kind_of_content(head: bytes, name: str) -> str:
-    """Returns "video", "gif" or "image" according to the first bytes of a file. Raises MediaError."""
-    if head[4:8] == b"ftyp" and head[8:12] not in _STILL_BRANDS:
-        return "video"
-    if head[:1] == b"G" and head[188:189] == b"G" and not head.startswith(b"GIF8"):
-        return "video"  # a transport stream
-    for offset, signature, kind in _SIGNATURES:
-        if head[offset : offset + len(signature)] == signature:
-            return kind
-    raise MediaError(
-        f"{name} is not a video or image of a known format. Convert it to MP4, WebM, GIF, JPEG, PNG or WebP.",
-        "unsupported",
-    )
 
 
 def _open_below(root: Path, path: str) -> int:

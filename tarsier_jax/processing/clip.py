@@ -6,21 +6,15 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from tarsier_jax.errors import InputError, MediaError
 from tarsier_jax.files import check_local
-
-VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".wmv")
-GIF_SUFFIXES = (".gif",)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-MEDIA_SUFFIXES = VIDEO_SUFFIXES + GIF_SUFFIXES + IMAGE_SUFFIXES
-ACCEPTED = (
-    f"Videos end in {' '.join(VIDEO_SUFFIXES)}, animations in {' '.join(GIF_SUFFIXES)}, "
-    f"images in {' '.join(IMAGE_SUFFIXES)}, in upper or lower case."
-)
+from tarsier_jax.processing.archives import Content, content_of, kind_of_place, open_content, split_archive
+from tarsier_jax.processing.media_types import ACCEPTED, kind_of_suffix
 
 _NAME = 1000  # maximum characters of a name in an error
 
@@ -63,12 +57,18 @@ class MediaFile:
         name: Its name in errors.
         kind: "video", "gif" or "image".
         limits: Limits of the clip; None for a trusted file.
+        content: Its content, if it is a part of an archive; None for the content of `path`.
     """
 
     path: Path
     name: str
     kind: str
     limits: ClipLimits | None = None
+    content: Content | None = None
+
+    def open(self) -> BinaryIO:
+        """Opens the content to read. Raises OSError."""
+        return self.path.open("rb") if self.content is None else open_content(self.content)
 
     def check_frame_size(self, width: int, height: int) -> None:
         """Raises MediaError if frames of that size exceed the limits."""
@@ -96,13 +96,18 @@ class MediaFile:
 
 
 def media_file(source: str | Path | MediaFile, limits: ClipLimits | None = None) -> MediaFile:
-    """Returns a path as a file to decode; a MediaFile stays as it is.
+    """Returns a path, also one in an archive, as a file to decode; a MediaFile stays as it is.
 
     Raises:
         MediaError: the file is missing, empty, too large, or of an unknown type.
     """
     if isinstance(source, MediaFile):
         return source
+    if split_archive(source):
+        content, kind, size = content_of(source)
+        if limits is not None:
+            check_size(str(source), size, limits.max_bytes)
+        return MediaFile(Path(source), str(source), kind, limits, content)
     check_file(source)
     path = Path(source)
     if limits is not None:
@@ -158,20 +163,17 @@ class Clip:
 def kind_of(path: str | Path) -> str:
     """Returns "video", "gif" or "image" according to the ending of a name.
 
-    A directory is a video with one image per frame.
+    A directory is a video with one image per frame. In a table, the column's name decides for values without a name.
 
     Raises:
         InputError: the ending is not accepted.
     """
     check_local("The file", str(path))
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if os.path.isdir(path) or suffix in VIDEO_SUFFIXES:
+    if os.path.isdir(path):
         return "video"
-    if suffix in GIF_SUFFIXES:
-        return "gif"
-    if suffix in IMAGE_SUFFIXES:
-        return "image"
+    if kind := kind_of_suffix(path) or kind_of_place(path):
+        return kind
+    suffix = Path(path).suffix.lower()
     message = f"{path}: files ending in {suffix or 'nothing'} are not read. {ACCEPTED} Convert or rename it."
     raise MediaError(message, "unsupported")
 
@@ -190,14 +192,14 @@ def check_file(path: str | Path) -> None:
     raise MediaError(f"{str(path)[:_NAME]} {problem}. Check the path, or copy the file again.", reason)
 
 
-def name_content(path: str | Path) -> str | None:
+def name_content(file: str | Path | MediaFile) -> str | None:
     """Returns the type of a file that is not a supported picture, with its remedy, or None for an unknown type.
 
     A failed download often stores a web page or an error message under the name of the video or picture.
     """
     try:
-        with Path(path).open("rb") as file:
-            head = file.read(512)
+        with file.open() if isinstance(file, MediaFile) else Path(file).open("rb") as stream:
+            head = stream.read(512)
     except (OSError, ValueError):
         return None
     if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"):
@@ -220,12 +222,12 @@ def name_content(path: str | Path) -> str | None:
 
 def undecodable(
     name: str,
-    path: str | Path,
+    file: str | Path | MediaFile,
     error: Exception,
     remedy: str = "repair a video with `ffmpeg -i broken.mp4 repaired.mp4`",
 ) -> MediaError:
-    """Returns the error for the file `name`, at `path`, whose decoding failed with `error`."""
-    if content := name_content(path):
+    """Returns the error for a file, whose name in errors is `name` and whose decoding failed with `error`."""
+    if content := name_content(file):
         return MediaError(f"{name} cannot be decoded: it is {content}.", "undecodable")
     detail = f" ({' '.join(str(error).split())[:200] or type(error).__name__})"
     return MediaError(

@@ -108,7 +108,7 @@ def open_picture(file: MediaFile) -> Clip:
 def is_animation(path: str | Path) -> bool:
     """Whether a picture file has several frames with times. False for a file that cannot be read."""
     try:
-        with _opened(MediaFile(Path(path), str(path), "image")) as (image, _):
+        with _opened(media_file(path)) as (image, _):
             return _is_animated(image)
     except InputError:
         return False
@@ -204,8 +204,8 @@ def _opened(file: MediaFile) -> Iterator[tuple[ImageFile.ImageFile, BinaryIO]]:
     formats = None if file.limits is None else _FORMATS
     # Pillow maps some files that it opens by name into memory, and then rotates a TIFF with alpha wrongly.
     with (
-        _input_errors(file.name, file.path),
-        file.path.open("rb") as stream,
+        _input_errors(file.name, file),
+        file.open() as stream,
         Image.open(stream, formats=formats) as image,
     ):
         file.check_frame_size(image.width, image.height)
@@ -217,7 +217,7 @@ def _opened(file: MediaFile) -> Iterator[tuple[ImageFile.ImageFile, BinaryIO]]:
 
 
 @contextlib.contextmanager
-def _input_errors(name: str, path: str | Path) -> Iterator[None]:
+def _input_errors(name: str, file: str | MediaFile) -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as e:
@@ -227,7 +227,7 @@ def _input_errors(name: str, path: str | Path) -> Iterator[None]:
             "too_many_pixels",
         ) from None
     except _IMAGE_ERRORS as e:
-        raise undecodable(name, path, e, "convert it to PNG or JPEG if a viewer shows it") from None
+        raise undecodable(name, file, e, "convert it to PNG or JPEG if a viewer shows it") from None
 
 
 def _scale_transparency(image: ImageFile.ImageFile) -> None:

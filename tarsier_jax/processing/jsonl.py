@@ -1,5 +1,6 @@
 """Reads JSON and JSON lines of other programs: encodings, byte order marks, numbers that are not valid JSON."""
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -53,18 +54,40 @@ def read_lines(path: Path) -> Iterator[str]:
     """Yields the non-blank lines of a list, each a JSON text.
 
     The list is JSON lines, an array, or one object over several lines, in UTF-8 with or without a byte order mark,
-    UTF-16 or UTF-32.
+    UTF-16 or UTF-32. Only JSON lines are read one by one; other lists are in memory as a whole.
 
     Raises:
         InputError: the text is in another encoding.
         OSError: the file cannot be read.
     """
-    text = decode_text(path, path.read_bytes())
-    lines = [line for line in text.split("\n") if line.removeprefix(_BOM).strip()]
-    whole = _whole_value(text) if lines and not _is_whole_line(lines[0]) else None
-    if whole is not None:
-        lines = [json.dumps(value) for value in (whole if isinstance(whole, list) else [whole])]  # NaN stays NaN
-    yield from lines
+    lines = (line for line in _decoded_lines(path) if line.removeprefix(_BOM).strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    whole = None if _is_whole_line(first) else _whole_value(decode_text(path, path.read_bytes()))
+    if whole is None:
+        yield first
+        yield from lines
+    else:
+        yield from map(json.dumps, whole if isinstance(whole, list) else [whole])  # NaN stays NaN
+
+
+def _decoded_lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+        file.seek(0)
+        if encoding.startswith("utf-8"):
+            for number, line in enumerate(file, 1):
+                try:
+                    yield line.decode(encoding if number == 1 else "utf-8").removesuffix("\n")
+                except UnicodeDecodeError as e:
+                    raise _not_utf8(str(path), number, e) from None
+            return
+        try:
+            for line in io.TextIOWrapper(file, encoding, newline="\n"):
+                yield line.removesuffix("\n")
+        except UnicodeDecodeError as e:
+            raise _damaged(path, encoding, e) from None
 
 
 def check_line(path: str, number: int, line: bytes, first: bool) -> None:
@@ -117,7 +140,11 @@ def decode_text(path: Path, data: bytes) -> str:
     except UnicodeDecodeError as e:
         if encoding.startswith("utf-8"):
             raise _not_utf8(str(path), data[: e.start].count(b"\n") + 1, e) from None
-        raise InputError(f"{path} has the encoding {encoding}, but is cut off or damaged ({e.reason}).") from None
+        raise _damaged(path, encoding, e) from None
+
+
+def _damaged(path: Path, encoding: str, error: UnicodeDecodeError) -> InputError:
+    return InputError(f"{path} has the encoding {encoding}, but is cut off or damaged ({error.reason}).")
 
 
 def _not_utf8(path: str, number: int, error: UnicodeDecodeError) -> InputError:

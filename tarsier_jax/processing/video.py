@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.archives import split_archive
 from tarsier_jax.processing.clip import (
-    ACCEPTED,
-    IMAGE_SUFFIXES,
-    MEDIA_SUFFIXES,
     Clip,
     ClipLimits,
     MediaFile,
@@ -25,6 +23,7 @@ from tarsier_jax.processing.clip import (
     media_file,
 )
 from tarsier_jax.processing.image_files import load_image, open_picture
+from tarsier_jax.processing.media_types import ACCEPTED, IMAGE_SUFFIXES, MEDIA_SUFFIXES
 from tarsier_jax.processing.video_files import open_video
 
 __all__ = ["Clip", "find_inputs", "kind_of", "load_image", "natural_key", "open_clip"]
@@ -51,7 +50,8 @@ def find_inputs(path: str | Path, other_endings: collections.Counter[str] | None
         if not files:
             raise InputError(f"{path} contains no video, animation or image. {ACCEPTED}")
         return sorted(files, key=natural_key)
-    check_file(path)
+    if split_archive(path) is None:
+        check_file(path)
     kind_of(path)
     return [path]
 

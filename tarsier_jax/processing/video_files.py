@@ -6,8 +6,10 @@ of frames. Reading seeks to the key frame before each selected frame, and decode
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
+import os
 import struct
 from collections.abc import Container, Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -65,7 +67,7 @@ def _named_errors(file: MediaFile, errors: tuple[type[Exception], ...] = _ERRORS
     except MemoryError:
         raise
     except errors as e:  # an argument, since abandoned iterators can outlive the module at exit
-        raise undecodable(file.name, file.path, ValueError(getattr(e, "strerror", None) or e)) from None
+        raise undecodable(file.name, file, ValueError(getattr(e, "strerror", None) or e)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +93,10 @@ def open_video(file: MediaFile) -> Clip:
     Raises:
         InputError: The file is cut off, damaged, or lacks a video that FFmpeg decodes.
     """
-    with _named_errors(file), _opened(file) as (container, stream):
-        index = _read_index(file, container, stream)
-        if not len(index.pts):
-            raise ValueError("no frame can be decoded")
-        times = (index.pts - index.pts[0]) * float(stream.time_base or 0)
-        rate = _rate(times, stream.average_rate)
+    state = _state(file)
+    index, average_rate, time_base = _read_header(file) if state is None else _cached_header(file, state)
+    times = (index.pts - index.pts[0]) * time_base
+    rate = _rate(times, average_rate)
     file.check_length(len(times), len(times), float(times[-1]))
 
     def decode(indices: Sequence[int]) -> Iterator[Frame]:
@@ -116,12 +116,59 @@ def open_video(file: MediaFile) -> Clip:
     return Clip(file.name, len(times), rate, decode, times, is_video=True)
 
 
+def read_length(file: MediaFile) -> tuple[float, float] | None:
+    """Returns the duration of a video file and the mean time between its frames in seconds; None for other files.
+
+    They are read from the header, or from the index of frames where the header does not state them.
+
+    Raises:
+        InputError: as `open_video`.
+    """
+    if file.kind != "video":
+        return None
+    with _named_errors(file), _opened(file) as (_, stream):
+        duration, rate = (stream.duration or 0) * (stream.time_base or 0), stream.average_rate
+    if duration and rate:
+        return float(duration), float(1 / rate)
+    clip = open_video(file)
+    frame = 1 / clip.rate if clip.rate else 0.0
+    return float(clip.times[-1]) + frame if clip.times is not None else frame, frame
+
+
+def _state(file: MediaFile) -> tuple[int, ...] | None:
+    """Returns a key of the content of a file on the disk, or None for other content."""
+    if isinstance(file.content, bytes):
+        return None
+    try:
+        status = os.stat(file.path if file.content is None else file.content.path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_header(file: MediaFile, state: tuple[int, ...]) -> tuple[_Index, Fraction | None, float]:
+    """Returns `_read_header(file)`, once for the windows of a long video, since it reads the whole file."""
+    return _read_header(file)
+
+
+def _read_header(file: MediaFile) -> tuple[_Index, Fraction | None, float]:
+    """Returns the index of frames, the average rate, and the seconds per unit of the timestamps."""
+    with _named_errors(file), _opened(file) as (container, stream):
+        index = _read_index(file, container, stream)
+        if not len(index.pts):
+            raise ValueError("no frame can be decoded")
+        return index, stream.average_rate, float(stream.time_base or 0)
+
+
 @contextlib.contextmanager
 def _opened(file: MediaFile) -> Iterator[tuple[InputContainer, VideoStream]]:
     # FFmpeg reads a relative name with a colon as a URL.
-    with av.open(
-        str(file.path.absolute()), metadata_errors="replace", container_options=_container_options(file)
-    ) as container:
+    source = contextlib.nullcontext(str(file.path.absolute())) if file.content is None else file.open()
+    with (
+        source as name_or_file,
+        av.open(name_or_file, "r", metadata_errors="replace", container_options=_container_options(file)) as container,
+    ):
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream) and not container.streams.audio:
             raise ValueError("it contains no video stream")

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image, ImageSequence
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.processing.clip import media_file
 from tarsier_jax.processing.video import find_inputs, kind_of, load_image, open_clip
+from tarsier_jax.processing.video_files import read_length
 from tests.processing.conftest import frame_numbers
 
 ENCODINGS = {
@@ -30,6 +32,20 @@ def test_exactly_the_frames_asked_for(render: Callable[..., Path], name: str) ->
     assert frame_numbers(list(clip.read(indices))) == indices
     again = [30, 8, 8, 31]
     assert frame_numbers(list(clip.read(again))) == again
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_the_length_of_a_video(render: Callable[..., Path], name: str) -> None:
+    """The windows of long videos depend on it. The last frame is displayed as long as the others."""
+    assert read_length(media_file(render(name, *ENCODINGS[name]))) == pytest.approx((5.0, 0.125), abs=1e-3)
+
+
+def test_a_file_that_is_replaced(render: Callable[..., Path], mp4: Path, tmp_path: Path) -> None:
+    """The index of frames, which stays in memory, is that of the new file."""
+    path = tmp_path / "a.mp4"
+    for source, length in ((mp4, 40), (render("slow.mp4", "-vf", "fps=4"), 20)):
+        path.write_bytes(source.read_bytes())
+        assert open_clip(path).length == length
 
 
 def test_upper_case_names(mp4: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import jax
 import pytest
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.versions import versions
 from train.config import TrainConfig, default_config, read_config
-from train.record import check_run_metadata, flatten, record_start, versions
+from train.record import check_run_metadata, flatten, record_start
 
 FACTS = {"program": "sft", "data.global_batch_size": 4, "optimizer.freeze": (), "text": {"num_layers": 2}}
 

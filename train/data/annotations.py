@@ -15,6 +15,7 @@ from tarsier_jax.files import is_remote, is_url
 from tarsier_jax.processing.formats import normalize_sample
 from tarsier_jax.processing.jsonl import check_line, parse_json
 from tarsier_jax.storage import local_copy
+from train.data.archives import ArchiveAnnotations, archives_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +101,17 @@ def describe_files(files: str) -> list[str]:
     """
     descriptions = []
     for path, weight in parse_files(files):
+        suffix = f", weight {weight:g}" if weight else ""
+        if archives_of(path):
+            descriptions.append(ArchiveAnnotations(path).describe() + suffix)
+            continue
         try:
             with open(_local(path), "rb") as file:
                 digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
                 size = file.tell()
         except OSError as e:
             raise InputError(f"The annotations {path} cannot be read ({e.strerror}). Check config.data.") from None
-        descriptions.append(f"{size} bytes, blake2b {digest}" + (f", weight {weight:g}" if weight else ""))
+        descriptions.append(f"{size} bytes, blake2b {digest}{suffix}")
     return descriptions
 
 
@@ -125,7 +130,7 @@ def mix_files(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grai
         shuffle: Shuffle each file at each pass if `repeat`.
     """
     parsed = parse_files(files)
-    sources = [AnnotationFile(path) for path, _ in parsed]
+    sources = [ArchiveAnnotations(path) if archives_of(path) else AnnotationFile(path) for path, _ in parsed]
     if not repeat:
         return grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
     datasets = [grain.MapDataset.source(s).seed(seed + i) for i, s in enumerate(sources)]

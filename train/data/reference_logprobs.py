@@ -18,10 +18,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.weights import is_converted
-from tarsier_jax.weights.digest import digest_files
-from tarsier_jax.weights.orbax import PARAMS
-from tarsier_jax.weights.safetensors import open_tensors
+from tarsier_jax.processing.archives import split_archive
+from tarsier_jax.weights.digest import digest_weights
 from train.config import TrainConfig
 from train.data.annotations import AnnotationLine, mix_files, read_sample
 from train.data.samples import prepare_pair
@@ -100,7 +98,10 @@ class ReferenceFile:
 
 
 def _media_sizes(chat: Mapping[str, Any]) -> Iterator[Any]:
-    """Yields the sizes in bytes of the media files of a chat; for directories, names and sizes of their files."""
+    """Yields the sizes in bytes of the media files of a chat.
+
+    For directories these are names and sizes of their files, for media in archives the sizes of the archives.
+    """
     items = [item for message in chat["messages"] for item in message["content"] if item["type"] != "text"]
     values = [value for item in items for value in item[item["type"]].values()]
     paths = [path for value in values for path in (value if isinstance(value, list) else [value])]
@@ -109,6 +110,8 @@ def _media_sizes(chat: Mapping[str, Any]) -> Iterator[Any]:
             yield sorted((file.name, file.stat().st_size) for file in path.iterdir())
         elif path.is_file():
             yield path.stat().st_size
+        elif (split := split_archive(path)) is not None:
+            yield split[0].stat().st_size
 
 
 def fingerprint(run: TrainRun) -> str:
@@ -130,15 +133,6 @@ def fingerprint(run: TrainRun) -> str:
         "template": processor.chat_template,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def digest_weights(directory: Path) -> bytes:
-    """Returns the SHA-256 of all weights of a checkpoint and of their file names; takes a second per few GiB."""
-    if is_converted(directory):
-        files = [path for path in (directory / PARAMS).glob("*/**/*") if path.is_file()]
-    else:
-        files = list({tensor.file for tensor in open_tensors(directory).values()})
-    return digest_files(directory, files)
 
 
 def _broadcast(digest: Callable[[], bytes]) -> bytes:

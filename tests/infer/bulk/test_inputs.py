@@ -22,7 +22,7 @@ QUESTION = [{"type": "video", "video": {"video_file": "a.mp4"}}, {"type": "text"
 
 def items(path: Path, data: bytes | str) -> list[Item]:
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return find_items(str(path))
+    return list(find_items(str(path)))
 
 
 def reason(item: Item) -> str:
@@ -163,7 +163,7 @@ def test_questions_about_one_video_are_known_by_their_prompts(tmp_path: Path) ->
     assert missing(lines[0], lines[1], lines[1]) == []
     assert missing({"idx": "v", "input": "a.mp4", "error": "It is empty."}) == [1, 2]
     (single,) = items(tmp_path / "single.jsonl", json.dumps(lines[0]))
-    assert not missing_items([single], [{**lines[0], "prompt": "a former one"}], fields, "Describe.")
+    assert not list(missing_items([single], [{**lines[0], "prompt": "a former one"}], fields, "Describe."))
 
 
 def test_reasons_are_in_words() -> None:
@@ -189,7 +189,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     line = {"input": item.input, "caption": "A ball."}
     assert written(tmp_path / "out.jsonl", line) == [line] == list(finished_lines(tmp_path / "out.jsonl"))
     write_parquet(tmp_path / "out.jsonl", tmp_path / "out.parquet")
-    assert find_items(str(tmp_path / "out.parquet"))[0].input.endswith("caf\\udce9.gif")
+    assert next(iter(find_items(str(tmp_path / "out.parquet")))).input.endswith("caf\\udce9.gif")
 
 
 def test_values_that_json_does_not_have(tmp_path: Path) -> None:

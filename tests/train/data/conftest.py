@@ -1,0 +1,3 @@
+"""The videos of the processor's tests."""
+
+from tests.processing.conftest import render as render
