@@ -5,6 +5,18 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tarsier_jax.weights.orbax import PARAMS, is_converted
+from tarsier_jax.weights.safetensors import open_tensors
+
+
+def digest_weights(directory: Path) -> bytes:
+    """Returns the SHA-256 of all weights of a checkpoint and of their file names; takes a second per few GiB."""
+    if is_converted(directory):
+        files = [path for path in (directory / PARAMS).glob("*/**/*") if path.is_file()]
+    else:
+        files = list({tensor.file for tensor in open_tensors(directory).values()})
+    return digest_files(directory, files)
+
 
 def digest_files(directory: Path, files: Iterable[Path]) -> bytes:
     """Returns the SHA-256 of the contents of files, and of their names in `directory`; takes a second per few GiB."""

@@ -17,9 +17,10 @@ from configs.dpo_7b import get_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from tarsier_jax.weights import convert_hf
+from tarsier_jax.weights.digest import digest_weights
 from tests import reference
 from train.config import TrainConfig, read_config
-from train.data.reference_logprobs import ReferenceFile, digest_weights, fingerprint
+from train.data.reference_logprobs import ReferenceFile, fingerprint
 from train.debug_data import TINY, write_debug_clips
 from train.dpo import dpo_objective
 from train.loop import train
