@@ -254,9 +254,8 @@ def _load(
 ) -> LocalModel:
     """Loads the model into this process."""
     _log(f"loading {args.model}")
-    parameters, processor = tarsier_jax.load(
-        args.model, resolve_dtype(args.dtype), int8=args.int8, adapter=args.adapter
-    )
+    dtype = resolve_dtype(args.dtype)
+    parameters, processor = tarsier_jax.load(args.model, dtype, int8=args.int8, adapter=args.adapter)
     processor = processor.replace(**options)
     config = fit_conversations(processor, 1, sampling.max_new_tokens, args.prompt_tokens)
     _log(f"preparing for conversations of {config.prompt_tokens} tokens")

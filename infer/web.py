@@ -73,9 +73,8 @@ def main(args: argparse.Namespace) -> int:
     sampling = SamplingOptions(max_new_tokens=args.max_new_tokens)
     prepare_process()
     print(f"loading {args.model}", file=sys.stderr, flush=True)
-    parameters, processor = tarsier_jax.load(
-        args.model, resolve_dtype(args.dtype), int8=args.int8, adapter=args.adapter
-    )
+    dtype = resolve_dtype(args.dtype)
+    parameters, processor = tarsier_jax.load(args.model, dtype, int8=args.int8, adapter=args.adapter)
     processor = processor.replace(**options)
     engine = Engine(parameters, processor, fit_conversations(processor, args.slots, args.max_new_tokens))
     limits = MediaLimits()

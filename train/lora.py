@@ -13,9 +13,11 @@ from flax import nnx
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import InputError
+from tarsier_jax.families import family_of
 from tarsier_jax.models.layers import LowRank
+from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.weights.adapter import linear_parameters
-from tarsier_jax.weights.names import Parameter, abstract_state
+from tarsier_jax.weights.names import Parameter
 from train.checks import check, check_at_least
 
 BASE = r"(?!.*/lora/[ab]$).*"  # paths of all parameters that are not of LoRA
@@ -57,16 +59,19 @@ def add_lora(config: ModelConfig, lora: LoraConfig) -> tuple[nnx.GraphDef, nnx.S
     Raises:
         InputError: a target is not the name of a module.
     """
-    model = nnx.merge(*abstract_state(config))
-    modules: dict[Any, Any] = dict(nnx.iter_modules(model))
-    for parameter in _updated(config, lora):
-        *outputs, d_in = parameter.shape
-        layers = outputs[:1] if parameter.stacked else []
-        a = jax.ShapeDtypeStruct((*layers, lora.rank, d_in), jnp.float32)
-        b = jax.ShapeDtypeStruct((*outputs, lora.rank), jnp.float32)
-        linear: Any = modules[parameter.path[:-1]]
-        linear.lora = nnx.data(LowRank(a, b, lora.alpha / lora.rank))  # pyright: ignore[reportArgumentType]
-    return nnx.split(model)
+    updated = _updated(config, lora)
+
+    def make() -> Tarsier:
+        model = family_of(config).model(config, nnx.Rngs(0))
+        modules: dict[Any, Any] = dict(nnx.iter_modules(model))
+        for parameter in updated:
+            *outputs, d_in = parameter.shape
+            a = jnp.zeros((*(outputs[:1] if parameter.stacked else ()), lora.rank, d_in))
+            b = jnp.zeros((*outputs, lora.rank))
+            modules[parameter.path[:-1]].lora = nnx.data(LowRank(a, b, lora.alpha / lora.rank))
+        return model
+
+    return nnx.split(nnx.eval_shape(make))
 
 
 def _updated(config: ModelConfig, lora: LoraConfig) -> list[Parameter]:
