@@ -48,6 +48,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"vision/(merger|projector)/(fc2|linear_2)/bias", P()),
 )
 
+_LORA = re.compile(r"(?P<module>.+)/lora/(?P<matrix>[ab])")
 _STACKED = re.compile(r"/(layers|blocks)/")
 
 
@@ -77,11 +78,10 @@ def parameter_spec(path: str) -> P:
     Raises:
         ValueError: no rule or several rules match the path.
     """
-    module, lora, matrix = path.rpartition("/lora/")
-    if lora:
-        weight = parameter_spec(f"{module}/weight")
-        stacked = (None,) if _STACKED.search(module) else ()
-        return P(*stacked, None, weight[-1]) if matrix == "a" else P(*weight[:-1], None)
+    if match := _LORA.fullmatch(path):
+        weight = parameter_spec(f"{match['module']}/weight")
+        stacked = (None,) if _STACKED.search(path) else ()
+        return P(*stacked, None, weight[-1]) if match["matrix"] == "a" else P(*weight[:-1], None)
     specs = [spec for pattern, spec in RULES if re.fullmatch(pattern, path)]
     if len(specs) != 1:
         raise ValueError(f"{len(specs)} sharding rules match parameter {path}; exactly one must.")
