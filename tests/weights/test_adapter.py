@@ -54,7 +54,7 @@ def arrays(directory: Path, **options: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_merged_weights_equal_those_of_peft(tmp_path: Path, options: dict[str, Any]) -> None:
     model = make_peft(tmp_path / "base", **options)
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     ours = arrays(tmp_path / "base", adapter=tmp_path / "adapter")
     plain = arrays(tmp_path / "base")
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -125,7 +125,7 @@ def test_int8_quantizes_the_merged_weights(adapter: Path, tmp_path: Path) -> Non
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\]"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication \[\[0, 2\]\]"),
         ({"an_option_of_tomorrow": 1}, "an_option_of_tomorrow 1"),
     ],
 )
