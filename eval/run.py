@@ -152,8 +152,8 @@ def run_settings(args: argparse.Namespace, sources: Sequence[BenchmarkInput]) ->
     """Returns the settings that the predictions of a run depend on."""
     return {
         "model": args.model,
-        "weights": weights_digest(resolve(args.model)),
-        **({"adapter": weights_digest(args.adapter)} if args.adapter else {}),
+        # One entry: predictions without the adapter are not continued with it.
+        "weights": "+".join(map(weights_digest, filter(None, (resolve(args.model), args.adapter)))),
         "dtype": resolve_dtype(args.dtype),
         "max_pixels": args.max_pixels,
         "platform": jax.default_backend(),

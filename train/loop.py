@@ -91,7 +91,8 @@ class _Loop:
         self.log = Log(run.workdir, self.first)
         self.bad_samples = BadSamples(run.workdir)
         vision_trained = any(path.startswith("vision/blocks/") for path in run.spec.shapes.params)
-        self.meter, self.whole = (Meter(run.spec.config, vision_trained) for _ in range(2))
+        lora = run.config.lora.rank > 0
+        self.meter, self.whole = (Meter(run.spec.config, vision_trained, lora) for _ in range(2))
         self.counts = DataProgress()  # of this process, since the start
         self.pending: tuple[int, dict[str, jax.Array], list[PackedRow]] | None = None
         self.recent: list[dict[str, float]] = []

@@ -59,12 +59,12 @@ def add_lora(config: ModelConfig, lora: LoraConfig) -> tuple[nnx.GraphDef, nnx.S
     Raises:
         InputError: a target is not the name of a module.
     """
-    updated = _updated(config, lora)
+    targets = _target_parameters(config, lora)
 
     def make() -> Tarsier:
         model = family_of(config).model(config, nnx.Rngs(0))
         modules: dict[Any, Any] = dict(nnx.iter_modules(model))
-        for parameter in updated:
+        for parameter in targets:
             *outputs, d_in = parameter.shape
             a = jnp.zeros((*(outputs[:1] if parameter.stacked else ()), lora.rank, d_in))
             b = jnp.zeros((*outputs, lora.rank))
@@ -74,7 +74,7 @@ def add_lora(config: ModelConfig, lora: LoraConfig) -> tuple[nnx.GraphDef, nnx.S
     return nnx.split(nnx.eval_shape(make))
 
 
-def _updated(config: ModelConfig, lora: LoraConfig) -> list[Parameter]:
+def _target_parameters(config: ModelConfig, lora: LoraConfig) -> list[Parameter]:
     every = linear_parameters(config)
     decoder = [parameter for parameter in every if parameter.path[0] == "decoder"]
     vision = [parameter for parameter in every if parameter.path[0] == "vision"]
@@ -87,8 +87,8 @@ def _select(field: str, targets: Sequence[str], parameters: Sequence[Parameter])
     if unknown := [target for target in targets if not matches[target]]:
         choices = sorted({".".join(name.split(".")[-2:]) for name in names})
         raise InputError(f"lora.{field} has {unknown[0]!r}, which is no module. Choose from {', '.join(choices)}.")
-    selected = set(itertools.chain(*matches.values()))
-    return [parameter for name, parameter in names.items() if name in selected]
+    hits = set(itertools.chain(*matches.values()))
+    return [parameter for name, parameter in names.items() if name in hits]
 
 
 def init_lora(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, jax.Array]:

@@ -53,9 +53,7 @@ class Adapter:
         """Returns W + B A for the parameter W at `path`, and deletes `x` if the adapter updates it."""
         if path not in self.matrices:
             return x
-        merged = _merge(x.sharding)(x, *self.matrices[path])
-        jax.block_until_ready(merged)
-        return merged
+        return jax.block_until_ready(_merge(x.sharding)(x, *self.matrices[path]))  # before the next one is loaded
 
 
 @functools.cache
@@ -84,33 +82,35 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
     file = next((path for name in _WEIGHTS if (path := directory / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{directory} contains no {_WEIGHTS[0]}. Download the adapter again.")
-    pairs, problems = _pair(open_file(file)), []
-    names = {
-        name.removesuffix(".weight"): (parameter, layer)
-        for layout in family_of(config).layouts
-        for parameter in parameters(config, layout)
-        for layer, name in enumerate(parameter.names)
-        if name.endswith(".weight")
-    }
+    names, problems = _module_names(config), []
     updates: dict[Parameter, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
-    for module, pair in pairs.items():
-        if set(pair) != {"A", "B"} or module not in names:
+    for module, pair in _pair(open_file(file)).items():
+        try:
+            parameter, layer = names[module]
+            a, b = _read_pair(pair["A"], pair["B"], parameter)
+        except KeyError:
             problems.append(f"{module} is not a matrix of the model with lora_A and lora_B")
-            continue
-        parameter, layer = names[module]
-        a, b = (_read_matrix(pair[matrix]) for matrix in "AB")
-        shape = parameter.tensor_shape[0], math.prod(parameter.tensor_shape[1:])
-        if (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
-            problems.append(f"{module} has B {b.shape} and A {a.shape} for a weight {shape}")
-            continue
-        scale = _scale(options, module, a.shape[0])
-        updates.setdefault(dataclasses.replace(parameter, names=()), {})[layer] = (a, b * np.float32(scale))
+        except ValueError as error:
+            problems.append(f"{module} has {error}")
+        else:
+            updates.setdefault(parameter, {})[layer] = a, b * np.float32(_scale(options, module, len(a)))
     if problems or not updates:
         listed = "; ".join(problems[:_MAX_LISTED]) or "it contains no lora_A and lora_B"
         raise CheckpointError(
             f"{directory} does not fit the model: {listed}. Pass the base model of the adapter as --model."
         )
     return Adapter({parameter.path: _stack(parameter, layers) for parameter, layers in updates.items()})
+
+
+def _module_names(config: ModelConfig) -> dict[str, tuple[Parameter, int]]:
+    """Returns the weight and the layer of each module, by its name in any layout."""
+    return {
+        name.removesuffix(".weight"): (parameter, layer)
+        for layout in family_of(config).layouts
+        for parameter in parameters(config, layout)
+        for layer, name in enumerate(parameter.names)
+        if name.endswith(".weight")
+    }
 
 
 def _read_options(directory: Path) -> dict[str, Any]:
@@ -159,10 +159,18 @@ def _pair(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return pairs
 
 
-def _read_matrix(tensor: Tensor) -> np.ndarray:
-    """Returns a matrix in float32. That of a convolution over whole patches is flattened."""
-    values = tensor.read(0, tensor.size).astype(np.float32)
-    return values.reshape(tensor.shape[0], -1) if tensor.shape else values.reshape(1, 1)
+def _read_pair(a: Tensor, b: Tensor, parameter: Parameter) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A and B in float32. Those of a convolution over whole patches are flattened.
+
+    Raises:
+        ValueError: their shapes do not fit the weight.
+    """
+    shape = parameter.tensor_shape[0], math.prod(parameter.tensor_shape[1:])
+    sizes = [(tensor.shape[0], math.prod(tensor.shape[1:])) for tensor in (a, b) if tensor.shape]
+    if len(sizes) < 2 or (sizes[1][0], sizes[0][1]) != shape or sizes[0][0] != sizes[1][1]:
+        raise ValueError(f"A {a.shape} and B {b.shape} for a weight {shape}")
+    first, second = (tensor.read(0, tensor.size).astype(np.float32) for tensor in (a, b))
+    return first.reshape(sizes[0]), second.reshape(sizes[1])
 
 
 def _scale(options: Mapping[str, Any], module: str, rank: int) -> float:
@@ -221,9 +229,9 @@ def write_adapter(
     """
     from safetensors.numpy import save_file
 
-    updated = [parameter for parameter in linear_parameters(config) if parameter.path in matrices]
+    targets = [parameter for parameter in linear_parameters(config) if parameter.path in matrices]
     tensors = {}
-    for parameter in updated:
+    for parameter in targets:
         a, b = matrices[parameter.path]
         for i, name in enumerate(parameter.names):
             own_a, own_b = (a[i], b[i]) if parameter.stacked else (a, b)
@@ -237,7 +245,7 @@ def write_adapter(
         "r": next(iter(matrices.values()))[0].shape[-2],
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": _target_modules(updated, _named(config)),
+        "target_modules": _target_modules(targets, _named(config)),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -247,12 +255,12 @@ def write_adapter(
         (partial / ADAPTER_CONFIG).write_text(json.dumps(options, indent=2), encoding="utf-8")
 
 
-def _target_modules(updated: Sequence[Parameter], every: Iterable[Parameter]) -> list[str] | str:
+def _target_modules(targets: Sequence[Parameter], every: Iterable[Parameter]) -> list[str] | str:
     """Returns the last parts of the modules' names, or a regular expression if these match other modules too."""
-    parts = sorted({_module(parameter).rpartition(".")[2] for parameter in updated})
-    if [p.path for p in every if _module(p).rpartition(".")[2] in parts] == [p.path for p in updated]:
+    parts = sorted({_module(parameter).rpartition(".")[2] for parameter in targets})
+    if [p.path for p in every if _module(p).rpartition(".")[2] in parts] == [p.path for p in targets]:
         return parts
-    patterns = (re.escape(_module(p)).replace(r"\.0\.", r"\.\d+\.", int(p.stacked)) for p in updated)
+    patterns = (re.escape(_module(p)).replace(r"\.0\.", r"\.\d+\.", int(p.stacked)) for p in targets)
     return "|".join(patterns)
 
 

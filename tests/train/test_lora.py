@@ -60,7 +60,7 @@ def write(out: Path, spec: StateSpec, state: TrainState) -> Path:
     return out
 
 
-class Trained(NamedTuple):
+class TenSteps(NamedTuple):
     """The same ten steps here and in PEFT, from the same matrices."""
 
     directory: Path
@@ -72,7 +72,7 @@ class Trained(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def ten_steps(tmp_path_factory: pytest.TempPathFactory) -> TenSteps:
     directory = tmp_path_factory.mktemp("lora")
     model = reference.make_reference(directory, reference.TINY)
     spec, state = make_lora_run(directory)
@@ -87,66 +87,66 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         loss = -torch.stack([s for s, _ in sums]).sum() / sum(n for _, n in sums)
         torch_step(theirs, optimizer, step, loss)
         expected.append(float(loss.detach()))
-    return Trained(directory, spec, state, ours, theirs.eval(), expected)
+    return TenSteps(directory, spec, state, ours, theirs.eval(), expected)
 
 
-def test_ten_steps_equal_peft(trained: Trained) -> None:
-    assert trained.their_losses[-1] < trained.their_losses[1] - 0.1  # it learned something
-    np.testing.assert_allclose(trained.losses, trained.their_losses, rtol=1e-4, atol=0)
+def test_ten_steps_equal_peft(ten_steps: TenSteps) -> None:
+    assert ten_steps.their_losses[-1] < ten_steps.their_losses[1] - 0.1  # it learned something
+    np.testing.assert_allclose(ten_steps.losses, ten_steps.their_losses, rtol=1e-4, atol=0)
 
 
-def test_only_the_matrices_are_trained(trained: Trained) -> None:
-    assert len(trained.state.params) == 2 * (7 + 3)
-    assert all(path.endswith(("/lora/a", "/lora/b")) for path in trained.state.params)
-    moments = sum(x.size for x in jax.tree.leaves(trained.state.opt_state) if x.ndim)
-    assert moments == 2 * sum(x.size for x in trained.state.params.values())
+def test_only_the_matrices_are_trained(ten_steps: TenSteps) -> None:
+    assert len(ten_steps.state.params) == 2 * (7 + 3)
+    assert all(path.endswith(("/lora/a", "/lora/b")) for path in ten_steps.state.params)
+    moments = sum(x.size for x in jax.tree.leaves(ten_steps.state.opt_state) if x.ndim)
+    assert moments == 2 * sum(x.size for x in ten_steps.state.params.values())
 
 
-def test_logits_equal_in_every_direction(trained: Trained, tmp_path: Path) -> None:
+def test_logits_equal_in_every_direction(ten_steps: TenSteps, tmp_path: Path) -> None:
     """Unmerged and merged here, unmerged in PEFT, and PEFT's own files merged here."""
-    spec = trained.spec
+    spec = ten_steps.spec
     example = make_examples(spec.config)[1]
-    expected = reference.reference_logits(trained.theirs, example)
+    expected = reference.reference_logits(ten_steps.theirs, example)
     batch = reference.make_batch([example], spec.config, reference.BUCKETS)
     forward = jax.jit(lambda model, batch: model(batch))
 
     def logits(model: Any) -> np.ndarray:
         return np.asarray(forward(model, batch))[0, : len(example.input_ids)]
 
-    unmerged = build_model(spec.graph, {**trained.state.params, **trained.state.frozen}, "float32")
+    unmerged = build_model(spec.graph, {**ten_steps.state.params, **ten_steps.state.frozen}, "float32")
     np.testing.assert_allclose(logits(unmerged), expected, atol=1e-4)
-    ours = write(tmp_path / "ours", spec, trained.state)
-    trained.theirs.save_pretrained(tmp_path / "theirs")
+    ours = write(tmp_path / "ours", spec, ten_steps.state)
+    ten_steps.theirs.save_pretrained(tmp_path / "theirs")
     for adapter in (ours, tmp_path / "theirs"):
-        merged = load_weights(trained.directory, spec.config, adapter=adapter)
+        merged = load_weights(ten_steps.directory, spec.config, adapter=adapter)
         np.testing.assert_allclose(logits(merged), expected, atol=1e-4)
-    plain = logits(load_weights(trained.directory, spec.config))
+    plain = logits(load_weights(ten_steps.directory, spec.config))
     assert np.abs(plain - expected).max() > 0.1  # the adapter matters
 
 
-def test_merge_lora(trained: Trained, tmp_path: Path) -> None:
+def test_merge_lora(ten_steps: TenSteps, tmp_path: Path) -> None:
     """The converted directory contains the weights of --adapter."""
-    adapter = write(tmp_path / "adapter", trained.spec, trained.state)
-    merge(str(trained.directory), adapter, tmp_path / "merged")
-    ours = nnx.state(load_weights(tmp_path / "merged", trained.spec.config))
-    expected = nnx.state(load_weights(trained.directory, trained.spec.config, adapter=adapter))
+    adapter = write(tmp_path / "adapter", ten_steps.spec, ten_steps.state)
+    merge(str(ten_steps.directory), adapter, tmp_path / "merged")
+    ours = nnx.state(load_weights(tmp_path / "merged", ten_steps.spec.config))
+    expected = nnx.state(load_weights(ten_steps.directory, ten_steps.spec.config, adapter=adapter))
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
 
-def test_transformers_loads_a_trained_adapter(trained: Trained, tmp_path: Path) -> None:
-    """With the same matrices as PEFT trained."""
+def test_transformers_loads_a_trained_adapter(ten_steps: TenSteps, tmp_path: Path) -> None:
+    """With the same matrices as PEFT ten_steps."""
     model = reference.make_reference(tmp_path / "base", reference.TINY)
-    loaded = peft.PeftModel.from_pretrained(model, str(write(tmp_path / "ours", trained.spec, trained.state)))
-    example = make_examples(trained.spec.config)[3]
-    logits, expected = (reference.reference_logits(each, example) for each in (loaded, trained.theirs))
+    loaded = peft.PeftModel.from_pretrained(model, str(write(tmp_path / "ours", ten_steps.spec, ten_steps.state)))
+    example = make_examples(ten_steps.spec.config)[3]
+    logits, expected = (reference.reference_logits(each, example) for each in (loaded, ten_steps.theirs))
     np.testing.assert_allclose(logits, expected, atol=1e-4)
-    ours, theirs = (peft.get_peft_model_state_dict(each) for each in (loaded, trained.theirs))
+    ours, theirs = (peft.get_peft_model_state_dict(each) for each in (loaded, ten_steps.theirs))
     assert ours.keys() == theirs.keys()
 
 
-def test_base_in_int8(trained: Trained) -> None:
+def test_base_in_int8(ten_steps: TenSteps) -> None:
     """The frozen matrices are int8, and the first losses differ from those of the plain base by rounding."""
-    spec, state = make_lora_run(trained.directory, dataclasses.replace(LORA, vision_targets=(), int8=True))
+    spec, state = make_lora_run(ten_steps.directory, dataclasses.replace(LORA, vision_targets=(), int8=True))
     quantized = [path for path, x in state.frozen.items() if isinstance(x, qwix.QArray)]
     assert len(quantized) == 7 and all(path.startswith("decoder/layers/") for path in quantized)
     assert jax.tree.structure(state) == jax.tree.structure(spec.shapes)
@@ -154,13 +154,13 @@ def test_base_in_int8(trained: Trained) -> None:
     for step in range(3):
         examples = make_examples(spec.config, seed=8 * (step % 2))[:4]
         state, metrics = step_function(state, step_batch([examples], spec.config, spec.mesh))
-        difference = abs(float(metrics["loss"]) - trained.losses[step])
-        assert 0 < difference < 0.02 * trained.losses[step]
+        difference = abs(float(metrics["loss"]) - ten_steps.losses[step])
+        assert 0 < difference < 0.02 * ten_steps.losses[step]
 
 
-def test_the_reference_of_dpo_is_the_base(trained: Trained) -> None:
+def test_the_reference_of_dpo_is_the_base(ten_steps: TenSteps) -> None:
     """Its log-probabilities do not change while the policy's do, and no second model is stored."""
-    spec, state = make_lora_run(trained.directory, dataclasses.replace(LORA, vision_targets=()), with_reference=True)
+    spec, state = make_lora_run(ten_steps.directory, dataclasses.replace(LORA, vision_targets=()), with_reference=True)
     assert state.reference is None
     rows = [pack(make_pairs(spec.config)[:2], spec.config, DPO_SHAPE)]
     step_function = make_train_step(spec, functools.partial(dpo_loss, beta=0.5, pairs=2))
@@ -182,15 +182,15 @@ def test_the_reference_of_dpo_is_the_base(trained: Trained) -> None:
         ({"vision_targets": ("q_proj",)}, r"lora\.vision_targets has 'q_proj', which is no module.*attn\.qkv"),
     ],
 )
-def test_targets_that_are_no_modules(trained: Trained, lora: dict[str, Any], message: str) -> None:
+def test_targets_that_are_no_modules(ten_steps: TenSteps, lora: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make_state_spec(trained.spec.config, OPTIMIZER, STEPS, trained.spec.mesh, lora=LoraConfig(rank=4, **lora))
+        make_state_spec(ten_steps.spec.config, OPTIMIZER, STEPS, ten_steps.spec.mesh, lora=LoraConfig(rank=4, **lora))
 
 
-def test_frozen_matrices_are_refused(trained: Trained) -> None:
+def test_frozen_matrices_are_refused(ten_steps: TenSteps) -> None:
     frozen = dataclasses.replace(OPTIMIZER, freeze=("vision/.*",))
     with pytest.raises(InputError, match=r"optimizer\.freeze freezes matrices of LoRA"):
-        make_state_spec(trained.spec.config, frozen, STEPS, trained.spec.mesh, lora=LORA)
+        make_state_spec(ten_steps.spec.config, frozen, STEPS, ten_steps.spec.mesh, lora=LORA)
 
 
 @pytest.mark.parametrize(

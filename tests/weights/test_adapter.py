@@ -153,7 +153,7 @@ def add(tensors: dict) -> dict:
     ("tensors", "message"),
     [
         (drop, r"layers\.1\.mlp\.up_proj is not a matrix of the model with lora_A and lora_B"),
-        (narrow, r"layers\.0\.self_attn\.k_proj has B \(16, 4\) and A \(4, 63\) for a weight \(16, 64\)"),
+        (narrow, r"layers\.0\.self_attn\.k_proj has A \(4, 63\) and B \(16, 4\) for a weight \(16, 64\)"),
         (add, r"score\.weight is not a matrix of the model"),
         (lambda _: {}, "it contains no lora_A and lora_B"),
     ],
