@@ -14,9 +14,8 @@ def get_config(size: str = "full") -> ConfigDict:
     config.model = "tarsier2-micro"
     config.lora.rank = 16
     config.data.shuffle = True
-    config.data.seq_len = 512
-    config.data.vision_bins = config.data.patches_per_bin = config.data.frames_per_bin = -1
-    config.data.max_samples_per_seq = 4
+    config.data.seq_len, config.data.vision_bins = 512, 32  # four clips of 16 frames
+    config.data.global_batch_size, config.data.max_samples_per_seq = 2, 4
     config.num_train_steps, config.save_every, config.eval_every = 200, 100, 100
     config.log_every = 20
     config.optimizer.muon_params = config.optimizer.lr_groups = ()

@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,6 +159,16 @@ def test_base_in_int8(ten_steps: TenSteps) -> None:
         state, metrics = step_function(state, step_batch([examples], spec.config, spec.mesh))
         difference = abs(float(metrics["loss"]) - ten_steps.losses[step])
         assert 0 < difference < 0.02 * ten_steps.losses[step]
+
+
+@pytest.mark.slow
+def test_over_eight_devices(ten_steps: TenSteps) -> None:
+    # Optimising the programs takes longer than running them.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {quick}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.train.lora_mesh", str(ten_steps.directory)]
+    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_reference_of_dpo_is_the_base(ten_steps: TenSteps) -> None:
