@@ -86,7 +86,7 @@ def evaluate_all(args: argparse.Namespace, sources: Sequence[BenchmarkInput], ju
     settings = merge_settings(path, run_settings(args, sources))
 
     def load() -> tuple[Tarsier, Processor]:
-        model, processor = tarsier_jax.load(args.model, settings["dtype"], local_mesh(args.mesh))
+        model, processor = tarsier_jax.load(args.model, settings["dtype"], local_mesh(args.mesh), adapter=args.adapter)
         with atomic_write(path) as partial:  # after the model is loaded: another run may name another model
             partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return model, processor.replace(max_pixels=args.max_pixels)
@@ -153,7 +153,8 @@ def run_settings(args: argparse.Namespace, sources: Sequence[BenchmarkInput]) ->
     """Returns the settings that the predictions of a run depend on."""
     return {
         "model": args.model,
-        "weights": weights_digest(resolve(args.model)),
+        # One entry: predictions without the adapter are not continued with it.
+        "weights": "+".join(map(weights_digest, filter(None, (resolve(args.model), args.adapter)))),
         "dtype": resolve_dtype(args.dtype),
         "max_pixels": args.max_pixels,
         "platform": jax.default_backend(),

@@ -254,7 +254,8 @@ def _load(
 ) -> LocalModel:
     """Loads the model into this process."""
     _log(f"loading {args.model}")
-    parameters, processor = tarsier_jax.load(args.model, resolve_dtype(args.dtype), int8=args.int8)
+    dtype = resolve_dtype(args.dtype)
+    parameters, processor = tarsier_jax.load(args.model, dtype, int8=args.int8, adapter=args.adapter)
     processor = processor.replace(**options)
     config = fit_conversations(processor, 1, sampling.max_new_tokens, args.prompt_tokens)
     _log(f"preparing for conversations of {config.prompt_tokens} tokens")
@@ -269,6 +270,7 @@ def _load(
 def _connect(args: argparse.Namespace, stack: contextlib.ExitStack) -> RemoteModel:
     """Connects to the server of --url."""
     local = {"--model": args.model != EMBEDDED, "--dtype": args.dtype != "auto", "--int8": args.int8}
+    local["--adapter"] = args.adapter is not None
     local["--prompt_tokens"] = args.prompt_tokens is not None
     if flags := [name for name, is_set in local.items() if is_set]:
         raise InputError(f"{', '.join(flags)} has no effect on the server of --url. Remove it, or start the server so.")

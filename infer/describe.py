@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
     if not paths:
         return 1
     _log(f"loading {args.model}")
-    model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype), int8=args.int8)
+    model, processor = tarsier_jax.load(args.model, resolve_dtype(args.dtype), int8=args.int8, adapter=args.adapter)
     processor = processor.replace(**settings)
     begin = time.perf_counter()
     for number, path in enumerate(paths, 1):

@@ -75,7 +75,8 @@ def main(args: argparse.Namespace) -> int:
     port = _find_port(args.host, args.port)  # before the model is loaded: it fails fast
     prepare_process()
     print(f"loading {args.model}", file=sys.stderr, flush=True)
-    parameters, processor = tarsier_jax.load(args.model, resolve_dtype(args.dtype), int8=args.int8)
+    dtype = resolve_dtype(args.dtype)
+    parameters, processor = tarsier_jax.load(args.model, dtype, int8=args.int8, adapter=args.adapter)
     processor = processor.replace(**options)
     engine = Engine(parameters, processor, fit_conversations(processor, args.slots, args.max_new_tokens))
     with tempfile.TemporaryDirectory(prefix="tarsier_jax-web-") as uploads:

@@ -20,7 +20,11 @@ from tarsier_jax.weights import load_weights, resolve
 
 
 def load(
-    path: str | Path, dtype: str = "float32", mesh: Mesh | None = None, int8: bool = False
+    path: str | Path,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    int8: bool = False,
+    adapter: str | Path | None = None,
 ) -> tuple[Tarsier, Processor]:
     """Loads a checkpoint for inference.
 
@@ -31,9 +35,11 @@ def load(
         mesh: From `tarsier_jax.sharding.make_mesh`; the parameters are sharded over it. None uses one device.
         int8: Stores the weights of the decoder's layers in int8, with one scale per output channel (needs qwix). When
             a Hugging Face directory is loaded, devices store at most the quantized model and one parameter in `dtype`.
+        adapter: Directory of a LoRA adapter in PEFT's format, such as WORKDIR/adapter of a training run. It is merged
+            into the weights, before they are quantized.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or not supported.
+        CheckpointError: the checkpoint or the adapter is missing, damaged or not supported.
         InputError: `int8` is set and qwix is not installed.
     """
     directory = resolve(path)
@@ -41,7 +47,7 @@ def load(
     attention = default_implementation(device, dtype)
     config = dataclasses.replace(load_config(directory), dtype=dtype, param_dtype=dtype, attention=attention)
     processor = family_of(config).load_processor(directory, config)  # before the weights: it fails fast
-    model = load_weights(directory, config, mesh, int8)
+    model = load_weights(directory, config, mesh, int8, adapter)
     # See models.layers.apply_layers: only TPUs read the slice of a layer without copying it.
     return (model if device.platform == "tpu" else unstack(model)), processor
 

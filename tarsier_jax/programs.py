@@ -16,7 +16,7 @@ from typing import Any, Self, TextIO
 import jax
 
 from tarsier_jax.errors import InputError, TarsierError
-from tarsier_jax.files import cache_directory, source_text
+from tarsier_jax.files import cache_directory, local_path, source_text
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.weights import EMBEDDED
 
@@ -142,13 +142,16 @@ def check_packages(program: str, extra: str, *packages: str) -> None:
 
 
 def add_model_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, which is the same in every program."""
+    """Adds --model and --adapter, which are the same in every program."""
     parser.add_argument(
         "--model",
         type=source_text,
         default=EMBEDDED,
         help="checkpoint directory (Hugging Face or converted) or hub id (default %(default)s, the small model in the "
         "package, which describes only moving shapes)",
+    )
+    parser.add_argument(
+        "--adapter", type=local_path, metavar="DIR", help="LoRA adapter in PEFT's format that is merged into the model"
     )
 
 

@@ -48,6 +48,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"vision/(merger|projector)/(fc2|linear_2)/bias", P()),
 )
 
+_LORA = re.compile(r"(?P<module>.+)/lora/(?P<matrix>[ab])")
+_STACKED = re.compile(r"/(layers|blocks)/")
+
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Creates a mesh over `devices` (default: all devices).
@@ -70,9 +73,15 @@ def parameter_path(path: Sequence[Any]) -> str:
 def parameter_spec(path: str) -> P:
     """Returns the spec of one parameter.
 
+    The matrices A and B of LoRA, ".../lora/a" and ".../lora/b", are split as the input and the output of their weight.
+
     Raises:
         ValueError: no rule or several rules match the path.
     """
+    if match := _LORA.fullmatch(path):
+        weight = parameter_spec(f"{match['module']}/weight")
+        stacked = (None,) if _STACKED.search(path) else ()
+        return P(*stacked, None, weight[-1]) if match["matrix"] == "a" else P(*weight[:-1], None)
     specs = [spec for pattern, spec in RULES if re.fullmatch(pattern, path)]
     if len(specs) != 1:
         raise ValueError(f"{len(specs)} sharding rules match parameter {path}; exactly one must.")

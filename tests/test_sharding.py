@@ -25,6 +25,20 @@ def test_large_parameters_are_split_both_ways() -> None:
             assert {"fsdp", "tensor"} <= set(parameter_spec(parameter_path(path))), path
 
 
+@pytest.mark.parametrize(
+    ("weight", "a", "b"),
+    [
+        ("decoder/layers/attn/q", P(None, None, "fsdp"), P(None, "tensor", None)),
+        ("decoder/layers/mlp/down", P(None, None, "tensor"), P(None, "fsdp", None)),
+        ("vision/blocks/attn/qkv", P(None, None, "fsdp"), P(None, None, "tensor", None)),
+        ("vision/merger/fc1", P(None, "fsdp"), P("tensor", None)),
+    ],
+)
+def test_matrices_of_lora_are_split_as_their_weight(weight: str, a: P, b: P) -> None:
+    assert parameter_spec(f"{weight}/lora/a") == a
+    assert parameter_spec(f"{weight}/lora/b") == b
+
+
 def test_unknown_parameter() -> None:
     with pytest.raises(ValueError, match="0 sharding rules match parameter decoder/lora/weight"):
         parameter_spec("decoder/lora/weight")

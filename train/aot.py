@@ -115,7 +115,7 @@ def abstract_step_batch(config: TrainConfig, spec: StateSpec, objective: Objecti
 def compile_step(config: TrainConfig, model: ModelConfig, objective: Objective, mesh: Mesh) -> Footprint:
     """Compiles the step of `train.loop`."""
     check_rows(config, mesh)
-    spec = make_state_spec(model, config.optimizer, config.num_train_steps, mesh, objective.with_reference)
+    spec = make_state_spec(model, config.optimizer, config.num_train_steps, mesh, objective.with_reference, config.lora)
     with jax.set_mesh(mesh):
         lowered = make_train_step(spec, objective.loss).lower(spec.shapes, abstract_step_batch(config, spec, objective))
         compiled = lowered.compile()

@@ -126,7 +126,7 @@ class Checkpoints:
                 continue
             self._set_aside(damage, step)
             self._resume(data, rows, step)
-            return TrainState(**state), progress
+            return TrainState(**{"frozen": {}, **state}), progress
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in damage.items())
         raise CheckpointError(
             f"Every checkpoint in {self.directory} is damaged ({reasons}). Nothing was changed. Restore the files from "
@@ -221,8 +221,12 @@ def _read_counts(record: Mapping[str, Any]) -> DataProgress:
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
-    """Returns the saved part of the state: all but the reference model, which is the starting model."""
-    return {"step": state.step, "params": state.params, "frozen": state.frozen, "opt_state": state.opt_state}
+    """Returns the saved part of the state: all but the parameters of the starting model.
+
+    These are the reference model, and the frozen parameters of LoRA.
+    """
+    saved = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    return saved if any("/lora/" in path for path in state.params) else {**saved, "frozen": state.frozen}
 
 
 def _check_layout(directory: epath.Path, tree: dict[str, Any], record: Mapping[str, Any]) -> None:

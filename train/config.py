@@ -19,6 +19,7 @@ from tarsier_jax.models.attention import IMPLEMENTATIONS
 from tarsier_jax.processing.options import ProcessorOptions
 from train.checks import check, check_at_least, check_choice, check_dtype
 from train.data.packing import DataConfig
+from train.lora import LoraConfig
 from train.optimizer import OptimizerConfig, make_schedule
 
 # Keys of earlier versions and their names in this one.
@@ -99,6 +100,7 @@ class TrainConfig:
         mesh: Devices.
         data: Annotations and packing.
         optimizer: Optimizer and learning rates.
+        lora: Training of low-rank updates.
         dpo: Preference optimisation, `train.dpo` only.
         processor: Frames, pixels and tokens per sample.
 
@@ -123,6 +125,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     dpo: DpoConfig = DpoConfig()
     processor: ProcessorOptions = ProcessorOptions()
 

@@ -24,7 +24,7 @@ from train.mesh import global_batch
 from train.metric_writer import BadSamples, Log, console_line, duration
 from train.optimizer import make_schedule
 from train.run import Objective, TrainRun, open_run
-from train.state import TrainState, init_state, load_reference, make_train_step
+from train.state import TrainState, complete_state, init_state, make_train_step
 from train.throughput import Meter, Work, work_of
 from train.validation import Evaluation
 
@@ -92,7 +92,8 @@ class _Loop:
         self.log = Log(run.workdir, self.first)
         self.bad_samples = BadSamples(run.workdir)
         vision_trained = any(path.startswith("vision/blocks/") for path in run.spec.shapes.params)
-        self.meter, self.whole = (Meter(run.spec.config, vision_trained) for _ in range(2))
+        lora = run.config.lora.rank > 0
+        self.meter, self.whole = (Meter(run.spec.config, vision_trained, lora) for _ in range(2))
         self.counts = DataProgress()  # of this process, since the start
         self.pending: tuple[int, dict[str, jax.Array], list[PackedRow]] | None = None
         self.recent: list[dict[str, float]] = []
@@ -101,11 +102,9 @@ class _Loop:
 
     def _start(self) -> tuple[TrainState, DataProgress]:
         if self.checkpoints.latest() is None:
-            return init_state(self.run.spec, self.run.model_directory), DataProgress()
+            return init_state(self.run.spec, self.run.model_directory, self.config.seed), DataProgress()
         state, progress = self.checkpoints.restore(self.run.spec.shapes, self.rows)
-        if self.run.objective.with_reference:
-            state = dataclasses.replace(state, reference=load_reference(self.run.spec, self.run.model_directory))
-        return state, progress
+        return complete_state(self.run.spec, state, self.run.model_directory), progress
 
     def run_to_the_end(self) -> Summary:
         self._log_start()

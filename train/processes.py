@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -54,6 +55,14 @@ def on_any(condition: bool) -> bool:
     return (
         bool(np.any(multihost_utils.process_allgather(np.array(condition)))) if jax.process_count() > 1 else condition
     )
+
+
+def from_first(digest: Callable[[], bytes]) -> bytes:
+    """Returns the SHA-256 that process 0 computes; the other processes do not compute it. All must call it."""
+    if jax.process_count() == 1:
+        return digest()
+    own = digest() if jax.process_index() == 0 else bytes(hashlib.sha256().digest_size)
+    return multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8)).tobytes()
 
 
 def write_once(directory: Path, write: Callable[[Path], object]) -> Path:

@@ -20,13 +20,14 @@ from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.templates import training_template
 from tarsier_jax.programs import resolve_dtype
 from tarsier_jax.weights import resolve
+from tarsier_jax.weights.digest import digest_weights
 from train.config import TrainConfig
 from train.data.annotations import describe_files, num_lines
 from train.data.loading import RowLoader
 from train.data.packing import PackingConfig, PackUnit, fit_packing
 from train.data.planning import collect, estimate_rows, lines_per_row, measure_samples, steps_of_epochs
 from train.mesh import build_mesh, check_rows, find_local_rows
-from train.processes import check_same_settings
+from train.processes import check_same_settings, from_first
 from train.record import check_run_metadata, flatten, read_run_metadata, record_start
 from train.state import LossFunction, StateSpec, make_state_spec
 
@@ -41,7 +42,7 @@ class Objective:
         prepare: Returns the plain conversation of an annotation.
         load: Returns the unit that is packed of an annotation.
         extra: Shapes of extra arrays, see `PackingConfig`.
-        with_reference: Whether the state contains a frozen reference model.
+        with_reference: Whether the loss needs a frozen reference model.
         before: Called before the first step.
         answers: Sequences that share the frames of one sample.
         load_plain: `load` without extra arrays, where those exist only after `before`.
@@ -135,7 +136,9 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
     if pace:
         config = dataclasses.replace(config, num_train_steps=steps_of_epochs(config, config.num_epochs, **pace))
     try:
-        spec = make_state_spec(model_config, config.optimizer, config.num_train_steps, mesh, objective.with_reference)
+        spec = make_state_spec(
+            model_config, config.optimizer, config.num_train_steps, mesh, objective.with_reference, config.lora
+        )
     except ValueError as e:
         raise InputError(f"{e} Choose other sizes in config.mesh.") from None
     facts = {**_facts(config, objective, processor, directory), **pace}
@@ -209,6 +212,9 @@ def _facts(config: TrainConfig, objective: Objective, processor: Processor, dire
     }
     if objective.name == "dpo":  # the reference is the starting model, or a file of its log-probabilities
         facts |= {"model": config.model, **flatten(dataclasses.asdict(config.dpo), "dpo.")}
+    if config.lora.rank:  # checkpoints do not contain the frozen weights
+        facts |= {"weights": from_first(lambda: digest_weights(directory)).hex()}
+        facts |= flatten(dataclasses.asdict(config.lora), "lora.")
     return facts
 
 

@@ -77,8 +77,11 @@ def work_of(batch: Batch) -> Work:
     )
 
 
-def step_flops(config: ModelConfig, work: Work, vision_trained: bool = True) -> float:
+def step_flops(config: ModelConfig, work: Work, vision_trained: bool = True, lora: bool = False) -> float:
     """Returns the FLOPs of a training step: matrix products, forward and twice that backward.
+
+    With LoRA, the backward pass costs as much as the forward pass: the frozen weights have no gradients. The products
+    with its own small matrices are not counted.
 
     A vision tower whose blocks are not trained runs forward only; the backward pass of a projector that is trained
     nevertheless, a small part of the step, is not counted. Recomputed activations and padding are not counted; see
@@ -87,7 +90,8 @@ def step_flops(config: ModelConfig, work: Work, vision_trained: bool = True) -> 
     decoder, tower = family_of(config).forward_flops(
         config, work.tokens, work.token_pairs, work.patches, work.patch_pairs
     )
-    return 3 * decoder + (3 if vision_trained else 1) * tower
+    passes = 2 if lora else 3
+    return passes * decoder + (passes if vision_trained else 1) * tower
 
 
 def _over_processes(work: Work) -> Work:
@@ -100,8 +104,8 @@ def _over_processes(work: Work) -> Work:
 class Meter:
     """Sums work and time of the steps since the last reset."""
 
-    def __init__(self, config: ModelConfig, vision_trained: bool = True):
-        self._config, self._vision_trained = config, vision_trained
+    def __init__(self, config: ModelConfig, vision_trained: bool = True, lora: bool = False):
+        self._config, self._vision_trained, self._lora = config, vision_trained, lora
         peaks = [peak_flops(device) for device in jax.devices()]
         self._peak = sum(peak for peak in peaks if peak) if all(peaks) else None
         self.reset()
@@ -125,5 +129,5 @@ class Meter:
             "padding": work.padding,
         }
         if self._peak:
-            rates["mfu"] = step_flops(self._config, work, self._vision_trained) / seconds / self._peak
+            rates["mfu"] = step_flops(self._config, work, self._vision_trained, self._lora) / seconds / self._peak
         return rates

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -42,6 +43,7 @@ class CaptionConfig:
 
     Attributes:
         model: Checkpoint directory or hub id.
+        adapter: Directory of a LoRA adapter, or None.
         dtype: "auto", "float32" or "bfloat16".
         int8: Store the decoder's weights in int8.
         mesh: Sizes of mesh axes, such as "data=2,tensor=4".
@@ -58,6 +60,7 @@ class CaptionConfig:
     """
 
     model: str
+    adapter: Path | None
     dtype: str
     int8: bool
     mesh: str
@@ -72,7 +75,7 @@ class CaptionConfig:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
         """Returns the config of the flags of `infer.caption`."""
-        names = ("model", "dtype", "int8", "mesh", "slots", "prompt_tokens", "prompt", "workers")
+        names = ("model", "adapter", "dtype", "int8", "mesh", "slots", "prompt_tokens", "prompt", "workers")
         names = (*names, "n_frames", "isolate")
         options = {name: getattr(args, name) for name in names}
         return cls(**options, sampling=read_sampling_flags(args))
@@ -94,6 +97,7 @@ class CaptionConfig:
         """Loads the model over this process's devices and compiles the engine; see `start_engine`."""
         return start_engine(
             self.model,
+            adapter=self.adapter,
             dtype=self.dtype,
             int8=self.int8,
             mesh=self.mesh,
@@ -139,6 +143,7 @@ def start_engine(
     new_tokens: int,
     options: Mapping[str, Any],
     reuse_prefixes: bool = False,
+    adapter: Path | None = None,
 ) -> Engine:
     """Loads a model over this process's devices and compiles its engine.
 
@@ -152,12 +157,13 @@ def start_engine(
         new_tokens: Limit of an answer, in tokens.
         options: Options of the processor, such as n_frames.
         reuse_prefixes: As in EngineConfig.
+        adapter: Directory of a LoRA adapter, or None.
 
     Raises:
         CheckpointError, InputError: the model cannot be loaded, or does not fit the devices.
     """
     devices = local_mesh(mesh)
-    parameters, processor = tarsier_jax.load(model, resolve_dtype(dtype), devices, int8)
+    parameters, processor = tarsier_jax.load(model, resolve_dtype(dtype), devices, int8, adapter)
     processor = processor.replace(**options)
     groups = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
     config = fit_config(processor, slots, new_tokens, groups, prompt_tokens)

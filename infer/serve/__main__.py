@@ -89,6 +89,7 @@ def main(args: argparse.Namespace) -> int:
     _log(f"loading {args.model}")
     engine = start_engine(
         args.model,
+        adapter=args.adapter,
         dtype=args.dtype,
         int8=args.int8,
         mesh=args.mesh,

@@ -44,6 +44,7 @@ class Family:
         preprocessor_json: Content of a preprocessor_config.json and layout -> content that loaders of the layout read.
         model: Class of the model.
         layouts: Layouts of checkpoints by name.
+        peft_layout: Key of the layout with the names of modules in transformers, which LoRA adapters of PEFT contain.
         vision_names: Names of the vision tower's tensors.
         projector_names: Names of the projector's tensors. Their parameters are part of the vision tower.
         decoder_names: Names of the decoder's tensors.
@@ -63,6 +64,7 @@ class Family:
     preprocessor_json: Callable[[Mapping[str, Any], str], dict[str, Any]]
     model: type[Tarsier]
     layouts: Mapping[str, Layout]
+    peft_layout: str
     vision_names: NameTable
     projector_names: NameTable
     decoder_names: NameTable

@@ -204,6 +204,7 @@ QWEN2_VL = Family(
     preprocessor_json=preprocessor_json,
     model=Tarsier,
     layouts=LAYOUTS,
+    peft_layout="qwen2_vl_new",
     vision_names=_VISION_NAMES,
     projector_names=_MERGER_NAMES,
     decoder_names=DECODER_NAMES,

@@ -277,6 +277,7 @@ TARSIER1 = Family(
     preprocessor_json=preprocessor_json,
     model=Tarsier1,
     layouts=LAYOUTS,
+    peft_layout="tarsier",
     vision_names=_VISION_NAMES,
     projector_names=_PROJECTOR_NAMES,
     decoder_names=DECODER_NAMES,

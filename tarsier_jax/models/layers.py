@@ -25,6 +25,7 @@ class Linear(nnx.Module):
         bias: [*out], or None.
         dtype: Dtype of the product.
         dot_general: Function of the product, as in flax's Linear. `weights.quantize` replaces it.
+        lora: Low-rank update that is added to the output, or None. Training with LoRA sets it (`train.lora`).
     """
 
     def __init__(self, d_in: int, *out: int, bias: bool, dtype: str, param_dtype: str, rngs: nnx.Rngs):
@@ -32,12 +33,31 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out, param_dtype)) if bias else None
         self.dtype = dtype
         self.dot_general: Callable[..., Array] = jax.lax.dot_general
+        self.lora: LowRank | None = None
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "..."]:
         dimensions = (((x.ndim - 1,), (self.weight.ndim - 1,)), ((), ()))
-        weight = self.weight[...].astype(self.dtype)
-        y = self.dot_general(x.astype(self.dtype), weight, dimensions)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        x, weight = x.astype(self.dtype), self.weight[...].astype(self.dtype)
+        y = self.dot_general(x, weight, dimensions)
+        y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.lora is None else y + self.lora(x)
+
+
+class LowRank(nnx.Module):
+    """y = scale * x A^T B^T, in x's dtype. Source: section 4.1 of LoRA, arXiv 2106.09685.
+
+    Attributes:
+        a: A, [rank, in].
+        b: B, [*out, rank].
+        scale: alpha / rank.
+    """
+
+    def __init__(self, a: Array, b: Array, scale: float):
+        self.a, self.b, self.scale = nnx.Param(a), nnx.Param(b), scale
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "..."]:
+        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
+        return self.scale * jnp.tensordot(jnp.tensordot(x, a, (-1, -1)), b, (-1, -1))
 
 
 class RMSNorm(nnx.Module):

@@ -2,7 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from tarsier_jax.config import ModelConfig
@@ -10,11 +12,13 @@ from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.files import check_local, is_remote
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.storage import local_copy
+from tarsier_jax.weights.adapter import read_adapter
 from tarsier_jax.weights.export import convert_to_hf, export_hf, hf_tensors
 from tarsier_jax.weights.kinds import check_kind
-from tarsier_jax.weights.load import load_hf
-from tarsier_jax.weights.orbax import convert_hf, is_converted, load_checkpoint, save_checkpoint
-from tarsier_jax.weights.quantize import check_qwix, use_quantized
+from tarsier_jax.weights.load import Change, load_hf
+from tarsier_jax.weights.match import open_checkpoint
+from tarsier_jax.weights.orbax import convert_hf, is_converted, load_checkpoint, open_array, save_checkpoint
+from tarsier_jax.weights.quantize import check_qwix, quantize_parameter, use_quantized
 
 __all__ = [
     "EMBEDDED",
@@ -26,6 +30,7 @@ __all__ = [
     "load_weights",
     "resolve",
     "save_checkpoint",
+    "stored_dtype",
 ]
 
 # The name of the small Tarsier2 in the package, which describes moving shapes (see its model card in embedded/).
@@ -78,18 +83,42 @@ def resolve(path: str | Path) -> Path:
     return directory
 
 
-def load_weights(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:
+def load_weights(
+    directory: Path,
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+    int8: bool = False,
+    adapter: str | Path | None = None,
+) -> Tarsier:
     """Loads the model of a Hugging Face or converted directory, with stacked layers.
 
     Args:
         int8: Quantizes the decoder's layers, see `weights.quantize`.
+        adapter: Directory of a LoRA adapter that is merged into the weights, before they are quantized.
 
     Raises:
-        CheckpointError: see `load_hf` and `load_checkpoint`.
+        CheckpointError: see `load_hf`, `load_checkpoint` and `read_adapter`.
         InputError: `int8` is set and qwix is not installed.
     """
-    load = load_checkpoint if is_converted(directory) else load_hf
-    if not int8:
-        return load(directory, config, mesh)
-    check_qwix()
-    return use_quantized(load(directory, config, mesh, int8))
+    changes: list[Change] = []
+    if adapter is not None:
+        changes.append(read_adapter(adapter, config).merge)
+    if int8:
+        check_qwix()
+        changes.append(quantize_parameter)
+
+    def change(path: tuple[Any, ...], x: jax.Array) -> Any:
+        for each in changes:
+            x = each(path, x)
+        return x
+
+    model = (load_checkpoint if is_converted(directory) else load_hf)(directory, config, mesh, change)
+    return use_quantized(model) if int8 else model
+
+
+def stored_dtype(directory: Path, config: ModelConfig) -> str:
+    """Returns the dtype of the token embeddings in a Hugging Face or converted directory. Raises CheckpointError."""
+    if is_converted(directory):
+        return open_array(directory, ("decoder", "embed", "weight")).dtype.name
+    sources = open_checkpoint(directory, config).sources
+    return next(t.dtype.name for parameter, (t, *_) in sources if parameter.path[:2] == ("decoder", "embed"))

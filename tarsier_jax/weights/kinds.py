@@ -57,8 +57,9 @@ def _adapter(directory: Path) -> str:
     base = config.get("base_model_name_or_path") or "its base model"
     beside = " beside a whole model" if _contains(directory, ("model*.safetensors", "pytorch_model*.bin")) else ""
     remedy = (
-        "Merge it into the base model first (PEFT: `merge_and_unload`; LLaMA-Factory: `llamafactory-cli export`; "
-        "ms-swift: `swift export --merge_lora true`), and use the merged directory."
+        f"Pass the base model as --model and {directory} as --adapter. For programs without --adapter: Merge it into "
+        "the base model first (`python -m convert.merge_lora`; PEFT: `merge_and_unload`; LLaMA-Factory: "
+        "`llamafactory-cli export`; ms-swift: `swift export --merge_lora true`), and use the merged directory."
     )
     if beside:
         remedy += " If the whole model is meant, move adapter_config.json and adapter_model.* elsewhere."

@@ -1,6 +1,6 @@
 """Loads a Hugging Face directory into device arrays, one shard at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.sharding import parameter_shardings
 from tarsier_jax.weights.match import open_checkpoint
 from tarsier_jax.weights.names import Parameter, abstract_state
-from tarsier_jax.weights.quantize import quantize_parameter
 from tarsier_jax.weights.safetensors import Tensor
 
+# Path and value of a parameter -> the value that replaces it, such as a quantized one.
+Change = Callable[[tuple[Any, ...], jax.Array], Any]
 
-def load_hf(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:
+
+def load_hf(
+    directory: Path, config: ModelConfig, mesh: Mesh | None = None, change: Change = lambda path, x: x
+) -> Tarsier:
     """Returns the model with the weights of a Hugging Face checkpoint, in `config.param_dtype`, sharded over `mesh`.
 
-    Host memory contains the shard of one parameter at a time. A process reads only the rows of its own devices. With
-    int8 (see `weights.quantize`), device memory contains one parameter at a time in its original dtype.
+    Host memory contains the shard of one parameter at a time. A process reads only the rows of its own devices. Each
+    parameter is changed before the next one is read.
 
     Raises:
         CheckpointError: see `open_checkpoint`.
@@ -39,7 +43,7 @@ def load_hf(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8
             lambda index, p=parameter, t=tensors: read_block(p, t, index or ()).astype(dtype, copy=False),
         )
         array.block_until_ready()  # otherwise copies accumulate in host memory
-        arrays[parameter.path] = quantize_parameter(parameter.path, array) if int8 else array
+        arrays[parameter.path] = change(parameter.path, array)
     return build(graph, state, arrays)
 
 

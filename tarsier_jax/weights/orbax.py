@@ -30,10 +30,9 @@ from tarsier_jax.files import hidden, new_directory
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.templates import save_chat_template
 from tarsier_jax.sharding import parameter_path
-from tarsier_jax.weights.load import build, shardings_for
+from tarsier_jax.weights.load import Change, build, shardings_for
 from tarsier_jax.weights.match import Checkpoint, open_checkpoint
 from tarsier_jax.weights.names import Parameter, abstract_state
-from tarsier_jax.weights.quantize import quantize_parameter
 from tarsier_jax.weights.safetensors import Tensor
 
 MANIFEST = "tarsier_jax.json"
@@ -250,10 +249,12 @@ def _save(path: Path, leaves: dict[tuple[Any, ...], Any], **options: Any) -> Non
         checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(nnx.traversals.unflatten_mapping(leaves)))
 
 
-def load_checkpoint(directory: Path, config: ModelConfig, mesh: Mesh | None = None, int8: bool = False) -> Tarsier:
+def load_checkpoint(
+    directory: Path, config: ModelConfig, mesh: Mesh | None = None, change: Change = lambda path, x: x
+) -> Tarsier:
     """Restores a converted directory in `config.param_dtype`. Each process reads only the shards of its devices.
 
-    With int8 (see `weights.quantize`), all parameters are restored and then quantized.
+    All parameters are restored and then changed.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or does not fit the directory's config.json.
@@ -272,9 +273,7 @@ def load_checkpoint(directory: Path, config: ModelConfig, mesh: Mesh | None = No
         except Exception as e:  # Orbax raises bare exceptions
             reason = str(e).split("\n")[0]
             raise CheckpointError(f"{directory} cannot be restored ({reason}). Convert the checkpoint again.") from None
-    arrays = nnx.traversals.flatten_mapping(restored)
-    if int8:
-        arrays = {path: quantize_parameter(path, array) for path, array in arrays.items()}
+    arrays = {path: change(path, array) for path, array in nnx.traversals.flatten_mapping(restored).items()}
     return build(graph, state, arrays)
 
 

@@ -39,18 +39,25 @@ def quantize_parameter(path: tuple[Any, ...], x: jax.Array) -> Any:
     """
     if not _QUANTIZED.fullmatch(parameter_path(path)):
         return x
-    scales = x.sharding
-    if isinstance(scales, NamedSharding):  # (L, out, 1)
-        scales = NamedSharding(scales.mesh, P(*scales.spec[: x.ndim - 1]))
-    quantized = _quantize(x.sharding, scales)(x)
+    quantized = _quantize(x.sharding)(x)
     jax.block_until_ready(quantized)
     x.delete()
     return quantized
 
 
+def quantized_shape(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> Any:
+    """Returns the shapes of `quantize_parameter(path, x)`. `x` needs a sharding."""
+    return _quantize(x.sharding).eval_shape(x) if _QUANTIZED.fullmatch(parameter_path(path)) else x
+
+
 @functools.cache
-def _quantize(values: jax.sharding.Sharding, scales: jax.sharding.Sharding) -> Any:
+def _quantize(values: jax.sharding.Sharding) -> Any:
+    """Returns the jitted function that quantizes arrays (L, out, in) with this sharding."""
     import qwix
+
+    scales = values  # (L, out, 1)
+    if isinstance(values, NamedSharding):
+        scales = NamedSharding(values.mesh, P(*values.spec[:2]))
 
     def run(x: jax.Array) -> qwix.QArray:
         # In float32: bfloat16 quotients would not round to the nearest.
@@ -61,10 +68,10 @@ def _quantize(values: jax.sharding.Sharding, scales: jax.sharding.Sharding) -> A
 
 
 def use_quantized(model: Tarsier) -> Tarsier:
-    """Makes the layers multiply by their quantized weights, and returns the model."""
+    """Makes the stacked layers multiply by their quantized weights, and returns the model."""
     import qwix
 
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Linear) and isinstance(module.weight[...], qwix.QArray):
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear) and _QUANTIZED.fullmatch(parameter_path((*path, "weight"))):
             module.dot_general = qwix.dot_general
     return model

@@ -70,6 +70,12 @@ def open_tensors(directory: Path, ignored: Sequence[str] = ()) -> dict[str, Tens
     raise CheckpointError(f"{directory} contains no *.safetensors and no pytorch_model*.bin. Download the weights too.")
 
 
+def open_file(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of one safetensors or `.bin` file by name, without reading values. Raises CheckpointError."""
+    opener = _open_torch if path.suffix == ".bin" else _open_safetensors
+    return opener(path, lambda name: False)
+
+
 def _find_files(directory: Path, single: str, pattern: str) -> tuple[list[Path], dict[str, Path]]:
     """Returns the files to read, and the file of each tensor according to the index, {} without an index."""
     index = directory / f"{single}.index.json"

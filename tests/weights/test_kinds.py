@@ -10,7 +10,8 @@ from tarsier_jax.weights import resolve
 from tarsier_jax.weights.kinds import check_kind
 
 ADAPTER = json.dumps({"peft_type": "LORA", "r": 8, "base_model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct"})
-MERGE = "Merge it into the base model first .*merge_and_unload.*llamafactory-cli export.*swift export --merge_lora true"
+MERGE = "as --adapter.*Merge it into the base model first .*merge_lora"
+MERGE += ".*merge_and_unload.*llamafactory-cli export.*swift export --merge_lora true"
 
 
 def make(directory: Path, *names: str, **contents: str) -> Path:

@@ -5,7 +5,7 @@ import glob
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex, TextIO
 
@@ -27,6 +27,7 @@ from train.losses import pair_log_probs
 from train.mesh import global_batch
 from train.metric_writer import duration
 from train.optimizer import Params
+from train.processes import from_first
 from train.run import TrainRun
 from train.state import StepBatch, build_model, load_reference
 
@@ -125,22 +126,15 @@ def fingerprint(run: TrainRun) -> str:
     tokenizer: Any = processor.tokenizer
     facts = {
         "version": 2,  # of the definition of the log-probabilities: see `train.dpo.mask_shared`
-        "weights": _broadcast(lambda: digest_weights(run.model_directory)).hex(),
+        "weights": from_first(lambda: digest_weights(run.model_directory)).hex(),
         "model": dataclasses.asdict(model),
         "options": dataclasses.asdict(processor.options),
         "image": dataclasses.asdict(processor.image),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "template": processor.chat_template,
+        **({"int8": True} if run.spec.lora.int8 else {}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _broadcast(digest: Callable[[], bytes]) -> bytes:
-    """Returns the digest that process 0 computes; the other processes do not read the weights."""
-    if jax.process_count() == 1:
-        return digest()
-    own = digest() if jax.process_index() == 0 else bytes(hashlib.sha256().digest_size)
-    return multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8)).tobytes()
 
 
 def write_reference(run: TrainRun, reference: ReferenceFile, pairs: int) -> None:
@@ -162,7 +156,7 @@ def write_reference(run: TrainRun, reference: ReferenceFile, pairs: int) -> None
 
     def compute(params: Params, step: StepBatch) -> tuple[jax.Array, jax.Array]:
         batch = jax.tree.map(lambda x: x[0], step.batch)
-        model = build_model(run.spec.graph, params, run.spec.config.dtype)
+        model = build_model(run.spec.base_graph, params, run.spec.config.dtype)
         return pair_log_probs(model, batch, pairs), jnp.sum(jnp.max(batch.segment_ids, axis=1) // 2)
 
     compute = jax.jit(compute, out_shardings=NamedSharding(mesh, P()))

@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
 
 def write_pairs(args: argparse.Namespace) -> int:
     """Writes the clips and pairs; returns the number of pairs."""
-    model, processor = tarsier_jax.load(args.model, dtype=resolve_dtype(args.dtype))
+    model, processor = tarsier_jax.load(args.model, resolve_dtype(args.dtype), adapter=args.adapter)
     engine = Engine(model, processor, fit_config(processor, _SLOTS, _MAX_NEW_TOKENS))
     num_pairs = 0
     with (
