@@ -20,6 +20,7 @@ from tarsier_jax.processing.options import ProcessorOptions
 from train.checks import check, check_at_least, check_choice, check_dtype
 from train.data.packing import DataConfig
 from train.optimizer import OptimizerConfig, make_schedule
+from train.writers import SERVICES
 
 # Keys of earlier versions and their names in this one.
 FORMER_KEYS = {
@@ -94,6 +95,8 @@ class TrainConfig:
         max_to_keep: Checkpoints that are kept.
         eval_every: Steps between two evaluations on data.eval; 0 never evaluates.
         eval_captions: Held-out samples that are captioned at each evaluation.
+        best_metric: Metric of the evaluation, such as eval_loss, whose best checkpoint is kept besides the newest ones.
+        writers: Services that receive the metrics besides the files of the workdir: wandb, mlflow, trackio.
         profile_step: First of the three steps that are traced; 0 traces none.
         mesh: Devices.
         data: Annotations and packing.
@@ -117,6 +120,8 @@ class TrainConfig:
     max_to_keep: int = 2
     eval_every: int = 500
     eval_captions: int = 2
+    best_metric: str = ""
+    writers: tuple[str, ...] = ()
     profile_step: int = 0
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
@@ -131,6 +136,7 @@ class TrainConfig:
         check_at_least(self, 0, "num_train_steps", "seed", "log_every", "save_every", "eval_every", "eval_captions")
         check_at_least(self, 0, "profile_step")
         check_at_least(self, 1, "max_to_keep")
+        check(self, ["writers"], lambda names: set(names) <= SERVICES.keys(), f"a tuple of {', '.join(SERVICES)}")
         make_schedule(self.optimizer, self.num_train_steps)  # checks the warm-up
 
 

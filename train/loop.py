@@ -6,14 +6,17 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tarsier_jax.errors import TarsierError
+from infer.contact_sheet import contact_sheet
+from tarsier_jax.errors import InputError, TarsierError
 from tarsier_jax.programs import Compilations
+from train.best import BestCheckpoint
 from train.checkpoints import Checkpoints, DataProgress
 from train.config import TrainConfig
 from train.data.annotations import mix_files
@@ -22,10 +25,12 @@ from train.export import export_trained
 from train.mesh import global_batch
 from train.metric_writer import BadSamples, Log, console_line, duration
 from train.optimizer import make_schedule
+from train.record import flatten
 from train.run import Objective, TrainRun, open_run
 from train.state import TrainState, init_state, load_reference, make_train_step
 from train.throughput import Meter, Work, work_of
 from train.validation import Evaluation
+from train.writers import check_services
 
 _TRACED = 3  # steps of a profile
 _WARM_UP = 2  # steps that may compile
@@ -65,6 +70,12 @@ def train(config: TrainConfig, workdir: Path, objective: Objective) -> Summary:
     Raises:
         TarsierError: the configuration, the data or the disk cannot be used.
     """
+    if config.best_metric and not (config.data.eval and config.eval_every):
+        raise InputError(
+            f"config.best_metric is {config.best_metric!r}, but the run has no evaluation. Set config.data.eval and "
+            "config.eval_every."
+        )
+    check_services(config.writers)
     run = open_run(config, workdir, objective)
     with jax.set_mesh(run.spec.mesh):
         if run.objective.before:
@@ -88,7 +99,7 @@ class _Loop:
         self.schedule = make_schedule(run.config.optimizer, run.config.num_train_steps)
         self.state, self.before = self._start()
         self.first = self.step = int(self.state.step)
-        self.log = Log(run.workdir, self.first)
+        self.log = Log(run.workdir, self.first, run.config.writers, flatten(dataclasses.asdict(run.config)))
         self.bad_samples = BadSamples(run.workdir)
         vision_trained = any(path.startswith("vision/blocks/") for path in run.spec.shapes.params)
         self.meter, self.whole = (Meter(run.spec.config, vision_trained) for _ in range(2))
@@ -206,10 +217,21 @@ class _Loop:
             values = self.evaluation.losses(self.state)
             self.log.scalars(self.step, values)
             self.log.line(f"step {self.step}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
-            for i, (name, caption) in enumerate(self.evaluation.captions(self.state)):
-                self.log.text(self.step, f"caption_{i}", caption)
-                self.log.line(f"  {name}: {caption}")
+            self._keep_if_best(values)
+            for i, caption in enumerate(self.evaluation.captions(self.state)):
+                self.log.text(self.step, f"caption_{i}", caption.text)
+                if caption.frames:
+                    self.log.image(self.step, f"caption_{i}_frames", contact_sheet(caption.frames, caption.text))
+                self.log.line(f"  {caption.name}: {caption.text}")
             self.meter.reset()
+
+    def _keep_if_best(self, values: Mapping[str, float]) -> None:
+        metric = self.config.best_metric
+        if metric and metric not in values:
+            raise InputError(f"config.best_metric is {metric!r}, but an evaluation has {', '.join(values)}.")
+        if metric and (best := BestCheckpoint(self.step, metric, values[metric])).is_better_than(self.checkpoints.best):
+            self._save()
+            self.checkpoints.keep_best(best)
 
     def _trace(self) -> None:
         at = self.config.profile_step
@@ -247,7 +269,7 @@ class _Loop:
             self.log.line(f"config.{change}")
 
     def _finish(self, stop_signal: int) -> Summary:
-        progress, rates = self._progress(), self.whole.rates()
+        progress, rates, best = self._progress(), self.whole.rates(), self.checkpoints.best
         exported = None if stop_signal else export_trained(self.run, self.state)
         loss = f"loss {self.loss:.4f}" if self.step > self.first else "no step remained"
         self.log.line(
@@ -258,6 +280,7 @@ class _Loop:
             + f"\n{duration(rates['seconds_per_step'] * (self.step - self.first))} in all, "
             f"{rates['tokens_per_s']:,.0f} tokens/s, data wait {rates['data_wait']:.1%}, padding "
             f"{rates['padding']:.1%}, {self.late_compilations} compilations after step {self.first + _WARM_UP}\n"
+            + (f"best: {best.metric} {best.value:.4f} at step {best.step}\n" if best else "")
             + ("the same command resumes from here" if stop_signal else f"the trained model is {exported}")
         )
         return Summary(self.step, self.loss, stop_signal, self.late_compilations, rates["data_wait"])
