@@ -79,6 +79,29 @@ class DpoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """A benchmark of `eval.run` on which each evaluation scores the model.
+
+    Attributes:
+        name: Its name, such as shapes or tvbench; empty for none.
+        annotations: Directory of the annotation files.
+        data_root: Directory of the videos.
+        limit: Number of videos.
+
+    Raises:
+        InputError: limit is below 1.
+    """
+
+    name: str = ""
+    annotations: str = ""
+    data_root: str = ""
+    limit: int = 100
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "limit")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Configuration of a training run.
 
@@ -102,6 +125,7 @@ class TrainConfig:
         data: Annotations and packing.
         optimizer: Optimizer and learning rates.
         dpo: Preference optimisation, `train.dpo` only.
+        benchmark: Benchmark that scores the model at each evaluation.
         processor: Frames, pixels and tokens per sample.
 
     Raises:
@@ -127,6 +151,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     dpo: DpoConfig = DpoConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
     processor: ProcessorOptions = ProcessorOptions()
 
     def __post_init__(self) -> None:
@@ -269,7 +294,15 @@ def with_local_paths(config: TrainConfig) -> TrainConfig:
         for path in getattr(data, name).split(","):
             checked(f"data.{name}", path.strip())
     dpo = dataclasses.replace(config.dpo, reference=checked("dpo.reference", config.dpo.reference))
-    return dataclasses.replace(config, model=checked("model", config.model), data=data, dpo=dpo)
+    paths = {key: getattr(config.benchmark, key) for key in ("annotations", "data_root")}
+    benchmark = {key: checked(f"benchmark.{key}", path) for key, path in paths.items()}
+    return dataclasses.replace(
+        config,
+        model=checked("model", config.model),
+        data=data,
+        dpo=dpo,
+        benchmark=dataclasses.replace(config.benchmark, **benchmark),
+    )
 
 
 def _recipe_keys(error: Exception) -> list[str]:

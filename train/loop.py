@@ -21,9 +21,9 @@ from train.checkpoints import Checkpoints, DataProgress
 from train.config import TrainConfig
 from train.data.annotations import mix_files
 from train.data.packing import PackedRow, check_share
-from train.export import export_trained
 from train.mesh import global_batch
 from train.metric_writer import BadSamples, Log, console_line, duration
+from train.model_export import export_trained
 from train.optimizer import make_schedule
 from train.record import flatten
 from train.run import Objective, TrainRun, open_run
@@ -70,10 +70,10 @@ def train(config: TrainConfig, workdir: Path, objective: Objective) -> Summary:
     Raises:
         TarsierError: the configuration, the data or the disk cannot be used.
     """
-    if config.best_metric and not (config.data.eval and config.eval_every):
+    if config.best_metric and not _evaluates(config):
         raise InputError(
-            f"config.best_metric is {config.best_metric!r}, but the run has no evaluation. Set config.data.eval and "
-            "config.eval_every."
+            f"config.best_metric is {config.best_metric!r}, but the run has no evaluation. Set config.eval_every, and "
+            "config.data.eval or config.benchmark.name."
         )
     check_services(config.writers)
     run = open_run(config, workdir, objective)
@@ -87,6 +87,10 @@ def train(config: TrainConfig, workdir: Path, objective: Objective) -> Summary:
             loop.close()
 
 
+def _evaluates(config: TrainConfig) -> bool:
+    return config.eval_every > 0 and bool(config.data.eval or config.benchmark.name)
+
+
 class _Loop:
     def __init__(self, run: TrainRun):
         self.run, self.config, self.workdir = run, run.config, run.workdir
@@ -94,7 +98,12 @@ class _Loop:
         data = run.config.data
         lines = mix_files(data.train, run.config.seed, repeat=True, shuffle=data.shuffle)
         self.rows = iter(run.rows(lines, data.global_batch_size, data.num_workers))
-        self.evaluation = Evaluation(run)
+        self.evaluation, self.benchmark = Evaluation(run), None
+        self.evaluates = _evaluates(run.config)
+        if self.evaluates and run.config.benchmark.name:
+            from train.benchmark import BenchmarkEvaluation  # imports `eval`, which no other run needs
+
+            self.benchmark = BenchmarkEvaluation(run)
         self.train_step = make_train_step(run.spec, run.objective.loss)
         self.schedule = make_schedule(run.config.optimizer, run.config.num_train_steps)
         self.state, self.before = self._start()
@@ -212,24 +221,34 @@ class _Loop:
             self.log.line(console_line(self.step, self.config.num_train_steps, values))
 
     def _evaluate_if_due(self) -> None:
-        if self.config.data.eval and (self._due(self.config.eval_every) or (self._last and self.config.eval_every)):
-            self._check_pending()
-            values = self.evaluation.losses(self.state)
-            self.log.scalars(self.step, values)
-            self.log.line(f"step {self.step}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
-            self._keep_if_best(values)
-            for i, caption in enumerate(self.evaluation.captions(self.state)):
-                self.log.text(self.step, f"caption_{i}", caption.text)
-                if caption.frames:
-                    self.log.image(self.step, f"caption_{i}_frames", contact_sheet(caption.frames, caption.text))
-                self.log.line(f"  {caption.name}: {caption.text}")
-            self.meter.reset()
+        if not self.evaluates or not (self._due(self.config.eval_every) or self._last):
+            return
+        self._check_pending()
+        values = self.evaluation.losses(self.state) if self.config.data.eval else {}
+        values |= self.benchmark.scores(self.state) if self.benchmark else {}
+        self.log.scalars(self.step, values)
+        self.log.line(f"step {self.step}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self._keep_if_best(values)
+        if self.config.data.eval:
+            self._log_captions()
+        self.meter.reset()
+
+    def _log_captions(self) -> None:
+        for i, caption in enumerate(self.evaluation.captions(self.state)):
+            self.log.text(self.step, f"caption_{i}", caption.text)
+            if caption.frames:
+                self.log.image(self.step, f"caption_{i}_frames", contact_sheet(caption.frames, caption.text))
+            self.log.line(f"  {caption.name}: {caption.text}")
 
     def _keep_if_best(self, values: Mapping[str, float]) -> None:
         metric = self.config.best_metric
-        if metric and metric not in values:
+        if not metric:
+            return
+        if metric not in values:
+            self._save()
             raise InputError(f"config.best_metric is {metric!r}, but an evaluation has {', '.join(values)}.")
-        if metric and (best := BestCheckpoint(self.step, metric, values[metric])).is_better_than(self.checkpoints.best):
+        best = BestCheckpoint(self.step, metric, values[metric])
+        if best.is_better_than(self.checkpoints.best):
             self._save()
             self.checkpoints.keep_best(best)
 

@@ -11,11 +11,12 @@ import pytest
 import tarsier_jax
 from tarsier_jax.errors import CheckpointError, InputError
 from tests.train.programs import weights
-from tests.train.test_checkpoints import flip
+from tests.train.test_checkpoints import flip_all
 from tests.train.test_loop import debug_config, train_sft
 from train.best import BestCheckpoint, read_best
 from train.checkpoints import load_parameters, saved_steps
-from train.export import export_checkpoint, main, parse
+from train.export import main, parse
+from train.model_export import export_checkpoint
 
 STEPS = 3
 
@@ -81,9 +82,7 @@ def test_steps_that_cannot_be_exported(workdir: Path) -> None:
     (workdir / "best.json").unlink()
     with pytest.raises(InputError, match=r"no best checkpoint: the run has no --config\.best_metric"):
         export_checkpoint(workdir, "best")
-    for file in (workdir / "checkpoints" / str(STEPS) / "state").rglob("*"):  # one of them has parameters
-        if file.is_file() and file.stat().st_size > 10_000:
-            flip(file, size=100)
+    flip_all(workdir / "checkpoints" / str(STEPS) / "state")
     with pytest.raises(CheckpointError, match=rf"checkpoints/{STEPS} is damaged \(.*Choose another step"):
         export_checkpoint(workdir)
     assert not (workdir / f"model-{STEPS}").exists()
