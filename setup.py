@@ -22,7 +22,7 @@ SENTENCEPIECE = ["sentencepiece>=0.2", "protobuf"]  # read a tokenizer.model wit
 RAY = ["ray[data]>=2.53,<2.64"]  # 2.64 takes away the flag that bounds retries
 S3 = ["s3fs>=2026.1"]  # s3:// URLs
 SERVE = [*FETCH, "starlette>=1.0.1", "uvicorn>=0.54", "pydantic>=2.10", "prometheus-client>=0.22"]
-TRAIN = [*CLIPS, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboardX>=2.6", "prettytable>=3.10"]
+TRAIN = [*CLIPS, "optax>=0.2.5", "ml-collections>=1.0", "absl-py>=2", "tensorboard>=2.18", "prettytable>=3.10"]
 WEB = [*FETCH, "gradio>=6.31,<7"]
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("tarsier_jax/__init__.py").read_text(encoding="utf-8"))
@@ -79,6 +79,9 @@ setup(
         "s3": S3,
         "serve": SERVE,
         "train": TRAIN,
+        "wandb": ["wandb>=0.20"],  # config.writers of a training run
+        "mlflow": ["mlflow-skinny>=3"],
+        "trackio": ["trackio>=0.20"],
         "web": WEB,
         # jax[tpu] brings the TPU compiler, which needs no TPU.
         "test": [

@@ -1,9 +1,13 @@
-"""DPO of the embedded model, on preference pairs of its own descriptions from `train.micro.preference_pairs`.
+"""DPO of the embedded model, on preference pairs of its own descriptions.
 
-Takes minutes on two CPU cores.
+Takes minutes on two CPU cores. The clips, whose seeds are neither trained on nor held out, and the pairs:
+
+    python -m eval.shapes --output CLIPS --clips 2000 --seed 500000000
+    python -m train.pairs --model DIR/model --input CLIPS/descriptions.jsonl --media_root CLIPS --output PAIRS \\
+        --judge rules --temperature 1 --top_p 1 --max_new_tokens 96
 
 Start from the trained model and its pairs: --config.model=DIR/model --config.data.train=PAIRS/pairs.jsonl
---config.data.media_root=PAIRS.
+--config.data.media_root=CLIPS.
 """
 
 from ml_collections import ConfigDict

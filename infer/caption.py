@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 
-from infer.bulk.config import CaptionConfig
+from infer.bulk.config import CaptionConfig, add_config_flags
 from infer.bulk.inputs import Items, find_items, is_list
 from infer.bulk.journal import Journal
 from infer.bulk.loading import ItemLoader
@@ -34,21 +34,13 @@ from infer.engine import EngineStats, Frontend
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import local_path, locked, path_text
 from tarsier_jax.processing.media_types import MEDIA_SUFFIXES
-from tarsier_jax.programs import (
-    Compilations,
-    add_model_flag,
-    add_precision_flags,
-    add_sampling_flags,
-    prepare_process,
-    run,
-)
+from tarsier_jax.programs import Compilations, prepare_process, run
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m infer.caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_model_flag(parser)
     parser.add_argument(
         "--input",
         type=path_text,
@@ -56,27 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="directory, glob, media file, archive, or list (.jsonl, .parquet)",
     )
     parser.add_argument("--output", required=True, type=local_path, help="file to write (.jsonl, .parquet)")
-    parser.add_argument(
-        "--prompt",
-        default="Describe the video in detail.",
-        help="used where the list has no prompt (default %(default)r)",
-    )
-    parser.add_argument("--n_frames", type=int, help="frames sampled from each video (default: the model's, 8 or 16)")
-    parser.add_argument(
-        "--slots", type=int, default=32, help="captions in progress at once, over all devices (default 32)"
-    )
-    parser.add_argument(
-        "--prompt_tokens",
-        type=int,
-        help="limit of a prompt, in tokens (default: --n_frames of the largest frame, and 256 of text)",
-    )
-    parser.add_argument("--workers", type=int, default=2, help="threads that decode videos (default 2)")
-    parser.add_argument(
-        "--isolate",
-        action="store_true",
-        help="decode in child processes: a clip on which a decoder crashes costs an error line, not the run",
-    )
-    parser.add_argument("--mesh", default="", help="such as data=2,tensor=4 (default: all devices on the data axis)")
+    add_config_flags(parser, seed_help="clip i is sampled with seed + i")
     parser.add_argument("--num_shards", type=int, default=1, help="number of shards to split the input into")
     parser.add_argument("--shard_index", type=int, default=0, help="shard to caption, from 0")
     parser.add_argument("--distributed", action="store_true", help="find the other processes (TPU pod, Slurm, MPI)")
@@ -91,8 +63,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--window", metavar="SECONDS", type=float, help="length of each window (default: --every)")
     parser.add_argument("--retry_errors", action="store_true", help="caption the clips with an error line again")
     parser.add_argument("--overwrite", action="store_true", help="discard the output of an earlier run")
-    add_precision_flags(parser)
-    add_sampling_flags(parser, seed_help="clip i is sampled with seed + i")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 

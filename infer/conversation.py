@@ -20,7 +20,7 @@ from tarsier_jax.processing.frame_sampling import FrameSelection
 from tarsier_jax.processing.jsonl import parse_json, read_lines, to_json
 from tarsier_jax.processing.processor import Processor, media_sample
 from tarsier_jax.processing.sample import read_messages
-from tarsier_jax.processing.unpatch import pictures_of
+from tarsier_jax.processing.unpatch import frames_of
 from tarsier_jax.processing.visuals import VisualInputs
 
 Messages = list[dict[str, Any]]
@@ -169,7 +169,7 @@ class Conversation:
     def pictures(self, index: int) -> list[Image.Image]:
         """Returns the frames of one file as a LocalModel receives them."""
         assert isinstance(self._model, LocalModel) and isinstance(self._media, VisualInputs)
-        return self._model.pictures(self._media, index, self._visual_items[index]["type"] == "image")
+        return frames_of(self._media, index, self._model.processor)
 
     def save(self, path: str | Path) -> None:
         """Appends the conversation to a file of JSON lines in the annotation format.
@@ -265,15 +265,6 @@ class LocalModel:
         """Starts an answer."""
         prompt = _Prompt(messages, media, options)
         return LocalAnswer(self._frontend.submit(prompt, sampling, stream=True), media.selections)
-
-    def pictures(self, media: VisualInputs, index: int, is_image: bool) -> list[Image.Image]:
-        """Returns the frames of one image or video as the model receives them."""
-        sizes = media.grid_thw.prod(axis=1)
-        start = int(sizes[:index].sum())
-        patches = media.pixel_values[start : start + int(sizes[index])]
-        double = is_image or self.processor.double_frames
-        frames = pictures_of(patches, media.grid_thw[index], self.processor.image, double)
-        return frames[: len(media.selections[index].indices)]
 
     def close(self) -> None:
         """Waits for the answers in progress, and ends the threads."""

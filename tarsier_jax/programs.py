@@ -168,7 +168,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser, seed_help: str = "seed o
     group.add_argument(
         "--max_new_tokens", type=int, default=options.max_new_tokens, help="limit of an answer, in tokens"
     )
-    group.add_argument("--temperature", type=float, default=options.temperature, help="0 is greedy (default)")
+    group.add_argument(
+        "--temperature", type=float, default=options.temperature, help="0 is greedy (default %(default)s)"
+    )
     group.add_argument("--top_k", type=int, default=options.top_k, help="sample from this many tokens; 0 from all")
     group.add_argument(
         "--top_p", type=float, default=options.top_p, help="sample from tokens of this total probability"

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from jax.experimental import multihost_utils
 
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.files import is_disk_full
+from train.best import BestCheckpoint, read_best, write_best
 from train.data.loading import RowLoader
+from train.optimizer import Params
 from train.processes import on_any
 from train.state import TrainState
 
+_DIRECTORY = "checkpoints"
 # Counts under their names in checkpoints of earlier versions.
 _FORMER_COUNTS = {"num_truncated": "cut", "num_bad": "bad", "num_drawn": "seen"}
 # Parts of errors that do not come from the checkpoint's content.
@@ -61,13 +64,33 @@ class DataProgress:
         )
 
 
+@dataclasses.dataclass
+class _NewestAndBest:
+    """The policy by which Orbax preserves checkpoints.
+
+    Attributes:
+        keep: Number of newest checkpoints that stay.
+        best: Step of another one that stays; None for none.
+    """
+
+    keep: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns a value per checkpoint; they are in the order of their steps."""
+        newest = {checkpoint.step for checkpoint in checkpoints[-self.keep :]}
+        return [checkpoint.step in newest or checkpoint.step == self.best for checkpoint in checkpoints]
+
+
 class Checkpoints:
-    """The checkpoints in WORKDIR/checkpoints, of which the newest `keep` stay."""
+    """The checkpoints in WORKDIR/checkpoints, of which the newest `keep` and the best one stay."""
 
     def __init__(self, workdir: Path, keep: int):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every phase of every save
-        self.directory = (workdir / "checkpoints").resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self.directory = (workdir / _DIRECTORY).resolve()
+        self._best = read_best(workdir)
+        self._policy = _NewestAndBest(keep, self._best.step if self._best else None)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._policy, cleanup_tmp_directories=True)
         with _clear_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
@@ -77,6 +100,18 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Returns the step of the newest complete checkpoint."""
         return self._manager.latest_step()
+
+    @property
+    def best(self) -> BestCheckpoint | None:
+        """The best checkpoint, unless it was removed or set aside."""
+        return self._best if self._best and self._best.step in self._manager.all_steps() else None
+
+    def keep_best(self, best: BestCheckpoint) -> None:
+        """Records a saved checkpoint as the best one. Later saves remove the former one."""
+        self.wait()  # a crash must leave a record of a complete checkpoint
+        if jax.process_index() == 0:
+            write_best(self.directory.parent, best)
+        self._best, self._policy.best = best, best.step
 
     def save(self, step: int, state: TrainState, data: RowLoader, progress: DataProgress) -> None:
         """Copies the state to the host and writes it in the background, unless the step is saved already.
@@ -169,11 +204,7 @@ class Checkpoints:
                 ) from None
         if on_any(damage is not None):
             raise _Damage(damage or "another process cannot read its part")
-        fingerprints, not_finite = _fingerprints(state)
-        before = record.get("state", fingerprints)
-        changed = [path for path, value in fingerprints.items() if value != before[path]]
-        if changed or not_finite:
-            raise _Damage(f"{(changed + not_finite)[0]} differs from the saved one")
+        _verify(state, record.get("state"))
         return state, _read_counts(record), rows
 
     def _set_aside(self, damage: Mapping[int, str], step: int) -> None:
@@ -213,6 +244,61 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in order. Reads only, so a run may be writing others."""
+    return sorted(int(path.name) for path in (workdir / _DIRECTORY).glob("*") if path.name.isdigit())
+
+
+def load_parameters(workdir: Path, step: int, dtype: str) -> Params:
+    """Returns the parameters of a checkpoint, trained and frozen, on one device.
+
+    Each one is read, verified and cast alone. Memory needs the model in `dtype`, and one parameter as it was saved.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or was written by a version that did not record its arrays.
+    """
+    directory = epath.Path((workdir / _DIRECTORY / str(step)).resolve())
+    try:
+        arrays = _unseal(ocp.JsonCheckpointHandler().restore(directory / "progress")).get("state")
+        if arrays is None:
+            raise CheckpointError(
+                f"{directory} was written by an earlier version, which did not record its arrays. Resume the run, and "
+                "export a checkpoint that it writes."
+            )
+        paths = [path for path in arrays if path.startswith(("params/", "frozen/"))]
+        return {path.partition("/")[2]: _read_parameter(directory, arrays, path).astype(dtype) for path in paths}
+    except CheckpointError:
+        raise
+    except Exception as e:  # Orbax raises any type
+        raise CheckpointError(f"{directory} is damaged ({_first_line(e)}). Choose another step.") from None
+
+
+def _read_parameter(directory: epath.Path, arrays: Mapping[str, str], path: str) -> jax.Array:
+    """Reads one of the arrays, of which `arrays` has the fingerprints. Raises _Damage."""
+    part, _, name = path.partition("/")
+    item = {"step": _shape_of(arrays["step"]), part: {name: _shape_of(arrays[path])}}
+    arguments = ocp.checkpoint_utils.construct_restore_args(item)
+    restore = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)
+    tree = ocp.PyTreeCheckpointHandler().restore(directory / "state", args=restore)
+    _verify(tree, arrays)
+    return tree[part][name]
+
+
+def _shape_of(fingerprint: str) -> jax.ShapeDtypeStruct:
+    """ "float32[64,2] 9f86d081" -> the shape and dtype, on the first device."""
+    dtype, _, sizes = fingerprint.split()[0].rstrip("]").partition("[")
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(tuple(map(int, filter(None, sizes.split(",")))), jnp.dtype(dtype), sharding=sharding)
+
+
+def _verify(tree: Any, arrays: Mapping[str, str] | None) -> None:
+    """Raises _Damage if an array is not finite, or differs from its fingerprint. An earlier version stored none."""
+    fingerprints, not_finite = _fingerprints(tree)
+    changed = [path for path, value in fingerprints.items() if arrays is not None and value != arrays[path]]
+    if changed or not_finite:
+        raise _Damage(f"{(changed + not_finite)[0]} differs from the saved one")
 
 
 def _read_counts(record: Mapping[str, Any]) -> DataProgress:

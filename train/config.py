@@ -21,6 +21,7 @@ from train.checks import check, check_at_least, check_choice, check_dtype
 from train.data.packing import DataConfig
 from train.lora import LoraConfig
 from train.optimizer import OptimizerConfig, make_schedule
+from train.writers import SERVICES
 
 # Keys of earlier versions and their names in this one.
 FORMER_KEYS = {
@@ -79,6 +80,29 @@ class DpoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """A benchmark of `eval.run` on which each evaluation scores the model.
+
+    Attributes:
+        name: Its name, such as shapes or tvbench; empty for none.
+        annotations: Directory of the annotation files.
+        data_root: Directory of the videos.
+        limit: Number of videos.
+
+    Raises:
+        InputError: limit is below 1.
+    """
+
+    name: str = ""
+    annotations: str = ""
+    data_root: str = ""
+    limit: int = 100
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "limit")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Configuration of a training run.
 
@@ -96,12 +120,15 @@ class TrainConfig:
         max_to_keep: Checkpoints that are kept.
         eval_every: Steps between two evaluations on data.eval; 0 never evaluates.
         eval_captions: Held-out samples that are captioned at each evaluation.
+        best_metric: Metric of the evaluation, such as eval_loss, whose best checkpoint is kept besides the newest ones.
+        writers: Services that receive the metrics besides the files of the workdir: wandb, mlflow, trackio.
         profile_step: First of the three steps that are traced; 0 traces none.
         mesh: Devices.
         data: Annotations and packing.
         optimizer: Optimizer and learning rates.
         lora: Training of low-rank updates.
         dpo: Preference optimisation, `train.dpo` only.
+        benchmark: Benchmark that scores the model at each evaluation.
         processor: Frames, pixels and tokens per sample.
 
     Raises:
@@ -121,12 +148,15 @@ class TrainConfig:
     max_to_keep: int = 2
     eval_every: int = 500
     eval_captions: int = 2
+    best_metric: str = ""
+    writers: tuple[str, ...] = ()
     profile_step: int = 0
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
     dpo: DpoConfig = DpoConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
     processor: ProcessorOptions = ProcessorOptions()
 
     def __post_init__(self) -> None:
@@ -136,6 +166,7 @@ class TrainConfig:
         check_at_least(self, 0, "num_train_steps", "seed", "log_every", "save_every", "eval_every", "eval_captions")
         check_at_least(self, 0, "profile_step", "num_epochs")
         check_at_least(self, 1, "max_to_keep")
+        check(self, ["writers"], lambda names: set(names) <= SERVICES.keys(), f"a tuple of {', '.join(SERVICES)}")
         if not self.num_epochs:
             make_schedule(self.optimizer, self.num_train_steps)  # checks the warm-up
 
@@ -275,7 +306,15 @@ def with_local_paths(config: TrainConfig) -> TrainConfig:
         for path in getattr(data, name).split(","):
             checked(f"data.{name}", path.strip(), check_source)
     dpo = dataclasses.replace(config.dpo, reference=checked("dpo.reference", config.dpo.reference))
-    return dataclasses.replace(config, model=checked("model", config.model, check_source), data=data, dpo=dpo)
+    paths = {key: getattr(config.benchmark, key) for key in ("annotations", "data_root")}
+    benchmark = {key: checked(f"benchmark.{key}", path) for key, path in paths.items()}
+    return dataclasses.replace(
+        config,
+        model=checked("model", config.model, check_source),
+        data=data,
+        dpo=dpo,
+        benchmark=dataclasses.replace(config.benchmark, **benchmark),
+    )
 
 
 def _recipe_keys(error: Exception) -> list[str]:

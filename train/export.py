@@ -1,46 +1,38 @@
-"""Export of a run's state: a converted checkpoint, which all programs load, or an adapter of LoRA."""
+"""Exports a checkpoint of a run: `python -m train.export WORKDIR [--step N|latest|best] [--output DIR]`.
 
-import shutil
-from pathlib import Path
+Writes a converted directory, which all programs load and `convert.orbax_to_hf` exports, or with LoRA an adapter. Needs the
+starting checkpoint of the run, but neither its data nor its devices: the export uses the CPU, and a run that is training
+continues.
+"""
+
+import argparse
+import sys
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from tarsier_jax.weights.adapter import write_adapter
-from tarsier_jax.weights.orbax import write_converted
-from train.lora import lora_matrices
-from train.run import TrainRun
-from train.state import TrainState, build_model
+from tarsier_jax.files import local_path
+from tarsier_jax.programs import prepare_process, run
+from train.model_export import export_checkpoint
 
 
-def export_trained(run: TrainRun, state: TrainState) -> Path:
-    """Writes WORKDIR/model, a converted directory in the model's dtype, or with LoRA WORKDIR/adapter.
-
-    An earlier one is replaced.
-
-    Raises:
-        CheckpointError: the disk is full.
-    """
-    if run.config.lora.rank:
-        return _export_adapter(run, state)
-    out = run.workdir / "model"
-    if jax.process_index() == 0:
-        shutil.rmtree(out, ignore_errors=True)  # of an earlier, shorter run
-    dtype = run.spec.config.dtype
-    cast = jax.jit(lambda state: {p: x.astype(dtype) for p, x in {**state.params, **state.frozen}.items()})
-    model = build_model(run.spec.graph, cast(state), dtype)
-    write_converted(out, model, run.model_directory, run.processor.chat_template)
-    return out
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdir", type=local_path, help="directory of a run of train.sft or train.dpo")
+    parser.add_argument("--step", default="latest", help="a number, latest (default), or best (by config.best_metric)")
+    parser.add_argument(
+        "--output", type=local_path, help="directory to write (default: model-STEP or adapter-STEP in it)"
+    )
+    return parser.parse_args(argv)
 
 
-def _export_adapter(run: TrainRun, state: TrainState) -> Path:
-    out = run.workdir / "adapter"
-    everywhere = NamedSharding(run.spec.mesh, P())
-    params = jax.jit(lambda params: params, out_shardings=everywhere)(state.params)
-    if jax.process_index() == 0:
-        shutil.rmtree(out, ignore_errors=True)
-        matrices = lora_matrices({path: np.asarray(x) for path, x in params.items()})
-        write_adapter(out, run.spec.config, matrices, run.config.lora.alpha, run.config.model)
-    return out
+def main(args: argparse.Namespace) -> int:
+    prepare_process()
+    jax.config.update("jax_platforms", "cpu")  # the accelerator may be that of the run
+    print(export_checkpoint(args.workdir, args.step, args.output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(parse())))

@@ -7,26 +7,31 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tarsier_jax.errors import TarsierError
+from infer.contact_sheet import contact_sheet
+from tarsier_jax.errors import InputError, TarsierError
 from tarsier_jax.programs import Compilations
+from train.best import BestCheckpoint
 from train.checkpoints import Checkpoints, DataProgress
 from train.config import TrainConfig
 from train.data.annotations import mix_files
 from train.data.packing import PackedRow, check_share
-from train.export import export_trained
 from train.mesh import global_batch
 from train.metric_writer import BadSamples, Log, console_line, duration
+from train.model_export import export_trained
 from train.optimizer import make_schedule
+from train.record import flatten
 from train.run import Objective, TrainRun, open_run
 from train.state import TrainState, complete_state, init_state, make_train_step
 from train.throughput import Meter, Work, work_of
 from train.validation import Evaluation
+from train.writers import check_services
 
 _TRACED = 3  # steps of a profile
 _WARM_UP = 2  # steps that may compile
@@ -66,6 +71,12 @@ def train(config: TrainConfig, workdir: Path, objective: Objective) -> Summary:
     Raises:
         TarsierError: the configuration, the data or the disk cannot be used.
     """
+    if config.best_metric and not _evaluates(config):
+        raise InputError(
+            f"config.best_metric is {config.best_metric!r}, but the run has no evaluation. Set config.eval_every, and "
+            "config.data.eval or config.benchmark.name."
+        )
+    check_services(config.writers)
     run = open_run(config, workdir, objective)
     with jax.set_mesh(run.spec.mesh):
         if run.objective.before:
@@ -77,6 +88,10 @@ def train(config: TrainConfig, workdir: Path, objective: Objective) -> Summary:
             loop.close()
 
 
+def _evaluates(config: TrainConfig) -> bool:
+    return config.eval_every > 0 and bool(config.data.eval or config.benchmark.name)
+
+
 class _Loop:
     def __init__(self, run: TrainRun):
         self.run, self.config, self.workdir = run, run.config, run.workdir
@@ -84,12 +99,17 @@ class _Loop:
         data = run.config.data
         lines = mix_files(data.train, run.config.seed, repeat=True, shuffle=data.shuffle)
         self.rows = run.rows(lines, data.global_batch_size, run.config.grad_accum_steps)
-        self.evaluation = Evaluation(run)
+        self.evaluation, self.benchmark = Evaluation(run), None
+        self.evaluates = _evaluates(run.config)
+        if self.evaluates and run.config.benchmark.name:
+            from train.benchmark import BenchmarkEvaluation  # imports `eval`, which no other run needs
+
+            self.benchmark = BenchmarkEvaluation(run)
         self.train_step = make_train_step(run.spec, run.objective.loss)
         self.schedule = make_schedule(run.config.optimizer, run.config.num_train_steps)
         self.state, self.before = self._start()
         self.first = self.step = int(self.state.step)
-        self.log = Log(run.workdir, self.first)
+        self.log = Log(run.workdir, self.first, run.config.writers, flatten(dataclasses.asdict(run.config)))
         self.bad_samples = BadSamples(run.workdir)
         vision_trained = any(path.startswith("vision/blocks/") for path in run.spec.shapes.params)
         lora = run.config.lora.rank > 0
@@ -195,15 +215,36 @@ class _Loop:
             self.log.line(console_line(self.step, self.config.num_train_steps, values))
 
     def _evaluate_if_due(self) -> None:
-        if self.config.data.eval and (self._due(self.config.eval_every) or (self._last and self.config.eval_every)):
-            self._check_pending()
-            values = self.evaluation.losses(self.state)
-            self.log.scalars(self.step, values)
-            self.log.line(f"step {self.step}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
-            for i, (name, caption) in enumerate(self.evaluation.captions(self.state)):
-                self.log.text(self.step, f"caption_{i}", caption)
-                self.log.line(f"  {name}: {caption}")
-            self.meter.reset()
+        if not self.evaluates or not (self._due(self.config.eval_every) or self._last):
+            return
+        self._check_pending()
+        values = self.evaluation.losses(self.state) if self.config.data.eval else {}
+        values |= self.benchmark.scores(self.state) if self.benchmark else {}
+        self.log.scalars(self.step, values)
+        self.log.line(f"step {self.step}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self._keep_if_best(values)
+        if self.config.data.eval:
+            self._log_captions()
+        self.meter.reset()
+
+    def _log_captions(self) -> None:
+        for i, caption in enumerate(self.evaluation.captions(self.state)):
+            self.log.text(self.step, f"caption_{i}", caption.text)
+            if caption.frames:
+                self.log.image(self.step, f"caption_{i}_frames", contact_sheet(caption.frames, caption.text))
+            self.log.line(f"  {caption.name}: {caption.text}")
+
+    def _keep_if_best(self, values: Mapping[str, float]) -> None:
+        metric = self.config.best_metric
+        if not metric:
+            return
+        if metric not in values:
+            self._save()
+            raise InputError(f"config.best_metric is {metric!r}, but an evaluation has {', '.join(values)}.")
+        best = BestCheckpoint(self.step, metric, values[metric])
+        if best.is_better_than(self.checkpoints.best):
+            self._save()
+            self.checkpoints.keep_best(best)
 
     def _trace(self) -> None:
         at = self.config.profile_step
@@ -241,7 +282,7 @@ class _Loop:
             self.log.line(f"config.{change}")
 
     def _finish(self, stop_signal: int) -> Summary:
-        progress, rates = self._progress(), self.whole.rates()
+        progress, rates, best = self._progress(), self.whole.rates(), self.checkpoints.best
         exported = None if stop_signal else export_trained(self.run, self.state)
         loss = f"loss {self.loss:.4f}" if self.step > self.first else "no step remained"
         self.log.line(
@@ -252,6 +293,7 @@ class _Loop:
             + f"\n{duration(rates['seconds_per_step'] * (self.step - self.first))} in all, "
             f"{rates['tokens_per_s']:,.0f} tokens/s, data wait {rates['data_wait']:.1%}, padding "
             f"{rates['padding']:.1%}, {self.late_compilations} compilations after step {self.first + _WARM_UP}\n"
+            + (f"best: {best.metric} {best.value:.4f} at step {best.step}\n" if best else "")
             + ("the same command resumes from here" if stop_signal else f"the trained model is {exported}")
         )
         return Summary(self.step, self.loss, stop_signal, self.late_compilations, rates["data_wait"])

@@ -57,19 +57,32 @@ def record_start(workdir: Path, config: Mapping[str, Any]) -> list[str]:
     """
     file = workdir / "runs.jsonl"
     config = json.loads(json.dumps(config))
-    before, after = _renamed(flatten(_last_config(file))), flatten(config)
+    before, after = _renamed(flatten(_last_start(file).get("config", {}))), flatten(config)
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "config": config,
         "versions": versions(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "platform": jax.default_backend(),
         "processes": jax.process_count(),
     }
     cut_short = file.exists() and not file.read_bytes().endswith(b"\n")
     with file.open("a", encoding="utf-8") as out:
         out.write(("\n" if cut_short else "") + json.dumps(start) + "\n")
     return [f"{k} was {before[k]!r} and is now {v!r}" for k, v in after.items() if k in before and before[k] != v]
+
+
+def last_start(workdir: Path) -> dict[str, Any]:
+    """Returns the line of runs.jsonl of the last start.
+
+    Raises:
+        InputError: there is none.
+    """
+    start = _last_start(workdir / "runs.jsonl")
+    if not start:
+        raise InputError(f"{workdir} is not the workdir of a run: it has no runs.jsonl with a start in it.")
+    return start
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -97,11 +110,13 @@ def _has_checkpoints(workdir: Path) -> bool:
     return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
-def _last_config(file: Path) -> dict[str, Any]:
-    """Returns the configuration of the last complete line."""
+def _last_start(file: Path) -> dict[str, Any]:
+    """Returns the last complete line with a configuration; empty if there is none."""
     for line in reversed(file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []):
         try:
-            return dict(json.loads(line)["config"])
+            start = json.loads(line)
+            if dict(start["config"]):
+                return start
         except (ValueError, KeyError, TypeError, RecursionError):
             continue  # a line cut short or damaged
     return {}

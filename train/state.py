@@ -104,7 +104,7 @@ def make_state_spec(
         InputError: the optimizer's patterns, its schedule or the targets of LoRA do not fit, or qwix is not installed.
         ValueError: a mesh axis does not divide the dimension that it splits.
     """
-    base_graph, graph, abstract = _structures(config, lora)
+    base_graph, graph, abstract = model_structures(config, lora)
     optimizer = _without_base(optimizer) if lora.rank else optimizer
     shardings = {parameter_path(p): s for p, s in parameter_shardings(abstract, mesh).items()}
     shapes = {parameter_path(p): leaf.shape for p, leaf in nnx.to_flat_state(abstract)}
@@ -132,7 +132,7 @@ def make_state_spec(
     return StateSpec(config, graph, base_graph, lora, mesh, tx, state)
 
 
-def _structures(config: ModelConfig, lora: LoraConfig) -> tuple[nnx.GraphDef, nnx.GraphDef, nnx.State]:
+def model_structures(config: ModelConfig, lora: LoraConfig) -> tuple[nnx.GraphDef, nnx.GraphDef, nnx.State]:
     """Returns the structures of the starting model and of the trained one, and the shapes of the trained one."""
     base, trained = abstract_state(config), add_lora(config, lora) if lora.rank else abstract_state(config)
     if not lora.int8:

@@ -1,18 +1,37 @@
 """Held-out loss and sample captions during a run."""
 
+import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from tarsier_jax.api import answer
 from tarsier_jax.generation.sampling import SamplingOptions
+from tarsier_jax.processing.unpatch import frames_of
 from train.data.annotations import mix_files, read_sample
 from train.mesh import global_batch
 from train.run import TrainRun
 from train.state import TrainState, build_model, make_eval_step
 
 _CAPTION_TOKENS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """The answer to a held-out sample.
+
+    Attributes:
+        name: Place of the sample, such as "held_out.jsonl line 3".
+        text: The answer.
+        frames: Frames of its images and videos, as the model receives them.
+    """
+
+    name: str
+    text: str
+    frames: list[Image.Image]
 
 
 class Evaluation:
@@ -39,8 +58,8 @@ class Evaluation:
         weight = sums.pop("weight", 0.0)
         return {f"eval_{name}": value / weight for name, value in sums.items()}
 
-    def captions(self, state: TrainState) -> list[tuple[str, str]]:
-        """Returns (line, answer) of the first held-out samples, without bad ones."""
+    def captions(self, state: TrainState) -> list[Caption]:
+        """Returns the answers to the first held-out samples, without bad ones."""
         run, config = self._run, self._run.config
         lines: Any = self._lines
         model = build_model(run.spec.graph, {**state.params, **state.frozen}, run.spec.config.dtype)
@@ -53,7 +72,9 @@ class Evaluation:
             except Exception:  # as `LoadLine` does; a bad sample is counted where the loss is computed
                 continue
             (generation,) = answer(model, run.processor, [example], SamplingOptions(max_new_tokens=_CAPTION_TOKENS))
-            answers.append((f"{line.file} line {line.number}", generation.text))
+            visuals = (frames_of(example, j, run.processor) for j in range(len(example.selections)))
+            frames = list(itertools.chain.from_iterable(visuals))
+            answers.append(Caption(f"{line.file} line {line.number}", generation.text, frames))
         return answers
 
 

@@ -20,7 +20,13 @@ from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.image_files import MAX_PIXELS
 from tarsier_jax.processing.options import ProcessorOptions
 from tarsier_jax.processing.processor import Processor
-from tarsier_jax.programs import read_sampling_flags, resolve_dtype
+from tarsier_jax.programs import (
+    add_model_flag,
+    add_precision_flags,
+    add_sampling_flags,
+    read_sampling_flags,
+    resolve_dtype,
+)
 from tarsier_jax.sharding import make_mesh
 
 # The user's own clips may have any size. Only a decoder that hangs or takes all memory is ended.
@@ -35,6 +41,34 @@ _LIMITS = MediaLimits(
     memory_bytes=32 << 30,
     cache_bytes=1,
 )
+
+
+def add_config_flags(parser: argparse.ArgumentParser, seed_help: str) -> None:
+    """Adds the flags of `CaptionConfig`."""
+    add_model_flag(parser)
+    parser.add_argument(
+        "--prompt",
+        default="Describe the video in detail.",
+        help="used where the list has no prompt (default %(default)r)",
+    )
+    parser.add_argument("--n_frames", type=int, help="frames sampled from each video (default: the model's, 8 or 16)")
+    parser.add_argument(
+        "--slots", type=int, default=32, help="captions in progress at once, over all devices (default 32)"
+    )
+    parser.add_argument(
+        "--prompt_tokens",
+        type=int,
+        help="limit of a prompt, in tokens (default: --n_frames of the largest frame, and 256 of text)",
+    )
+    parser.add_argument("--workers", type=int, default=2, help="threads that decode videos (default 2)")
+    parser.add_argument(
+        "--isolate",
+        action="store_true",
+        help="decode in child processes: a clip on which a decoder crashes costs an error line, not the run",
+    )
+    parser.add_argument("--mesh", default="", help="such as data=2,tensor=4 (default: all devices on the data axis)")
+    add_precision_flags(parser)
+    add_sampling_flags(parser, seed_help)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +108,7 @@ class CaptionConfig:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
-        """Returns the config of the flags of `infer.caption`."""
+        """Returns the config of the flags of `add_config_flags`."""
         names = ("model", "adapter", "dtype", "int8", "mesh", "slots", "prompt_tokens", "prompt", "workers")
         names = (*names, "n_frames", "isolate")
         options = {name: getattr(args, name) for name in names}

@@ -3,8 +3,20 @@
 import numpy as np
 from PIL import Image
 
+from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.image import Qwen2ImageProcessor, normalisation
+from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.square_image import ClipImageProcessor
+from tarsier_jax.processing.visuals import VisualInputs
+
+
+def frames_of(visuals: Example | VisualInputs, index: int, processor: Processor) -> list[Image.Image]:
+    """Returns the frames of one image or video of a sample as the model receives them."""
+    sizes = visuals.grid_thw.prod(axis=1)
+    start = int(sizes[:index].sum())
+    patches = visuals.pixel_values[start : start + int(sizes[index])]
+    frames = pictures_of(patches, visuals.grid_thw[index], processor.image, processor.double_frames)
+    return frames[: len(visuals.selections[index].indices)]  # a patch of two frames may contain the last one twice
 
 
 def pictures_of(

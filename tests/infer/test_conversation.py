@@ -171,7 +171,7 @@ def test_pictures_are_the_frames_of_the_model(local: LocalModel, tmp_path: Path)
     conversation = Conversation(local)
     conversation.open(write_gif(tmp_path / "a.gif", frames=3, size=(112, 84)))
     conversation.open(write_gif(tmp_path / "b.gif", frames=6, size=(84, 84)))
-    pictures = local.pictures(conversation.media, 1, is_image=False)
+    pictures = conversation.pictures(1)
     assert len(pictures) == len(conversation.selections[1].indices)
     height, width = conversation.selections[1].frame_size
     assert all(picture.size == (width, height) for picture in pictures)

@@ -14,7 +14,8 @@ import pytest
 
 from tarsier_jax.errors import CheckpointError
 from tests.train.texts import former_state, next_number, open_numbers
-from train.checkpoints import Checkpoints, DataProgress, _read_counts
+from train.best import BestCheckpoint, read_best
+from train.checkpoints import Checkpoints, DataProgress, _read_counts, load_parameters, saved_steps
 from train.state import TrainState
 
 
@@ -73,6 +74,14 @@ def flip(file: Path, at: float = 0.5, size: int = 1) -> None:
     for i in range(start, min(start + size, len(content))):
         content[i] ^= 0x01
     file.write_bytes(content)
+
+
+def flip_all(directory: Path) -> None:
+    """Inverts bits at several places of every file that may have values of arrays."""
+    for file in directory.rglob("*"):
+        if file.is_file() and file.stat().st_size > 10_000:
+            for at in (0.2, 0.4, 0.6, 0.8):
+                flip(file, at, size=100)
 
 
 def truncate(file: Path) -> None:
@@ -242,3 +251,47 @@ def test_values_that_are_not_finite_are_not_saved(workdir: Path) -> None:
 def test_counts_of_earlier_versions() -> None:
     former = {"samples": 5, "tokens": 90, "cut": 1, "bad": 2, "seen": 7, "state": {}}
     assert _read_counts(former) == DataProgress(samples=5, tokens=90, num_truncated=1, num_bad=2, num_drawn=7)
+
+
+def test_the_best_stays_with_the_newest(tmp_path: Path) -> None:
+    checkpoints, rows = Checkpoints(tmp_path, keep=1), data()
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan"))):
+        checkpoints.save(step, a_state(step), rows, DataProgress())
+        if (best := BestCheckpoint(step, "eval_loss", loss)).is_better_than(checkpoints.best):
+            checkpoints.keep_best(best)
+    checkpoints.wait()
+    checkpoints.close()
+    assert saved_steps(tmp_path) == [2, 4] and read_best(tmp_path) == BestCheckpoint(2, "eval_loss", 1.0)
+    again = Checkpoints(tmp_path, keep=1)
+    assert again.best == BestCheckpoint(2, "eval_loss", 1.0)
+    again.save(5, a_state(5), rows, DataProgress())
+    again.wait()
+    again.close()
+    assert saved_steps(tmp_path) == [2, 5]
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    assert Checkpoints(tmp_path, keep=1).best is None  # it was removed, so the next evaluation is the best
+
+
+def test_which_value_is_better() -> None:
+    assert BestCheckpoint(2, "eval_accuracy", 0.5).is_better_than(BestCheckpoint(1, "eval_accuracy", 0.4))
+    assert not BestCheckpoint(2, "eval_loss", 0.5).is_better_than(BestCheckpoint(1, "eval_loss", 0.4))
+    assert not BestCheckpoint(2, "eval_loss", 0.4).is_better_than(BestCheckpoint(1, "eval_loss", 0.4))
+    assert BestCheckpoint(2, "eval_loss", 9.0).is_better_than(BestCheckpoint(1, "eval_accuracy", 0.4))
+    assert not BestCheckpoint(2, "eval_loss", float("inf")).is_better_than(None)
+
+
+def test_a_record_of_the_best_that_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_text('{"step": 2}')
+    with pytest.raises(CheckpointError, match=r"best\.json is not a record of the best checkpoint. Remove it"):
+        Checkpoints(tmp_path, keep=1)
+
+
+def test_parameters_are_read_one_by_one(two_checkpoints: Path, workdir: Path) -> None:
+    expected = a_state(6)
+    assert saved_steps(two_checkpoints) == [3, 6]
+    params = load_parameters(two_checkpoints, 6, "float32")
+    jax.tree.map(np.testing.assert_array_equal, params, {**expected.params, **expected.frozen})
+    assert {x.dtype.name for x in load_parameters(two_checkpoints, 6, "bfloat16").values()} == {"bfloat16"}
+    flip_all(workdir / "checkpoints" / "6" / "state")
+    with pytest.raises(CheckpointError, match=r"checkpoints/6 is damaged \(.*\)\. Choose another step"):
+        load_parameters(workdir, 6, "float32")

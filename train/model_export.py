@@ -1,0 +1,141 @@
+"""Export of a run's model: a converted directory, which all programs load, or an adapter of LoRA."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from tarsier_jax.config import ModelConfig
+from tarsier_jax.errors import CheckpointError, InputError
+from tarsier_jax.families import load_config
+from tarsier_jax.models.tarsier import Tarsier
+from tarsier_jax.programs import resolve_dtype
+from tarsier_jax.sharding import parameter_path
+from tarsier_jax.weights import resolve
+from tarsier_jax.weights.adapter import write_adapter
+from tarsier_jax.weights.names import abstract_state
+from tarsier_jax.weights.orbax import write_converted
+from train.best import read_best
+from train.checkpoints import load_parameters, saved_steps
+from train.config import TrainConfig, read_config
+from train.lora import lora_matrices
+from train.optimizer import Params
+from train.record import last_start
+from train.run import TrainRun, training_processor
+from train.state import StateSpec, TrainState, build_model
+
+
+def export_trained(run: TrainRun, state: TrainState) -> Path:
+    """Writes WORKDIR/model, a converted directory in the model's dtype, or with LoRA WORKDIR/adapter.
+
+    An earlier one is replaced.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    if run.config.lora.rank:
+        return _export_adapter(run, state)
+    out = run.workdir / "model"
+    if jax.process_index() == 0:
+        shutil.rmtree(out, ignore_errors=True)  # of an earlier, shorter run
+    write_converted(out, trained_model(run.spec, state), run.model_directory, run.processor.chat_template)
+    return out
+
+
+def _export_adapter(run: TrainRun, state: TrainState) -> Path:
+    out = run.workdir / "adapter"
+    everywhere = NamedSharding(run.spec.mesh, P())
+    params = jax.jit(lambda params: params, out_shardings=everywhere)(state.params)
+    if jax.process_index() == 0:
+        shutil.rmtree(out, ignore_errors=True)
+        _write_adapter(out, params, run.spec.config, run.config)
+    return out
+
+
+def _write_adapter(out: Path, params: Params, model: ModelConfig, config: TrainConfig) -> None:
+    matrices = lora_matrices({path: np.asarray(x) for path, x in params.items()})
+    write_adapter(out, model, matrices, config.lora.alpha, config.model)
+
+
+def trained_model(spec: StateSpec, state: TrainState) -> Tarsier:
+    """Returns the model of a state, with all parameters in the model's dtype, or the decoder's layers in int8."""
+    dtype = spec.config.dtype
+    cast = jax.jit(lambda params: {p: x.astype(dtype) for p, x in params.items()})
+    return build_model(spec.graph, {**cast(state.params), **state.frozen}, dtype)
+
+
+def export_checkpoint(workdir: Path, step: str = "latest", output: Path | None = None) -> Path:
+    """Writes a checkpoint of a run as a converted directory in the dtype of the run, or with LoRA as an adapter.
+
+    Args:
+        workdir: Directory of the run.
+        step: A number, "latest" or "best".
+        output: The directory to write; None for WORKDIR/model-STEP, or WORKDIR/adapter-STEP.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InputError: the workdir is not that of a run, or has no such checkpoint.
+        CheckpointError: the checkpoint is damaged, or of another model than the run's; `output` exists; the disk is
+            full.
+    """
+    start, number = last_start(workdir), find_step(workdir, step)
+    config = read_config(ConfigDict(start["config"]))
+    source = resolve(config.model)
+    if config.lora.rank:
+        out = output or workdir / f"adapter-{number}"
+        _write_adapter(out, load_parameters(workdir, number, "float32"), load_config(source), config)
+        return out
+    dtype = resolve_dtype(config.dtype, start.get("platform"))
+    out = output or workdir / f"model-{number}"
+    model, template = _load(workdir, number, config, source, dtype)
+    write_converted(out, model, source, template)
+    return out
+
+
+def find_step(workdir: Path, step: str) -> int:
+    """Returns the step of a checkpoint, for a number, "latest" or "best". Raises InputError."""
+    steps = saved_steps(workdir)
+    if not steps:
+        raise InputError(f"{workdir} has no complete checkpoint yet. Wait for the run's next save.")
+    if step == "latest":
+        return steps[-1]
+    listed = f"It has the steps {', '.join(map(str, steps))}."
+    if step == "best":
+        best = read_best(workdir)
+        if best is None:
+            raise InputError(f"{workdir} has no best checkpoint: the run has no --config.best_metric. {listed}")
+        step = str(best.step)
+    if not step.isdecimal() or int(step) not in steps:
+        raise InputError(f"{workdir} has no checkpoint of step {step}. {listed}")
+    return int(step)
+
+
+def _load(workdir: Path, step: int, config: TrainConfig, source: Path, dtype: str) -> tuple[Tarsier, str]:
+    """Returns the model of a checkpoint, and the chat template of the run."""
+    model_config = load_config(source)
+    template = training_processor(source, model_config, config).chat_template
+    params = load_parameters(workdir, step, dtype)
+    graph, _ = abstract_state(model_config)
+    _check_shapes(params, model_config, workdir, step)
+    return build_model(graph, params, dtype), template
+
+
+def _check_shapes(params: Params, config: ModelConfig, workdir: Path, step: int) -> None:
+    """Raises CheckpointError if the parameters are not those of the model."""
+    _, abstract = abstract_state(config)
+    shapes = {parameter_path(path): leaf.shape for path, leaf in nnx.to_flat_state(abstract)}
+    theirs = {path: x.shape for path, x in params.items()}
+    unlike = next((path for path in {**shapes, **theirs} if shapes.get(path) != theirs.get(path)), None)
+    if unlike is not None:
+        raise CheckpointError(
+            f"Step {step} of {workdir} is of another model than the run's starting checkpoint: {unlike} has the shape "
+            f"{theirs.get(unlike, 'absent')} instead of {shapes.get(unlike, 'absent')}. Restore the files of the "
+            "starting checkpoint."
+        )
