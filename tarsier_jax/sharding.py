@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tarsier_jax.errors import InputError
 from tarsier_jax.files import warn
 
 BATCH = ("data", "fsdp")
@@ -52,14 +55,35 @@ RULES: tuple[tuple[str, P], ...] = (
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Creates a mesh over `devices` (default: all devices).
 
+    On several TPU slices, "data" spans the slices and the other axes stay within one: only the gradients of "data"
+    cross the slow network between slices.
+
     Raises:
         ValueError: data * fsdp * tensor is not the number of devices.
+        InputError: data is not a multiple of the number of TPU slices.
     """
-    count = len(devices) if devices is not None else jax.device_count()
-    if data * fsdp * tensor != count:
-        raise ValueError(f"The mesh data={data}, fsdp={fsdp}, tensor={tensor} does not match {count} devices.")
-    shape, names = (data, fsdp, tensor), ("data", "fsdp", "tensor")
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    devices = list(devices) if devices is not None else jax.devices()
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(f"The mesh data={data}, fsdp={fsdp}, tensor={tensor} does not match {len(devices)} devices.")
+    grid = _device_grid((data, fsdp, tensor), devices)
+    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def _device_grid(shape: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
+    # JAX also calls the nodes of a GPU cluster slices. Their network is fast enough for fsdp. `jax.make_mesh` refuses
+    # several slices of both kinds.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, fsdp, tensor = shape
+    if data % slices:
+        raise InputError(
+            f"The mesh axis data={data} is not a multiple of the {slices} TPU slices. Set data to {slices} or a "
+            f"multiple of it: fsdp and tensor stay within a slice, which has {len(devices) // slices} chips."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def parameter_path(path: Sequence[Any]) -> str:
