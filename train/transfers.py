@@ -9,7 +9,8 @@ from collections.abc import Iterator
 _COLLECTIVE = re.compile(
     r"= (?P<shape>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
-_GROUPS = re.compile(r"replica_groups=(?:\{\{(?P<first>[\d,]+)\}|\[\d+,(?P<size>\d+)\])")
+# {{0,1},{2,3}}, or [2,2]<=[4] for two groups of two, or mesh['a'=2,'b'=2] {'b'} for the devices along b.
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] ?\{([^}]*)\})")
 # Between slices, the compiler replaces a collective with pairs of send and receive.
 _BETWEEN_SLICES = re.compile(r'= \((?P<shape>\S+), .* recv\(.*_xla_megascale_transfer_type="(?P<kind>\w+)"')
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<sizes>[\d,]*)\]")
@@ -47,6 +48,7 @@ def read_transfers(hlo: str) -> list[Transfer]:
 def _computations(hlo: str) -> dict[str, list[str]]:
     """Returns the lines of each computation. The last one is the entry."""
     computations: dict[str, list[str]] = {}
+    lines: list[str] = []
     for line in hlo.splitlines():
         if header := re.match(r"(?:ENTRY )?(%[\w.-]+) \(", line):
             lines = computations[header[1]] = []
@@ -67,6 +69,9 @@ def _runs(computations: dict[str, list[str]]) -> dict[str, int]:
 
 def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
     """Yields the computations that an instruction calls, and how often."""
+    # An asynchronous collective is written in the fusion that starts it, in those that it runs beside, and in the last.
+    if re.match(r" *%async-collective-done", line):
+        return
     if loop := _LOOP.search(line):
         condition, body = loop.groups()
         bounds = re.findall(r" s32\[\].* constant\((\d+)\)", "\n".join(computations[condition]))
@@ -77,16 +82,28 @@ def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str,
 
 def _transfer(line: str, computation: str) -> Iterator[Transfer]:
     """Yields the transfer of an instruction, if it is one. Collectives within a slice send their data in a ring."""
+    if "async_collective_fusion" in computation:
+        return
     if found := _BETWEEN_SLICES.search(line):
         yield Transfer(found["kind"].lower().replace("_", "-"), _bytes(found["shape"]), between_slices=True)
     if found := _COLLECTIVE.search(line):
         kind, size = found["kind"], _bytes(found["shape"])
-        groups = _GROUPS.search(line)
-        n = 2 if groups is None else int(groups["size"] or groups["first"].count(",") + 1)
+        n = _group_size(line)
         if "all-reduce-scatter" in computation:  # a fusion that keeps one part of the sum
             kind, size = "reduce-scatter", size // n
         factors = {"all-gather": 1 / n, "all-reduce": 2 / n, "reduce-scatter": 1.0, "all-to-all": 1 / n}
         yield Transfer(kind, round(size * (n - 1) * factors[kind]) if kind in factors else size)
+
+
+def _group_size(line: str) -> int:
+    """Returns the number of chips that a collective connects; 2 if the line does not contain it."""
+    if not (groups := _GROUPS.search(line)):
+        return 2
+    first, size, mesh, axes = groups.groups()
+    if axes:
+        sizes = dict(axis.split("=") for axis in mesh.split(","))
+        return math.prod(int(sizes[axis]) for axis in axes.split(","))
+    return int(size or first.count(",") + 1)
 
 
 def _bytes(shape: str) -> int:
