@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tarsier_jax.errors import InputError
 from tarsier_jax.files import warn
 
 BATCH = ("data", "fsdp")
 HEADS = "tensor"
+BINS = ("data", "fsdp", "tensor")  # of the vision tower, which are independent
 
 # Regex over "decoder/layers/attn/q/weight" -> spec. Exactly one row matches every parameter. Weights are [out, in], and
 # those under `layers` or `blocks` have a leading layer dimension.
@@ -55,14 +59,35 @@ _STACKED = re.compile(r"/(layers|blocks)/")
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Creates a mesh over `devices` (default: all devices).
 
+    On several TPU slices, "data" spans the slices and the other axes stay within one: only the gradients of "data"
+    cross the slow network between slices.
+
     Raises:
         ValueError: data * fsdp * tensor is not the number of devices.
+        InputError: data is not a multiple of the number of TPU slices.
     """
-    count = len(devices) if devices is not None else jax.device_count()
-    if data * fsdp * tensor != count:
-        raise ValueError(f"The mesh data={data}, fsdp={fsdp}, tensor={tensor} does not match {count} devices.")
-    shape, names = (data, fsdp, tensor), ("data", "fsdp", "tensor")
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    devices = list(devices) if devices is not None else jax.devices()
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(f"The mesh data={data}, fsdp={fsdp}, tensor={tensor} does not match {len(devices)} devices.")
+    grid = _device_grid((data, fsdp, tensor), devices)
+    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def _device_grid(shape: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
+    # JAX also calls the nodes of a GPU cluster slices. Their network is fast enough for fsdp. `jax.make_mesh` refuses
+    # several slices of both kinds.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, fsdp, tensor = shape
+    if data % slices:
+        raise InputError(
+            f"The mesh axis data={data} is not a multiple of the {slices} TPU slices. Set data to {slices} or a "
+            f"multiple of it: fsdp and tensor stay within a slice, which has {len(devices) // slices} chips."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def parameter_path(path: Sequence[Any]) -> str:
@@ -107,10 +132,51 @@ def parameter_shardings(abstract: nnx.State, mesh: Mesh) -> dict[tuple[Any, ...]
     return shardings
 
 
+def module_specs(module: Any, path: str, is_layer: bool = False) -> Any:
+    """Returns the specs of the parameters of a module, as a tree of its structure.
+
+    Args:
+        module: A part of the model, with stacked or unstacked layers.
+        path: Its path in the model, such as "vision".
+        is_layer: Whether the module is one layer of those at `path`.
+    """
+
+    def spec(keys: Sequence[Any], _: jax.Array) -> P:
+        *keys, _ = keys  # the last one is the value of an nnx.Param
+        names = [key for key in keys if not isinstance(key, jax.tree_util.SequenceKey)]
+        stacked = parameter_spec(f"{path}/{parameter_path(names)}")
+        return P(*stacked[1:]) if is_layer or len(names) < len(keys) else stacked
+
+    return jax.tree_util.tree_map_with_path(spec, module)
+
+
+def gather_parameters(module: Any, path: str, is_layer: bool = False) -> Any:
+    """Returns a module with its whole parameters, within `jax.shard_map`; elsewhere `module`.
+
+    Args:
+        module: See `module_specs`.
+        path: See `module_specs`.
+        is_layer: See `module_specs`.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return module
+
+    def gather(x: jax.Array, spec: P) -> jax.Array:
+        axes = tuple(spec)
+        for axis in ("fsdp", "tensor"):  # the larger one first, while the arrays are small
+            x = jax.lax.all_gather(x, axis, axis=axes.index(axis), tiled=True) if axis in axes else x
+        return x
+
+    return jax.tree.map(gather, module, module_specs(module, path, is_layer))
+
+
 def current_mesh() -> AbstractMesh | None:
-    """Returns the mesh of the surrounding `jax.set_mesh`, or None."""
+    """Returns the mesh of the surrounding `jax.set_mesh`.
+
+    None without one, and within `jax.shard_map`, whose arrays are those of one device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else mesh
+    return None if mesh.empty or mesh.manual_axes else mesh
 
 
 def fit_spec(shape: Sequence[int], axes: Sequence[Any], mesh: AbstractMesh | Mesh) -> P:
@@ -139,3 +205,9 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Shards `x` over the mesh in context, with one axis or None per dimension. Without a mesh it returns `x`."""
     mesh = current_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, fit_spec(x.shape, axes, mesh))
+
+
+def bin_padding(groups: int, bins: int) -> int:
+    """Returns the number of empty bins per group that makes all groups' bins a multiple of the devices of the mesh."""
+    mesh = current_mesh()
+    return 0 if mesh is None else -bins % (mesh.size // math.gcd(groups, mesh.size))

@@ -1,11 +1,14 @@
 """One rule for every parameter."""
 
+import dataclasses
+
 import jax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from tarsier_jax.config import ModelConfig
+from tarsier_jax.errors import InputError
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.sharding import constrain, fit_spec, make_mesh, parameter_path, parameter_shardings, parameter_spec
 
@@ -47,6 +50,32 @@ def test_unknown_parameter() -> None:
 def test_mesh_has_to_match_the_devices() -> None:
     with pytest.raises(ValueError, match="data=2, fsdp=1, tensor=4 does not match 1 devices"):
         make_mesh(data=2, tensor=4, devices=jax.devices()[:1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """The attributes of a device that the layout of a mesh depends on."""
+
+    id: int
+    slice_index: int
+    platform: str
+    device_kind: str = ""
+
+
+def test_a_slice_has_whole_rows_of_fsdp_and_tensor() -> None:
+    """Compiled for two slices in test_aot."""
+    devices = [Device(i, i // 8, "tpu") for i in range(16)]
+    with pytest.raises(InputError, match=r"data=3 is not a multiple of the 2 TPU slices. Set data to 2 .* has 3 chips"):
+        make_mesh(data=3, tensor=2, devices=[*devices[:3], *devices[8:11]])
+    with pytest.raises(InputError, match="data=1 is not a multiple of the 2 TPU slices"):
+        make_mesh(fsdp=16, devices=devices)
+
+
+def test_fsdp_may_span_the_nodes_of_a_gpu_cluster() -> None:
+    devices = [Device(i, i // 8, "gpu") for i in range(16)]
+    mesh = make_mesh(fsdp=8, tensor=2, devices=devices[::-1])
+    assert [device.id for device in mesh.devices.flat] == list(range(16))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 2}
 
 
 def test_axis_that_does_not_divide_is_named() -> None:

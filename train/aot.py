@@ -1,17 +1,18 @@
 """Compiles the training step of a recipe for a TPU slice, on a machine without one, and reports whether it fits.
 
-    python -m train.aot --config configs/recap_7b.py --topology v5e:16x16 [--program dpo] [--config.KEY=VALUE]
+    python -m train.aot --config configs/recap_7b.py --topology v5e:16x16 [--num_slices 2 --config.mesh.data=2]
+        [--program dpo] [--config.KEY=VALUE]
 
-Prints the bytes per chip (arguments, temporaries, outputs), the largest replicated array, the collectives by kind and
-count, and FITS or the excess. Needs the extra `tpu`: libtpu compiles on any machine. The compiler's estimates
-of FLOPs and time ignore loop counts and are not printed. The sizes are those of the config.json in config.model, or of
+Prints the bytes per chip (arguments, temporaries, outputs), the largest replicated array, the collectives by kind with
+their number and the bytes that a chip sends per step, and FITS or the excess.
+
+Needs the extra `tpu`: libtpu compiles on any machine. The compiler's estimates of
+FLOPs and time ignore loop counts and are not printed. The sizes are those of the config.json in config.model, or of
 Qwen2-VL-7B if that is not a local directory.
 """
 
-import collections
 import dataclasses
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -43,12 +44,12 @@ from train.mesh import build_mesh, check_rows
 from train.run import Objective, run_config
 from train.sft import sft_objective
 from train.state import StateSpec, StepBatch, batch_shardings, make_state_spec, make_train_step
+from train.transfers import Transfer, read_transfers
 
 GIB = 2**30
 # Bytes of a chip's memory that a program can use; the runtime reserves the rest.
 ROOM = {"v5e": 15 * GIB, "v5p": 94 * GIB, "v4": 31 * GIB, "v6e": 31 * GIB}
 OBJECTIVES = {"sft": sft_objective, "dpo": dpo_objective}
-COLLECTIVES = ("all-gather", "all-reduce-scatter", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Footprint:
         outputs: Bytes of the outputs that reuse no argument's memory.
         largest_replicated: Bytes of the largest replicated array of the state.
         replicated_name: Path of that array.
-        collectives: Number of collectives by kind; None if JAX cannot read the compiled program.
+        transfers: Transfers between chips; None if JAX cannot read the compiled program.
         kernels: Number of Pallas kernels; None likewise.
     """
 
@@ -70,7 +71,7 @@ class Footprint:
     outputs: int
     largest_replicated: int
     replicated_name: str
-    collectives: dict[str, int] | None
+    transfers: list[Transfer] | None
     kernels: int | None
 
     @property
@@ -78,10 +79,10 @@ class Footprint:
         return self.arguments + self.temporaries + self.outputs
 
 
-def topology_devices(name: str) -> list[Any]:
-    """The devices of a TPU slice such as "v5e:2x4", known to the compiler only. Raises InputError."""
+def topology_devices(name: str, num_slices: int = 1) -> list[Any]:
+    """Returns the devices of TPU slices such as "v5e:2x4", known to the compiler only. Raises InputError."""
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+        return list(topologies.get_topology_desc(name, platform="tpu", num_slices=num_slices).devices)
     except Exception as e:  # the compiler's plugin documents no type
         raise InputError(
             f"Topology {name!r} does not exist ({str(e).splitlines()[0]}). One that exists: v5e:16x16."
@@ -125,7 +126,7 @@ def compile_step(config: TrainConfig, model: ModelConfig, objective: Objective, 
         *bytes_of(compiled),
         largest_replicated=largest,
         replicated_name=name,
-        collectives=_collectives(text) if text else None,
+        transfers=read_transfers(text) if text else None,
         kernels=text.count('custom_call_target="tpu_custom_call"') if text else None,
     )
 
@@ -158,12 +159,6 @@ def _largest_replicated(spec: StateSpec) -> tuple[str, int]:
     return max(whole, key=lambda item: item[1])
 
 
-def _collectives(hlo: str) -> dict[str, int]:
-    """Returns the number of collectives by kind; a collective in a loop over layers counts once."""
-    kinds = re.findall(rf"= \S+ ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo)
-    return dict(collections.Counter(kinds))
-
-
 def format_footprint(footprint: Footprint, room: int) -> str:
     f = footprint
     verdict = "FITS" if f.total <= room else f"EXCEEDS by {(f.total - room) / GIB:.2f} GiB"
@@ -176,15 +171,23 @@ def format_footprint(footprint: Footprint, room: int) -> str:
 
 
 def _wires(f: Footprint) -> str:
-    if f.collectives is None:
+    if f.transfers is None:
         return "collectives: this JAX cannot print the programs of this kind of chip"
-    kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(f.collectives.items()))
-    return f"collectives: {kinds or 'none'}; {f.kernels} splash kernels"
+    within, between = ([t for t in f.transfers if t.between_slices == slow] for slow in (False, True))
+    dcn = f"\nbetween slices: {_by_kind(between)}" if between else ""
+    return f"collectives: {_by_kind(within)}; {f.kernels} splash kernels{dcn}"
+
+
+def _by_kind(transfers: list[Transfer]) -> str:
+    """Returns the number and the GiB per chip and step of each kind."""
+    sizes = {kind: [t.bytes for t in transfers if t.kind == kind] for kind in sorted({t.kind for t in transfers})}
+    return ", ".join(f"{kind} {len(sizes[kind])} ({sum(sizes[kind]) / GIB:.3f} GiB)" for kind in sizes) or "none"
 
 
 def main() -> int:
     values = define_flags()
     flags.DEFINE_string("topology", "v5e:16x16", "KIND:SIZE of the slice.", flag_values=values)
+    flags.DEFINE_integer("num_slices", 1, "Number of slices.", lower_bound=1, flag_values=values)
     flags.DEFINE_enum("program", "sft", list(OBJECTIVES), "Program whose step is compiled.", flag_values=values)
     config = read_flags(values)
     kind = values.topology.partition(":")[0]
@@ -193,15 +196,16 @@ def main() -> int:
     directory = Path(config.model)
     is_local = (directory / "config.json").exists()
     model = load_config(directory) if is_local else ModelConfig()
-    mesh = build_mesh(config.mesh, topology_devices(values.topology))
+    mesh = build_mesh(config.mesh, topology_devices(values.topology, values.num_slices))
     objective = OBJECTIVES[values.program](config)
     packing = fit_packing(config.data, config.processor, model.vision, objective.answers)
     config = dataclasses.replace(config, data=packing)
     model = run_config(model, config, mesh.devices.flat[0])
     text, data = model.text, config.data
     source = "" if is_local else "Qwen2-VL-7B, "
+    slices = f"{values.num_slices} x {values.topology}" if values.num_slices > 1 else values.topology
     print(
-        f"{objective.name}, {source}{text.num_layers} x {text.hidden_size}, {values.topology} ({dict(mesh.shape)}), "
+        f"{objective.name}, {source}{text.num_layers} x {text.hidden_size}, {slices} ({dict(mesh.shape)}), "
         f"{data.global_batch_size} rows of {data.seq_len} tokens and {data.vision_bins} x {data.patches_per_bin} "
         f"patches, {config.grad_accum_steps} accumulation steps",
         flush=True,

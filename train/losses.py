@@ -1,6 +1,5 @@
 """Losses of packed batches. Each returns (sum, weight, metrics); the trainer sums them and divides once."""
 
-import functools
 from typing import Any
 
 import jax
@@ -37,40 +36,56 @@ def token_log_probs(
         targets: From `shifted_labels`.
         chunk: Tokens per device whose logits exist at the same time; the backward pass recomputes them.
     """
-    local = functools.partial(_local_log_probs, chunk=chunk)
     mesh = current_mesh()
     if mesh is None:
-        return local(head, x, targets)
+        target_logits, normalizers = _target_logits(head, x, targets, chunk)
+        return jnp.where(targets >= 0, target_logits - normalizers, 0.0)
 
-    def gathered(head: Array, x: Array, targets: Array) -> Array:
-        return local(jax.lax.all_gather(head, "fsdp", axis=1, tiled=True), x, targets)
+    def on_device(head: Array, x: Array, targets: Array) -> Array:
+        # Gathered here, the head crosses the network once, and its gradient once, instead of in every chunk.
+        head = jax.lax.all_gather(head, "fsdp", axis=1, tiled=True)
+        first = jax.lax.axis_index("tensor") * head.shape[0]
+        target_logits, normalizers = _target_logits(head, x, targets - first, chunk)
+        log_probs = jax.lax.psum(target_logits, "tensor") - _logsumexp_over(normalizers, "tensor")
+        return jnp.where(targets >= 0, log_probs, 0.0)
 
-    # Manual over data and fsdp: the head is gathered once and its gradient scattered once, not in every chunk.
     rows = fit_spec(targets.shape, (BATCH, None), mesh)
-    specs = (P(None, "fsdp"), rows, rows)
-    return jax.shard_map(
-        gathered, mesh=mesh, in_specs=specs, out_specs=rows, axis_names={"data", "fsdp"}, check_vma=False
-    )(head, x, targets)
+    specs = (P("tensor", "fsdp"), rows, rows)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(head, x, targets)
 
 
-def _local_log_probs(head: Array, x: Array, targets: Array, chunk: int) -> Array:
+def _logsumexp_over(x: Array, axis: str) -> Array:
+    """Returns log(sum(exp(x))) over the devices of a mesh axis."""
+    largest = jax.lax.pmax(jax.lax.stop_gradient(x), axis)
+    return jnp.log(jax.lax.psum(jnp.exp(x - largest), axis)) + largest
+
+
+def _target_logits(head: Array, x: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
+    """Returns the logit of each target and the logsumexp of all logits, float32 (B, S).
+
+    Args:
+        head: Rows of the output matrix: all, or those of one device.
+        x: Hidden states.
+        targets: Indices of these rows; the logit of another index is 0.
+        chunk: See `token_log_probs`.
+    """
     B, S, D = x.shape
     chunk = min(max(chunk // B, 1), S)  # of each row
     padding = -S % chunk
     x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(B, -1, chunk, D).swapaxes(0, 1)  # [n, B, chunk, D]
-    padded = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=-100)
-    padded = padded.reshape(B, -1, chunk).swapaxes(0, 1)  # [n, B, chunk]
+    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=-100)
+    targets = targets.reshape(B, -1, chunk).swapaxes(0, 1)  # [n, B, chunk]
 
     @jax.checkpoint
-    def piece(head: Array, x: Array, targets: Array) -> Array:
+    def piece(head: Array, x: Array, targets: Array) -> tuple[Array, Array]:
         logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
-        # A comparison, since a gather would collect the vocabulary of all devices.
+        # A comparison, since most targets are rows of other devices.
         at_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-        target_logits = jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1)
-        return jnp.where(targets >= 0, target_logits - jax.nn.logsumexp(logits, axis=-1), 0.0)
+        return jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1), jax.nn.logsumexp(logits, axis=-1)
 
-    _, out = jax.lax.scan(lambda _, xs: (None, piece(head, *xs)), None, (x, padded))
-    return out.swapaxes(0, 1).reshape(B, -1)[:, :S]
+    _, out = jax.lax.scan(lambda _, xs: (None, piece(head, *xs)), None, (x, targets))
+    target_logits, normalizers = (y.swapaxes(0, 1).reshape(B, -1)[:, :S] for y in out)
+    return target_logits, normalizers
 
 
 def sft_loss(model: Tarsier, batch: Batch, extra: dict[str, Any]) -> Loss:

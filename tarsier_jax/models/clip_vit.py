@@ -12,8 +12,8 @@ from tarsier_jax.config import ClipVisionConfig, ModelConfig
 from tarsier_jax.models.attention import attend
 from tarsier_jax.models.layers import Embedding, LayerNorm, Linear, apply_layers, first_layers, stack_layers
 from tarsier_jax.models.projector import MlpProjector, PixelShuffleProjector
-from tarsier_jax.models.vision_layers import VisionMlp, encode_in_groups
-from tarsier_jax.sharding import BATCH, HEADS, constrain
+from tarsier_jax.models.vision_layers import VisionMlp, encode_bins
+from tarsier_jax.sharding import gather_parameters
 from tarsier_jax.typing import Array
 
 
@@ -43,7 +43,6 @@ class ClipAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "frames T E"]) -> Float[Array, "frames T E"]:
         q, k, v = (f(x).reshape(*x.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v))
-        q, k, v = (constrain(y, BATCH, None, HEADS, None) for y in (q, k, v))
         return self.proj(attend(q, k, v, implementation=self.implementation).reshape(x.shape))
 
 
@@ -101,16 +100,18 @@ class ClipVisionTransformer(nnx.Module):
             raise ValueError(
                 f"A bin has {patches.shape[1]} patches, but must contain whole frames of {self.vision.num_patches}."
             )
-        return encode_in_groups(self._run, patches, frame_hw)
+        return encode_bins(self, patches, frame_hw)
 
-    def _run(self, patches: Array, frame_hw: Array) -> Array:
+    def run(self, patches: Array, frame_hw: Array) -> Array:
+        """Returns the features of the bins of one device."""
         F, P, C = patches.shape
-        x = self.patch_embed(constrain(patches.reshape(-1, self.vision.num_patches, C), BATCH, None, None))
+        patch_embed = gather_parameters(self.patch_embed, "vision/patch_embed")
+        x = patch_embed(patches.reshape(-1, self.vision.num_patches, C))
 
         def block(x: Array, layer: ClipBlock) -> Array:
-            return constrain(layer(x), BATCH, None, None)
+            return gather_parameters(layer, "vision/blocks", is_layer=True)(x)
 
         blocks = first_layers(self.blocks, self.vision.num_blocks)
         x = apply_layers(block, self.pre_norm(self.embeddings(x)), blocks, self.config.remat)
-        features = self.projector(x[:, 1:])  # without the class token
+        features = gather_parameters(self.projector, "vision/projector")(x[:, 1:])  # without the class token
         return features.reshape(F, self.vision.num_tokens(P), -1)

@@ -17,8 +17,8 @@ from tarsier_jax.models.attention import attend
 from tarsier_jax.models.layers import LayerNorm, Linear, apply_layers, stack_layers
 from tarsier_jax.models.projector import PatchMerger
 from tarsier_jax.models.rope import rotate, vision_tables
-from tarsier_jax.models.vision_layers import VisionMlp, encode_in_groups
-from tarsier_jax.sharding import BATCH, HEADS, constrain
+from tarsier_jax.models.vision_layers import VisionMlp, encode_bins
+from tarsier_jax.sharding import gather_parameters
 from tarsier_jax.typing import Array
 
 
@@ -57,7 +57,7 @@ class VisionAttention(nnx.Module):
     def __call__(self, x: Float[Array, "F P E"], cos: Array, sin: Array, visible: dict[str, Any]) -> Array:
         F, P, E = x.shape
         qkv = self.qkv(x).reshape(F, P, 3, E // self.head_dim, self.head_dim)
-        q, k, v = (constrain(qkv[:, :, i], BATCH, None, HEADS, None) for i in range(3))  # [F, P, N, H]
+        q, k, v = (qkv[:, :, i] for i in range(3))  # [F, P, N, H]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = attend(q, k, v, **visible, implementation=self.implementation)
         return self.proj(out.reshape(F, P, E))
@@ -100,12 +100,12 @@ class VisionTransformer(nnx.Module):
         Returns:
             One feature per merged patch; those at padding are arbitrary.
         """
-        return encode_in_groups(self._run, patches, frame_hw)
+        return encode_bins(self, patches, frame_hw)
 
-    def _run(self, patches: Array, frame_hw: Array) -> Array:
+    def run(self, patches: Array, frame_hw: Array) -> Array:
+        """Returns the features of the bins of one device."""
         vision = self.config.vision
         assert isinstance(vision, Qwen2VisionConfig)
-        patches = constrain(patches, BATCH, None, None)
         coordinates = patch_coordinates(frame_hw, patches.shape[1], vision.spatial_merge_size)
         cos, sin = vision_tables(coordinates, vision.head_dim, vision.rope_theta)
         if frame_hw.shape[1] == 1:
@@ -114,6 +114,8 @@ class VisionTransformer(nnx.Module):
             visible = {"segment_ids": frame_of_patch(frame_hw, patches.shape[1])}
 
         def block(x: Array, layer: VisionBlock) -> Array:
-            return constrain(layer(x, cos, sin, visible), BATCH, None, None)
+            return gather_parameters(layer, "vision/blocks", is_layer=True)(x, cos, sin, visible)
 
-        return self.merger(apply_layers(block, self.patch_embed(patches), self.blocks, self.config.remat))
+        x = gather_parameters(self.patch_embed, "vision/patch_embed")(patches)
+        x = apply_layers(block, x, self.blocks, self.config.remat)
+        return gather_parameters(self.merger, "vision/merger")(x)

@@ -13,7 +13,7 @@ from tarsier_jax.models.decoder import Decoder
 from tarsier_jax.models.layers import unstack_layers
 from tarsier_jax.models.qwen2_vit import VisionTransformer
 from tarsier_jax.processing.batch import Batch
-from tarsier_jax.sharding import BATCH, constrain
+from tarsier_jax.sharding import BATCH, bin_padding, constrain
 from tarsier_jax.typing import Array
 
 
@@ -38,8 +38,12 @@ class Tarsier(nnx.Module):
     ) -> Float[Array, "G features D"]:
         """Returns the vision tower's features of each group's frames. HF get_image_features."""
         G, F, P, C = patches.shape
-        features = self.vision(patches.reshape(G * F, P, C), frame_hw.reshape(G * F, -1, 2))
-        return constrain(features.reshape(G, -1, features.shape[-1]), BATCH, None, None)
+        # Empty bins, with which each device has bins of its own groups.
+        padding = ((0, 0), (0, bin_padding(G, F)), (0, 0), (0, 0))
+        patches, frame_hw = jnp.pad(patches, padding), jnp.pad(frame_hw, padding)
+        features = self.vision(patches.reshape(-1, P, C), frame_hw.reshape(-1, *frame_hw.shape[2:]))
+        features = constrain(features.reshape(G, -1, *features.shape[1:]), BATCH, None, None, None)
+        return features[:, :F].reshape(G, -1, features.shape[-1])
 
     def merge_vision_embeddings(self, batch: Batch, features: Float[Array, "G features D"]) -> Float[Array, "B S D"]:
         """Returns the token embeddings, with each group's features at the tokens in `batch.vision_token_index`.

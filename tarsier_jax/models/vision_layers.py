@@ -1,14 +1,16 @@
 """Parts that the vision towers share."""
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.models.layers import Linear
-from tarsier_jax.sharding import current_mesh
+from tarsier_jax.sharding import BINS, current_mesh, module_specs
 from tarsier_jax.typing import Array
 
 _MAX_PATCHES = 8192  # patches that one device processes at once, unless it needs more
@@ -32,18 +34,43 @@ class VisionMlp(nnx.Module):
         return self.fc2(x * jax.nn.sigmoid(1.702 * x))
 
 
-def encode_in_groups(
+@runtime_checkable
+class VisionTower(Protocol):
+    """A tower whose method `run` returns the features of the bins of one device."""
+
+    def run(self, patches: Array, frame_hw: Array) -> Array: ...
+
+
+def encode_bins(
+    tower: VisionTower, patches: Float[Array, "F P C"], frame_hw: Int[Array, "F M 2"]
+) -> Float[Array, "F Pm D"]:
+    """Returns the features of bins, which are independent.
+
+    Under a mesh, whose devices divide the bins, each device runs its share of them and gathers the parameters, one
+    block at a time. Blocks that are split by heads would exchange their activations, which have more bytes.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return _encode_in_groups(tower.run, patches, frame_hw)
+    specs = (module_specs(tower, "vision"), P(BINS), P(BINS))
+    on_device = jax.shard_map(
+        lambda tower, *bins: tower.run(*bins), mesh=mesh, in_specs=specs, out_specs=P(BINS), check_vma=False
+    )
+    return on_device(tower, patches, frame_hw)
+
+
+def _encode_in_groups(
     encode: Callable[[Array, Array], Array], patches: Float[Array, "F P C"], frame_hw: Int[Array, "F M 2"]
 ) -> Float[Array, "F Pm D"]:
-    """Returns `encode(patches, frame_hw)`, computed for a few bins at a time without a mesh.
+    """Returns `encode(patches, frame_hw)`, computed for a few bins at a time.
 
-    Bins are independent. A few at a time keep activations small; on a CPU they fit the cache.
+    A few at a time keep activations small; on a CPU they fit the cache.
     """
-    F, P, C = patches.shape
+    F, patches_per_bin, C = patches.shape
     limit = max(_MAX_PATCHES, saturating_patches())
-    if current_mesh() is not None or limit >= F * P:
+    if limit >= F * patches_per_bin:
         return encode(patches, frame_hw)
-    n = next(n for n in range(max(1, limit // P), 0, -1) if F % n == 0)
-    groups = patches.reshape(F // n, n, P, C), frame_hw.reshape(F // n, n, -1, 2)
+    n = next(n for n in range(max(1, limit // patches_per_bin), 0, -1) if F % n == 0)
+    groups = patches.reshape(F // n, n, patches_per_bin, C), frame_hw.reshape(F // n, n, -1, 2)
     features = jax.lax.map(lambda group: encode(*group), groups)  # [F/n, n, Pm, D]
     return features.reshape(F, *features.shape[2:])

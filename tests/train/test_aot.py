@@ -8,6 +8,7 @@ import pytest
 from tarsier_jax.errors import InputError
 from tests import tpu
 from train import aot
+from train.transfers import Transfer
 
 
 @pytest.mark.slow
@@ -33,6 +34,22 @@ def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
     assert "8 splash kernels" in done.stdout  # two towers: forward, again for the backward pass, and its two kernels
 
 
+MICRO = ("--config=configs/recap_7b.py:debug", "--config.model=tarsier_jax/embedded/tarsier2-micro")
+
+
+ROWS = ("--config.mesh.data=2", "--config.data.global_batch_size=8")
+
+
+def test_slices_exchange_gradients_only() -> None:
+    """The step of a small model on two slices of four chips: data spans the slices, fsdp stays within one."""
+    done = tpu.run("train.aot", *MICRO, *ROWS, "--topology=v5e:2x2", "--num_slices=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 x v5e:2x2 ({'data': 2, 'fsdp': 4, 'tensor': 1})" in done.stdout
+    between = re.search(r"between slices: all-reduce \d+ \((\S+) GiB\)\n", done.stdout)
+    # The gradient in bfloat16 is 3.5 MiB. Each chip exchanges its quarter, and whole norms and biases.
+    assert between is not None and 3.5 / 4 <= float(between[1]) * 2**10 < 1.3
+
+
 @pytest.mark.slow
 def test_a_step_that_the_compiler_refuses() -> None:
     done = tpu.run(
@@ -49,7 +66,8 @@ def test_an_unknown_topology(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_report_says_what_is_too_much() -> None:
-    footprint = aot.Footprint(2 * aot.GIB, 15 * aot.GIB, 0, 2**19, "norm", {"all-gather": 3}, 2)
+    transfers = [Transfer("all-gather", aot.GIB)] * 3
+    footprint = aot.Footprint(2 * aot.GIB, 15 * aot.GIB, 0, 2**19, "norm", transfers, 2)
     lines = aot.format_footprint(footprint, 15 * aot.GIB).splitlines()
-    assert "total 17.00 GiB per chip of 15" in lines[0] and "all-gather 3" in lines[2]
+    assert "total 17.00 GiB per chip of 15" in lines[0] and "all-gather 3 (3.000 GiB)" in lines[2]
     assert lines[-1] == "EXCEEDS by 2.00 GiB"

@@ -1,0 +1,36 @@
+"""The head and the vision tower over a tensor axis of two devices equal those of one device, with small transfers."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def comparisons() -> dict[str, Any]:
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {quick}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.tensor"]
+    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_head_is_split_by_vocabulary(comparisons: dict[str, Any]) -> None:
+    """Two devices have a half of the 128 rows each, whose halves of the 48 columns are gathered."""
+    head = comparisons["head"]
+    assert max(head["values"], head["gradients"]) < 1e-6
+    gathered = [x for x in head["collectives"] if x.startswith("all-gather")]
+    assert len(gathered) == 1 and "f32[64,48]" in gathered[0]
+
+
+def test_the_vision_tower_is_split_by_bins(comparisons: dict[str, Any]) -> None:
+    """Devices exchange parameters and the features of their bins, and no activations."""
+    tower = comparisons["tower"]
+    assert max(tower["values"], tower["gradients"]) < 1e-6
+    assert {x.split()[0] for x in tower["collectives"]} == {"all-gather"}
+    features = [x for x in tower["collectives"] if "f32[4,8,48]" in x]
+    assert len(features) == 1
