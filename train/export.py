@@ -1,8 +1,8 @@
 """Exports a checkpoint of a run: `python -m train.export WORKDIR [--step N|latest|best] [--output DIR]`.
 
-Writes a converted directory, which all programs load and `convert.orbax_to_hf` exports, or with LoRA an adapter. Needs the
-starting checkpoint of the run, but neither its data nor its devices: the export uses the CPU, and a run that is training
-continues.
+Writes a converted directory, which all programs load and `convert.orbax_to_hf` exports, or with LoRA an adapter. Needs
+the starting checkpoint of the run, but neither its data nor its devices: the export uses the CPU, and a run that is
+training continues.
 """
 
 import argparse
