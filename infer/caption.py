@@ -32,9 +32,11 @@ from infer.bulk.resume import missing_items
 from infer.bulk.windows import windows_of
 from infer.engine import EngineStats, Frontend
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import local_path, locked, path_text
+from tarsier_jax.files import locked, source_text
+from tarsier_jax.mirror import output_file
 from tarsier_jax.processing.media_types import MEDIA_SUFFIXES
 from tarsier_jax.programs import Compilations, prepare_process, run
+from tarsier_jax.weights.digest import digest_weights
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,11 +45,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--input",
-        type=path_text,
+        type=source_text,
         required=True,
         help="directory, glob, media file, archive, or list (.jsonl, .parquet)",
     )
-    parser.add_argument("--output", required=True, type=local_path, help="file to write (.jsonl, .parquet)")
+    parser.add_argument("--output", required=True, type=source_text, help="file to write (.jsonl, .parquet)")
     add_config_flags(parser, seed_help="clip i is sampled with seed + i")
     parser.add_argument("--num_shards", type=int, default=1, help="number of shards to split the input into")
     parser.add_argument("--shard_index", type=int, default=0, help="shard to caption, from 0")
@@ -72,12 +74,11 @@ def main(args: argparse.Namespace) -> int:
     prepare_process()
     if args.ray:
         _check_ray_flags(args)
-    output, items = share_of(args, *(_find_processes() if args.distributed else (1, 0)))
-    lines = lines_of(output)
-    with locked(lines):
+    path, items = share_of(args, *(_find_processes() if args.distributed else (1, 0)))
+    with output_file(path) as output, locked(lines_of(output)):
         failed = caption_missing(items, config, output, args)
-        if output != lines:
-            write_parquet(lines, output)
+        if output != lines_of(output):
+            write_parquet(lines_of(output), output)
     return 1 if failed else 0
 
 
@@ -86,7 +87,11 @@ def caption_missing(items: Items, config: CaptionConfig, output: Path, args: arg
     lines = lines_of(output)
     model = identify_remote_model(config.model) if args.ray else identify_model(config.model)
     windows = windows_of(args.every, args.window)
-    options = {**config.caption_options, "windows": windows and dataclasses.asdict(windows)}
+    options = {
+        **config.caption_options,
+        "adapter": None if config.adapter is None else digest_weights(config.adapter).hex(),
+        "windows": windows and dataclasses.asdict(windows),
+    }
     manifest = Manifest(output, model, options, args.overwrite)
     if args.retry_errors and not args.overwrite:
         _log(f"{remove_errors(lines)} clips with an error are tried again")
@@ -181,7 +186,7 @@ def _find_processes() -> tuple[int, int]:
     return jax.process_count(), jax.process_index()
 
 
-def share_of(args: argparse.Namespace, processes: int, process: int) -> tuple[Path, Items]:
+def share_of(args: argparse.Namespace, processes: int, process: int) -> tuple[str, Items]:
     """Returns the output file and the clips of this process. Raises InputError."""
     if args.num_shards < 1:
         raise InputError(f"--num_shards is {args.num_shards}; it must be at least 1.")
@@ -189,9 +194,10 @@ def share_of(args: argparse.Namespace, processes: int, process: int) -> tuple[Pa
         raise InputError(f"--limit is {args.limit}; it must be at least 0.")
     if not 0 <= args.shard_index < args.num_shards:
         raise InputError(f"--shard_index is {args.shard_index}; it must be from 0 to {args.num_shards - 1}.")
-    if args.output.exists() and os.path.exists(args.input) and args.output.samefile(args.input):
+    if os.path.exists(args.output) and os.path.exists(args.input) and os.path.samefile(args.output, args.input):
         raise InputError(f"--output {args.output} is the --input. Choose another file.")
-    if args.output.suffix.lower() in MEDIA_SUFFIXES:
+    root, suffix = os.path.splitext(args.output)
+    if suffix.lower() in MEDIA_SUFFIXES:
         raise InputError(f"--output {args.output} is named as a media file. Choose a name such as captions.jsonl.")
     shards = args.num_shards * processes
     shard = args.shard_index * processes + process
@@ -200,7 +206,7 @@ def share_of(args: argparse.Namespace, processes: int, process: int) -> tuple[Pa
         items = windows.split(items)
     if shards == 1:
         return args.output, items
-    return args.output.with_suffix(f".{shard:05d}-of-{shards:05d}{args.output.suffix}"), items
+    return f"{root}.{shard:05d}-of-{shards:05d}{suffix}", items
 
 
 def _log(message: str) -> None:

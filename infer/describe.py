@@ -12,7 +12,7 @@ import time
 import tarsier_jax
 from infer.bulk.inputs import find_media
 from tarsier_jax.api import answer
-from tarsier_jax.files import path_text
+from tarsier_jax.files import source_text
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.jsonl import to_json
@@ -66,7 +66,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_model_flag(parser)
     parser.add_argument(
-        "--input", type=path_text, required=True, nargs="+", help="videos, GIFs, images, or directories of them"
+        "--input", type=source_text, required=True, nargs="+", help="videos, GIFs, images, or directories of them"
     )
     parser.add_argument("--prompt", default="Describe the video in detail.")
     parser.add_argument("--n_frames", type=int, help="frames sampled from each video (default: the model's, 8 or 16)")

@@ -6,6 +6,8 @@ their names at the end.
 """
 
 import contextlib
+import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -13,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import cache_directory
@@ -81,6 +83,51 @@ def local_copy(url: str) -> Path:
             target = partial if is_file else partial / copy.name
             _download(url, fs, {name: target / relative for name, relative in names.items()})
     return copy
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchedFile:
+    """The content of a URL in a temporary file, which is removed with the last reference to it.
+
+    Attributes:
+        file: The file, which has no name.
+        size: Number of bytes.
+    """
+
+    file: BinaryIO
+    size: int
+
+    def open(self) -> BinaryIO:
+        """Opens the content to read. Raises OSError."""
+        return open(f"/proc/self/fd/{self.file.fileno()}", "rb")
+
+
+def fetch(url: str) -> FetchedFile:
+    """Returns the content of a URL.
+
+    Raises:
+        InputError: the URL cannot be read, or its package is not installed.
+        OSError: the disk of temporary files is full.
+    """
+    fs, path = open_store(url)
+    with tempfile.NamedTemporaryFile(prefix="tarsier_jax-") as target:
+        with store_errors(url):
+            fs.get_file(path, target.name)
+        file = open(target.name, "rb")  # noqa: SIM115  # it stays open
+    return FetchedFile(file, os.fstat(file.fileno()).st_size)
+
+
+def list_files(url: str) -> list[str]:
+    """Returns the URLs of the files that a glob matches, or that are in a directory and below; a file is itself.
+
+    Raises:
+        InputError: the store cannot be read, or its package is not installed.
+    """
+    fs, path = open_store(url)
+    with store_errors(url):
+        names = fs.glob(path) if glob.has_magic(path) else [path] if fs.isfile(path) else fs.find(path)
+    scheme = url.partition("://")[0]
+    return [f"{scheme}://{name.lstrip('/')}" for name in names]
 
 
 def _digest(url: str, infos: dict[str, dict[str, Any]]) -> str:

@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 
+from infer.bulk.inputs import find_items
+from infer.media.fetch import Fetcher
+from infer.media.limits import MediaLimits
+from infer.media.sources import SourcePolicy, Sources
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.files import check_source, is_remote
-from tarsier_jax.storage import local_copy
-from tarsier_jax.weights import EMBEDDED, resolve
+from tarsier_jax.processing.video import open_clip
+from tarsier_jax.storage import fetch, local_copy
+from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP, resolve
 from train.data import AnnotationFile
-from train.data.annotations import describe_files
+from train.data.annotations import describe_files, with_root
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +126,56 @@ def test_a_checkpoint_on_an_s3_server(bucket: Any) -> None:
     directory = resolve("s3://bucket/micro")
     for file in source.iterdir():
         assert (directory / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_clip(bucket: Any) -> None:
+    bucket.put(str(EMBEDDED_CLIP), "bucket/clips/a.mp4")
+    clip, local = open_clip("s3://bucket/clips/a.mp4"), open_clip(EMBEDDED_CLIP)
+    assert clip.name == "s3://bucket/clips/a.mp4" and clip.length == local.length
+    for ours, theirs in zip(clip.read([0, 5]), local.read([0, 5]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(InputError, match=r"s3://bucket/clips/b\.mp4 does not exist"):
+        open_clip("s3://bucket/clips/b.mp4")
+
+
+def test_fetched_content_leaves_no_file(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    store.pipe("/b/a", b"12")
+    content = fetch("memory://b/a")
+    with content.open() as first, content.open() as second:
+        assert (content.size, first.read(), second.read()) == (2, b"12", b"12")
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_of_captioning(store: Any) -> None:
+    store.pipe({"/b/c/2.mp4": b"", "/b/c/10.mp4": b"", "/b/c/notes.txt": b""})
+    store.pipe("/b/l.jsonl", b'{"input": "x.mp4"}\n{"a": 1}\n')
+    for source in ("memory://b/c", "memory://b/c/*"):
+        assert [item.input for item in find_items(source)] == ["memory://b/c/2.mp4", "memory://b/c/10.mp4"]
+    assert [item.input for item in find_items("memory://b/c/2.mp4")] == ["memory://b/c/2.mp4"]
+    assert [item.input for item in find_items("memory://b/l.jsonl")] == ["x.mp4", "memory://b/l.jsonl line 2"]
+    with pytest.raises(InputError, match=r"memory://b/none\*/ matches no video, animation or image"):
+        find_items("memory://b/none*/")
+
+
+def test_media_of_annotations() -> None:
+    def root(source: str, media_root: str) -> str:
+        return with_root({"video_file": source}, media_root)["video_file"]
+
+    assert root("a/./b.mp4", "s3://bucket/videos/") == "s3://bucket/videos/a/b.mp4"
+    assert root("/local/a.mp4", "s3://bucket/videos") == "/local/a.mp4"
+    assert root("gs://other/a.mp4", "s3://bucket/videos") == "gs://other/a.mp4"
+
+
+def test_only_the_user_of_this_machine_reads_objects(store: Any) -> None:
+    store.pipe("/b/a.png", b"\x89PNG\r\n\x1a\n")
+    message = {"content": [{"type": "image", "image": {"image_file": "memory://b/a.png"}}]}
+    limits, fetcher = MediaLimits(), Fetcher(())
+    with Sources([message], SourcePolicy(Path("/"), fetcher, limits)) as sources:
+        assert len(sources.descriptors) == 1
+    for root in (None, Path("/tmp")):
+        with pytest.raises(InputError, match="object stores are not allowed here"):
+            Sources([message], SourcePolicy(root, fetcher, limits))
 
 
 def test_errors_of_a_store(bucket: Any, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,7 +301,7 @@ def with_local_paths(config: TrainConfig) -> TrainConfig:
     def checked(name: str, path: str, check: Callable[[str, str], str] = check_local) -> str:
         return check(f"config.{name}", path) if path else path
 
-    data = dataclasses.replace(config.data, media_root=checked("data.media_root", config.data.media_root))
+    data = dataclasses.replace(config.data, media_root=checked("data.media_root", config.data.media_root, check_source))
     for name in ("train", "eval"):
         for path in getattr(data, name).split(","):
             checked(f"data.{name}", path.strip(), check_source)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import is_remote
 from tarsier_jax.processing.archives import find_archives, is_archive, open_archive
 from tarsier_jax.processing.formats import is_conversation, normalize_sample
 from tarsier_jax.processing.jsonl import parse_json, read_lines, to_json
@@ -19,7 +20,8 @@ from tarsier_jax.processing.media_types import ACCEPTED, kind_of_suffix
 from tarsier_jax.processing.processor import media_sample
 from tarsier_jax.processing.prompt_rows import is_prompt_row, with_prompt_answer
 from tarsier_jax.processing.sample import MEDIA_KEYS
-from tarsier_jax.processing.video import find_inputs
+from tarsier_jax.processing.video import find_inputs, natural_key
+from tarsier_jax.storage import list_files, local_copy
 
 _LISTS = (".jsonl", ".json", ".parquet")
 # Keys that name further media, or say how to show one, which only an annotation can.
@@ -149,6 +151,8 @@ def find_items(source: str) -> Items:
     Raises:
         InputError: nothing matches, or a list or an archive cannot be read.
     """
+    if is_remote(source):
+        return _remote_items(source)
     path = Path(source)
     if is_list(source):
         return _list_items(path)
@@ -165,6 +169,18 @@ def find_items(source: str) -> Items:
     return Items(lambda: _file_items(files), None if any(map(is_archive, files)) else len(files))
 
 
+def _remote_items(url: str) -> Items:
+    """Returns the clips of a URL of an object store. Lists and archives are copied to this machine, clips are not."""
+    if is_list(url) and not url.lower().endswith(".parquet"):
+        return _list_items(local_copy(url), url)
+    if is_archive(url):
+        return find_items(str(local_copy(url)))
+    urls = sorted(filter(kind_of_suffix, list_files(url)), key=natural_key)
+    if not urls:
+        raise InputError(f"{url} matches no video, animation or image. {ACCEPTED}")
+    return Items(lambda: (Item(i, i, name, {}) for i, name in enumerate(urls)), len(urls))
+
+
 def _archives(source: str) -> list[Path]:
     """Returns the archives of a file, or of a directory without media files."""
     if os.path.isdir(source) and any(kind_of_suffix(p) for p in Path(source).rglob("*") if not p.name.startswith(".")):
@@ -172,7 +188,7 @@ def _archives(source: str) -> list[Path]:
     return find_archives(source)
 
 
-def _file_items(files: Iterable[Path]) -> Iterator[Item]:
+def _file_items(files: Iterable[str | Path]) -> Iterator[Item]:
     numbers = itertools.count()
     for file in files:
         if is_archive(file):
@@ -191,7 +207,7 @@ def _archive_items(path: Path, numbers: Iterator[int]) -> Iterator[Item]:
         yield Item(number, number, str(path), {}, str(error))
 
 
-def find_media(sources: Iterable[str]) -> list[Path]:
+def find_media(sources: Iterable[str]) -> list[str | Path]:
     """Returns the media files of paths and directories. Prints the number of skipped files by suffix to stderr.
 
     Raises:
@@ -211,13 +227,17 @@ def is_list(source: str) -> bool:
     return Path(source).suffix.lower() in _LISTS and not os.path.isdir(source)
 
 
-def _list_items(path: Path) -> Items:
-    """Returns the lines of a list, after all of them have been read once. Raises InputError."""
+def _list_items(path: Path, name: str = "") -> Items:
+    """Returns the lines of a list, after all of them have been read once. `name` replaces its path in their names.
+
+    Raises:
+        InputError: the list is empty or cannot be read.
+    """
     if path.suffix.lower() == ".parquet":
         items = Items(lambda: _archive_items(path, itertools.count()), len(open_archive(path)))
     else:
         try:
-            items = Items(lambda: _json_items(path), sum(1 for _ in read_lines(path)))
+            items = Items(lambda: _json_items(path, name or str(path)), sum(1 for _ in read_lines(path)))
         except OSError as e:
             raise InputError(f"The list {path} cannot be read ({e.strerror or e}). Check --input.") from None
     if not items.total:
@@ -225,9 +245,9 @@ def _list_items(path: Path) -> Items:
     return items
 
 
-def _json_items(path: Path) -> Iterator[Item]:
+def _json_items(path: Path, name: str) -> Iterator[Item]:
     for number, line in enumerate(read_lines(path)):
-        place = f"{path} line {number + 1}"
+        place = f"{name} line {number + 1}"
         try:
             yield _item(number, place, parse_json(line, place))
         except InputError as e:

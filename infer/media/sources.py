@@ -15,9 +15,11 @@ from typing import Any
 from infer.media.fetch import Fetcher
 from infer.media.limits import MediaLimits
 from tarsier_jax.errors import MediaError
+from tarsier_jax.files import is_remote
 from tarsier_jax.processing.clip import MediaFile, check_size, kind_of
 from tarsier_jax.processing.media_types import HEAD, kind_of_content
 from tarsier_jax.processing.sample import SOURCES
+from tarsier_jax.storage import fetch
 
 _ANYWHERE = Path("/")
 _NAME = 200  # characters of a URL in an error
@@ -112,6 +114,8 @@ class Sources:
             return self._open_data_url(text, name)
         if scheme.startswith(("http:", "https:")):
             return self._fetch(text)
+        if is_remote(text):
+            return self._fetch_object(text)
         return self._open_path(text.removeprefix("file://"))
 
     def _open_data_url(self, url: str, name: str) -> Any:
@@ -136,6 +140,17 @@ class Sources:
         content = self._policy.fetcher.fetch(url, self._policy.limits.max_bytes, self._deadline)
         self.fetch_seconds[-1] += time.perf_counter() - start
         return self._attach_content(content, url[:_NAME])
+
+    def _fetch_object(self, url: str) -> Attachment:
+        """Returns the attachment of a URL of an object store, which is read with the credentials of this process."""
+        if self._policy.root != _ANYWHERE:
+            raise MediaError(f"{url[:_NAME]}: object stores are not allowed here. Send the content.", "forbidden")
+        start = time.perf_counter()
+        content = fetch(url)
+        self.fetch_seconds[-1] += time.perf_counter() - start
+        check_size(url[:_NAME], content.size, self._policy.limits.max_bytes)
+        with content.open() as file:
+            return self._attach_content(file.read(), url[:_NAME])
 
     def _attach_content(self, content: bytes, name: str) -> Attachment:
         limits = self._policy.limits

@@ -18,13 +18,14 @@ from tarsier_jax.errors import InputError, MediaError
 from tarsier_jax.processing.media_types import HEAD, kind_of_content, kind_of_suffix
 from tarsier_jax.processing.table_archive import TableArchive, kind_of_column
 from tarsier_jax.processing.tar_archive import FileRange, TarArchive
+from tarsier_jax.storage import FetchedFile
 
 TAR_SUFFIXES = (".tar",)
 TABLE_SUFFIXES = (".parquet", ".arrow")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 Archive = TarArchive | TableArchive
-Content = bytes | FileRange
+Content = bytes | FileRange | FetchedFile
 
 _RECENT = 4  # archives whose index stays in memory although nothing refers to it
 _MUTEX = threading.Lock()

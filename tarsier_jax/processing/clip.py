@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from tarsier_jax.errors import InputError, MediaError
-from tarsier_jax.files import check_local
+from tarsier_jax.files import check_local, check_source, is_remote
 from tarsier_jax.processing.archives import Content, content_of, kind_of_place, open_content, split_archive
-from tarsier_jax.processing.media_types import ACCEPTED, kind_of_suffix
+from tarsier_jax.processing.media_types import ACCEPTED, HEAD, kind_of_content, kind_of_suffix
+from tarsier_jax.storage import fetch
 
 _NAME = 1000  # maximum characters of a name in an error
 
@@ -96,15 +97,18 @@ class MediaFile:
 
 
 def media_file(source: str | Path | MediaFile, limits: ClipLimits | None = None) -> MediaFile:
-    """Returns a path, also one in an archive, as a file to decode; a MediaFile stays as it is.
+    """Returns a path, also one in an archive, or a URL as a file to decode; a MediaFile stays as it is.
+
+    The content of a URL of an object store is fetched into a file without a name, which exists as long as the result.
 
     Raises:
+        InputError: the URL cannot be read.
         MediaError: the file is missing, empty, too large, or of an unknown type.
     """
     if isinstance(source, MediaFile):
         return source
-    if split_archive(source):
-        content, kind, size = content_of(source)
+    if is_remote(source) or split_archive(source):
+        content, kind, size = _fetched(str(source)) if is_remote(source) else content_of(source)
         if limits is not None:
             check_size(str(source), size, limits.max_bytes)
         return MediaFile(Path(source), str(source), kind, limits, content)
@@ -113,6 +117,18 @@ def media_file(source: str | Path | MediaFile, limits: ClipLimits | None = None)
     if limits is not None:
         check_size(str(source), path.stat().st_size, limits.max_bytes)
     return MediaFile(path, str(source), kind_of(source), limits)
+
+
+def _fetched(url: str) -> tuple[Content, str, int]:
+    """Returns the content of a URL, its kind and its size in bytes. Raises InputError."""
+    content = fetch(url)
+    if not content.size:
+        raise MediaError(f"{url} is empty. Check the URL, or copy the file again.", "undecodable")
+    kind = kind_of_suffix(url)
+    if kind is None:
+        with content.open() as file:
+            kind = kind_of_content(file.read(HEAD), url)
+    return content, kind, content.size
 
 
 def check_size(name: str, size: int, limit: int) -> None:
@@ -168,7 +184,7 @@ def kind_of(path: str | Path) -> str:
     Raises:
         InputError: the ending is not accepted.
     """
-    check_local("The file", str(path))
+    check_source("The file", str(path))
     if os.path.isdir(path):
         return "video"
     if kind := kind_of_suffix(path) or kind_of_place(path):

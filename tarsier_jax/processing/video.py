@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tarsier_jax.errors import InputError
+from tarsier_jax.files import is_remote
 from tarsier_jax.processing.archives import split_archive
 from tarsier_jax.processing.clip import (
     Clip,
@@ -29,8 +30,8 @@ from tarsier_jax.processing.video_files import open_video
 __all__ = ["Clip", "find_inputs", "kind_of", "load_image", "natural_key", "open_clip"]
 
 
-def find_inputs(path: str | Path, other_endings: collections.Counter[str] | None = None) -> list[Path]:
-    """Returns a media file itself, or all media files in a directory and below, in natural order.
+def find_inputs(path: str | Path, other_endings: collections.Counter[str] | None = None) -> list[str | Path]:
+    """Returns a media file or its URL itself, or all media files in a directory and below, in natural order.
 
     Args:
         path: A file or directory.
@@ -39,6 +40,9 @@ def find_inputs(path: str | Path, other_endings: collections.Counter[str] | None
     Raises:
         InputError: the path does not exist, the directory is without media files, or the ending is not accepted.
     """
+    if is_remote(path):
+        kind_of(path)
+        return [path]
     path = Path(path)
     if os.path.isdir(path):
         entries = [p for p in path.rglob("*") if not p.name.startswith(".")]
@@ -77,9 +81,9 @@ def open_clip(source: str | Path | MediaFile | Sequence[Any] | np.ndarray, limit
     return open_video(file) if file.kind == "video" else open_picture(file)
 
 
-def natural_key(path: Path) -> list[Any]:
+def natural_key(path: str | Path) -> list[Any]:
     """Returns a sort key that orders frame2 before frame10."""
-    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", path.as_posix())]
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", str(path))]
 
 
 def _frame_files(directory: Path) -> list[Path]:

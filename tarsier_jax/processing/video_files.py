@@ -30,6 +30,7 @@ from PIL.Image import Transpose
 
 from tarsier_jax.errors import MediaError
 from tarsier_jax.processing.clip import Clip, ClipLimits, Frame, MediaFile, undecodable
+from tarsier_jax.storage import FetchedFile
 
 # The formats that FFmpeg reads. Others open further files or URLs (playlists), or are not videos.
 _FORMATS = (
@@ -137,7 +138,7 @@ def read_length(file: MediaFile) -> tuple[float, float] | None:
 
 def _state(file: MediaFile) -> tuple[int, ...] | None:
     """Returns a key of the content of a file on the disk, or None for other content."""
-    if isinstance(file.content, bytes):
+    if isinstance(file.content, bytes | FetchedFile):
         return None
     try:
         status = os.stat(file.path if file.content is None else file.content.path)

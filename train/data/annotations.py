@@ -4,6 +4,7 @@ import codecs
 import dataclasses
 import hashlib
 import math
+import posixpath
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -166,4 +167,8 @@ def with_root(value: Any, root: str) -> Any:
 def _join(source: Any, root: str) -> Any:
     if isinstance(source, list):
         return [_join(frame, root) for frame in source]
-    return str(Path(root, source)) if isinstance(source, str) and source and not is_url(source) else source
+    if not isinstance(source, str) or not source or is_url(source):
+        return source
+    if is_remote(root) and not source.startswith("/"):
+        return f"{root.rstrip('/')}/{posixpath.normpath(source)}"
+    return str(Path(root, source))
