@@ -219,7 +219,7 @@ def measure_rows(clips: int, num_rows: int, workers: int) -> None:
     packing = PackingConfig(processor, data.row_shape, data.packing_buffer, data.max_bad_fraction, "bfloat16")
     load = functools.partial(sft_objective(TrainConfig()).load, processor)
     with tempfile.TemporaryDirectory() as directory:
-        lines = mix_files(write_annotations(Path(directory), clips), 0, repeat=True)
+        lines: Any = mix_files(write_annotations(Path(directory), clips), 0, repeat=True)
 
         def open_rows(load: Load) -> RowLoader:
             return RowLoader(lines, load, packing, seed=0, media_root="", num_rows=num_rows, num_workers=workers)
