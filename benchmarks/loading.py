@@ -9,11 +9,13 @@ Each reads 16 frames per clip. Whole samples: our processor in threads against t
 ours; decord, which decodes from the start up to frame 3,000 and seeks beyond; PyAV with a seek and forward decoding per
 frame. Files are cached, rounds alternate, and medians are printed. With --large, each reader runs in its own process,
 and the peak memory of the process is printed. With --rows, a `RowLoader` packs the clips of 360p to 1080p into rows of
-16,384 tokens in bfloat16; the memory is the peak of the process above the imports, with one step in use and one ahead.
+16,384 tokens in bfloat16. The memory is the peak of the process above the imports, with one step in use and one ahead;
+the times are those with samples that take a second each and no CPU.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -44,9 +46,9 @@ from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.weights import EMBEDDED
 from train.config import TrainConfig
-from train.data.annotations import mix_files
+from train.data.annotations import mix_files, read_sample
 from train.data.loading import RowLoader
-from train.data.packing import DataConfig, PackingConfig, PackUnit, fit_packing
+from train.data.packing import DataConfig, Load, PackingConfig, PackUnit, fit_packing
 from train.sft import sft_objective
 
 NUM_FRAMES = 16
@@ -189,61 +191,73 @@ def write_large(directory: Path) -> Iterable[tuple[str, Path]]:
         path.unlink()
 
 
-class CountingLoad:
-    """Loads samples as SFT does.
+class DelayedLoad:
+    """Returns one unit after a second, as often as it is called.
 
     Attributes:
-        most: Largest number of samples that decoded at the same time.
+        most: Largest number of simultaneous calls.
     """
 
-    def __init__(self, processor: Processor):
-        self._processor, self._objective = processor, sft_objective(TrainConfig())
-        self._mutex, self._running, self.most = threading.Lock(), 0, 0
+    def __init__(self, unit: PackUnit):
+        self._unit, self._mutex, self._running, self.most = unit, threading.Lock(), 0, 0
 
     def __call__(self, sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
         with self._mutex:
             self._running += 1
             self.most = max(self.most, self._running)
-        unit = self._objective.load(self._processor, sample, rng)
+        time.sleep(1)
         with self._mutex:
             self._running -= 1
-        return unit
+        return self._unit
 
 
-def measure_rows(clips: int, num_rows: int, workers: int, steps: int = 4) -> None:
-    """Prints threads, seconds per step, memory per row and the seconds of a resume."""
+def measure_rows(clips: int, num_rows: int, workers: int) -> None:
+    """Prints the memory per row, and threads and times with samples that take a second, whatever the CPUs."""
     _, processor = tarsier_jax.load(EMBEDDED)
     processor = dataclasses.replace(processor, image=Qwen2ImageProcessor())
     data = fit_packing(DataConfig(), processor.options, processor.config.vision)
     packing = PackingConfig(processor, data.row_shape, data.packing_buffer, data.max_bad_fraction, "bfloat16")
-    load = CountingLoad(processor)
+    load = functools.partial(sft_objective(TrainConfig()).load, processor)
     with tempfile.TemporaryDirectory() as directory:
-        annotations = write_annotations(Path(directory), clips)
+        lines: Any = mix_files(write_annotations(Path(directory), clips), 0, repeat=True)
 
-        def open_rows() -> RowLoader:
-            lines = mix_files(annotations, 0, repeat=True)
+        def open_rows(load: Load) -> RowLoader:
             return RowLoader(lines, load, packing, seed=0, media_root="", num_rows=num_rows, num_workers=workers)
 
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        loader = open_rows()
-        step = next(loader)
-        start = time.perf_counter()
-        for _ in range(steps):
-            step = next(loader)
-        seconds = (time.perf_counter() - start) / steps
-        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 / len(step)
-        state = loader.get_state()
-        loader.close()
-        loader = open_rows()
-        start = time.perf_counter()
-        loader.set_state([state])
-        next(loader)
-        resume = time.perf_counter() - start
-        loader.close()
+        memory = measure_memory(open_rows(load))
+        delayed = DelayedLoad(load(read_sample(lines[0].text, ""), np.random.default_rng(0)))
+        seconds, resume = measure_times(open_rows, delayed)
     print(
-        f"{num_rows} rows, {workers} workers: {load.most} samples at once, {seconds:.1f} s per step, {memory:.0f} MiB "
-        f"per row, {resume:.1f} s from a state to the first step"
+        f"{num_rows} rows, {workers} workers: {memory / num_rows:.0f} MiB per row. Samples of 1 s: {delayed.most} at "
+        f"once, {seconds:.1f} s per step, {resume:.1f} s to the first step after a resume"
     )
+
+
+def measure_memory(loader: RowLoader, steps: int = 5) -> float:
+    """Returns the MiB of the process above those before the first step."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(steps):
+        next(loader)
+    loader.close()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def measure_times(open_rows: Callable[[Load], RowLoader], load: Load, steps: int = 5) -> tuple[float, float]:
+    """Returns the seconds per step, and those of a resume up to its first step."""
+    loader = open_rows(load)
+    next(loader)
+    start = time.perf_counter()
+    for _ in range(steps):
+        next(loader)
+    per_step, state = (time.perf_counter() - start) / steps, loader.get_state()
+    loader.close()
+    loader = open_rows(load)
+    start = time.perf_counter()
+    loader.set_state([state])
+    next(loader)
+    resume = time.perf_counter() - start
+    loader.close()
+    return per_step, resume
 
 
 def write_annotations(directory: Path, clips: int) -> str:
