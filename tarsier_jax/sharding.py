@@ -208,6 +208,8 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 
 
 def bin_padding(groups: int, bins: int) -> int:
-    """Returns the number of empty bins per group that makes all groups' bins a multiple of the devices of the mesh."""
+    """Returns the number of empty bins per group with which the devices divide the bins, under a tensor axis."""
     mesh = current_mesh()
-    return 0 if mesh is None else -bins % (mesh.size // math.gcd(groups, mesh.size))
+    if mesh is None or mesh.shape[HEADS] == 1:
+        return 0
+    return -bins % (mesh.size // math.gcd(groups, mesh.size))

@@ -1,5 +1,6 @@
 """Losses of packed batches. Each returns (sum, weight, metrics); the trainer sums them and divides once."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.sharding import BATCH, current_mesh, fit_spec
 
-CHUNK = 1024  # tokens per device whose logits exist at the same time
+CHUNK = 512  # tokens per device whose logits exist at the same time
 
 # The sum of a loss, its divisor, and the sums of other metrics with the same divisor.
 Loss = tuple[Float[Array, ""], Float[Array, ""], dict[str, Float[Array, ""]]]
@@ -38,14 +39,14 @@ def token_log_probs(
     """
     mesh = current_mesh()
     if mesh is None:
-        target_logits, normalizers = _target_logits(head, x, targets, chunk)
+        target_logits, normalizers = _target_logits(head, x, targets, 0, chunk)
         return jnp.where(targets >= 0, target_logits - normalizers, 0.0)
 
     def on_device(head: Array, x: Array, targets: Array) -> Array:
         # Gathered here, the head crosses the network once, and its gradient once, instead of in every chunk.
         head = jax.lax.all_gather(head, "fsdp", axis=1, tiled=True)
         first = jax.lax.axis_index("tensor") * head.shape[0]
-        target_logits, normalizers = _target_logits(head, x, targets - first, chunk)
+        target_logits, normalizers = _target_logits(head, x, targets, first, chunk)
         log_probs = jax.lax.psum(target_logits, "tensor") - _logsumexp_over(normalizers, "tensor")
         return jnp.where(targets >= 0, log_probs, 0.0)
 
@@ -60,32 +61,76 @@ def _logsumexp_over(x: Array, axis: str) -> Array:
     return jnp.log(jax.lax.psum(jnp.exp(x - largest), axis)) + largest
 
 
-def _target_logits(head: Array, x: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
-    """Returns the logit of each target and the logsumexp of all logits, float32 (B, S).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _target_logits(head: Array, x: Array, targets: Array, first: Array | int, chunk: int) -> tuple[Array, Array]:
+    """Returns the logit of each target and the logsumexp of all logits, float32 (B, S); 0 at some other positions.
+
+    Only chunks of positions with a target are computed, in both passes.
 
     Args:
         head: Rows of the output matrix: all, or those of one device.
         x: Hidden states.
-        targets: Indices of these rows; the logit of another index is 0.
+        targets: See `token_log_probs`; the logit of the row of another device is 0.
+        first: Index of the first row.
         chunk: See `token_log_probs`.
     """
-    B, S, D = x.shape
+    positions, steps = _positions_of_targets(targets, chunk)
+
+    def one(i: Array, out: tuple[Array, Array]) -> tuple[Array, Array]:
+        index = positions[i]
+        values = _logits_of_chunk(head, _take(x, index), _take(targets, index) - first)
+        return tuple(_put(old, index, new) for old, new in zip(out, values, strict=True))
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    return jax.lax.fori_loop(0, steps, one, (zeros, zeros))
+
+
+def _target_logits_forward(head: Array, x: Array, targets: Array, first: Array | int, chunk: int) -> tuple[Any, Any]:
+    return _target_logits(head, x, targets, first, chunk), (head, x, targets, first)
+
+
+def _target_logits_backward(chunk: int, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    head, x, targets, first = residuals
+    positions, steps = _positions_of_targets(targets, chunk)
+
+    def one(i: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
+        index = positions[i]
+        of_chunk = functools.partial(_logits_of_chunk, targets=_take(targets, index) - first)
+        _, pullback = jax.vjp(of_chunk, head, _take(x, index))
+        of_head, of_x = pullback(tuple(_take(c, index) for c in cotangents))
+        return gradients[0] + of_head, _put(gradients[1], index, of_x)
+
+    return *jax.lax.fori_loop(0, steps, one, (jnp.zeros_like(head), jnp.zeros_like(x))), None, None
+
+
+_target_logits.defvjp(_target_logits_forward, _target_logits_backward)
+
+
+def _logits_of_chunk(head: Array, x: Array, targets: Array) -> tuple[Array, Array]:
+    logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+    # A comparison, since the targets of other devices are not among the rows.
+    at_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1), jax.nn.logsumexp(logits, axis=-1)
+
+
+def _positions_of_targets(targets: Array, chunk: int) -> tuple[Array, Array]:
+    """Returns positions (n, B, chunk), those of targets first and S for none, and the chunks that contain targets."""
+    B, S = targets.shape
     chunk = min(max(chunk // B, 1), S)  # of each row
-    padding = -S % chunk
-    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(B, -1, chunk, D).swapaxes(0, 1)  # [n, B, chunk, D]
-    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=-100)
-    targets = targets.reshape(B, -1, chunk).swapaxes(0, 1)  # [n, B, chunk]
+    order = jnp.argsort(targets < 0, axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, -S % chunk)), constant_values=S)
+    largest = jnp.max(jnp.sum(targets >= 0, axis=1))
+    return order.reshape(B, -1, chunk).swapaxes(0, 1), -(-largest // chunk)
 
-    @jax.checkpoint
-    def piece(head: Array, x: Array, targets: Array) -> tuple[Array, Array]:
-        logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
-        # A comparison, since most targets are rows of other devices.
-        at_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-        return jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1), jax.nn.logsumexp(logits, axis=-1)
 
-    _, out = jax.lax.scan(lambda _, xs: (None, piece(head, *xs)), None, (x, targets))
-    target_logits, normalizers = (y.swapaxes(0, 1).reshape(B, -1)[:, :S] for y in out)
-    return target_logits, normalizers
+def _take(x: Array, index: Array) -> Array:
+    """Returns x[b, index[b]] of each row b; 0 for positions that do not exist."""
+    return jax.vmap(lambda x, index: x.at[index].get(mode="fill", fill_value=0))(x, index)
+
+
+def _put(x: Array, index: Array, values: Array) -> Array:
+    """Sets x[b, index[b]] of each row b, except at positions that do not exist."""
+    return jax.vmap(lambda x, index, values: x.at[index].set(values, mode="drop"))(x, index, values)
 
 
 def sft_loss(model: Tarsier, batch: Batch, extra: dict[str, Any]) -> Loss:

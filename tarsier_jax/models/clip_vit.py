@@ -13,7 +13,7 @@ from tarsier_jax.models.attention import attend
 from tarsier_jax.models.layers import Embedding, LayerNorm, Linear, apply_layers, first_layers, stack_layers
 from tarsier_jax.models.projector import MlpProjector, PixelShuffleProjector
 from tarsier_jax.models.vision_layers import VisionMlp, encode_bins
-from tarsier_jax.sharding import gather_parameters
+from tarsier_jax.sharding import BATCH, HEADS, constrain, gather_parameters
 from tarsier_jax.typing import Array
 
 
@@ -43,6 +43,7 @@ class ClipAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "frames T E"]) -> Float[Array, "frames T E"]:
         q, k, v = (f(x).reshape(*x.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v))
+        q, k, v = (constrain(y, BATCH, None, HEADS, None) for y in (q, k, v))
         return self.proj(attend(q, k, v, implementation=self.implementation).reshape(x.shape))
 
 
@@ -106,10 +107,10 @@ class ClipVisionTransformer(nnx.Module):
         """Returns the features of the bins of one device."""
         F, P, C = patches.shape
         patch_embed = gather_parameters(self.patch_embed, "vision/patch_embed")
-        x = patch_embed(patches.reshape(-1, self.vision.num_patches, C))
+        x = patch_embed(constrain(patches.reshape(-1, self.vision.num_patches, C), BATCH, None, None))
 
         def block(x: Array, layer: ClipBlock) -> Array:
-            return gather_parameters(layer, "vision/blocks", is_layer=True)(x)
+            return constrain(gather_parameters(layer, "vision/blocks", is_layer=True)(x), BATCH, None, None)
 
         blocks = first_layers(self.blocks, self.vision.num_blocks)
         x = apply_layers(block, self.pre_norm(self.embeddings(x)), blocks, self.config.remat)

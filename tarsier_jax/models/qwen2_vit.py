@@ -18,7 +18,7 @@ from tarsier_jax.models.layers import LayerNorm, Linear, apply_layers, stack_lay
 from tarsier_jax.models.projector import PatchMerger
 from tarsier_jax.models.rope import rotate, vision_tables
 from tarsier_jax.models.vision_layers import VisionMlp, encode_bins
-from tarsier_jax.sharding import gather_parameters
+from tarsier_jax.sharding import BATCH, HEADS, constrain, gather_parameters
 from tarsier_jax.typing import Array
 
 
@@ -57,7 +57,7 @@ class VisionAttention(nnx.Module):
     def __call__(self, x: Float[Array, "F P E"], cos: Array, sin: Array, visible: dict[str, Any]) -> Array:
         F, P, E = x.shape
         qkv = self.qkv(x).reshape(F, P, 3, E // self.head_dim, self.head_dim)
-        q, k, v = (qkv[:, :, i] for i in range(3))  # [F, P, N, H]
+        q, k, v = (constrain(qkv[:, :, i], BATCH, None, HEADS, None) for i in range(3))  # [F, P, N, H]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = attend(q, k, v, **visible, implementation=self.implementation)
         return self.proj(out.reshape(F, P, E))
@@ -114,8 +114,9 @@ class VisionTransformer(nnx.Module):
             visible = {"segment_ids": frame_of_patch(frame_hw, patches.shape[1])}
 
         def block(x: Array, layer: VisionBlock) -> Array:
-            return gather_parameters(layer, "vision/blocks", is_layer=True)(x, cos, sin, visible)
+            layer = gather_parameters(layer, "vision/blocks", is_layer=True)
+            return constrain(layer(x, cos, sin, visible), BATCH, None, None)
 
-        x = gather_parameters(self.patch_embed, "vision/patch_embed")(patches)
+        x = gather_parameters(self.patch_embed, "vision/patch_embed")(constrain(patches, BATCH, None, None))
         x = apply_layers(block, x, self.blocks, self.config.remat)
         return gather_parameters(self.merger, "vision/merger")(x)

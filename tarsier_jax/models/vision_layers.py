@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.models.layers import Linear
-from tarsier_jax.sharding import BINS, current_mesh, module_specs
+from tarsier_jax.sharding import BINS, HEADS, current_mesh, module_specs
 from tarsier_jax.typing import Array
 
 _MAX_PATCHES = 8192  # patches that one device processes at once, unless it needs more
@@ -46,12 +46,16 @@ def encode_bins(
 ) -> Float[Array, "F Pm D"]:
     """Returns the features of bins, which are independent.
 
-    Under a mesh, whose devices divide the bins, each device runs its share of them and gathers the parameters, one
-    block at a time. Blocks that are split by heads would exchange their activations, which have more bytes.
+    Under a tensor axis, each device runs its share of the bins (all devices divide them) and gathers the parameters,
+    one block at a time. Blocks that are split by heads would exchange their activations, which have more bytes.
     """
     mesh = current_mesh()
     if mesh is None:
         return _encode_in_groups(tower.run, patches, frame_hw)
+    # Without a tensor axis, XLA gathers the parameters. libtpu 0.0.42 crashes on explicit sums that it scatters over
+    # 256 chips, of which each gets five columns.
+    if mesh.shape[HEADS] == 1:
+        return tower.run(patches, frame_hw)
     specs = (module_specs(tower, "vision"), P(BINS), P(BINS))
     on_device = jax.shard_map(
         lambda tower, *bins: tower.run(*bins), mesh=mesh, in_specs=specs, out_specs=P(BINS), check_vma=False
