@@ -106,7 +106,7 @@ def test_lists(clips: Path, tmp_path: Path) -> None:
     assert (
         "neither" in by_idx[2]["error"] and "does not exist" in by_idx[3]["error"] and "not JSON" in by_idx[4]["error"]
     )
-    assert run(source, tmp_path / "out.jsonl")[0] == 1  # nothing to do, but not all is well
+    assert run(source, tmp_path / "out.jsonl", "--prompt", "Why?")[0] == 1  # nothing to do, but not all is well
 
 
 def test_annotations_come_back_with_predictions(clips: Path, tmp_path: Path) -> None:
