@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
 import tarsier_jax
@@ -70,7 +71,14 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 4]
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "data_wait", "padding"} <= logged[0].keys()
     assert logged[3]["loss"] < logged[0]["loss"] and 0 < logged[4]["eval_loss"] < 6
-    assert list(workdir.glob("events.out.tfevents.*")) and list(workdir.glob("plugins/profile/*/*.xplane.pb"))
+    events = EventAccumulator(str(workdir))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval_loss")] == [4]
+    for i in range(2):  # captions, and their frames
+        assert [event.step for event in events.Tensors(f"caption_{i}")] == [4]
+        (picture,) = events.Images(f"caption_{i}_frames")
+        assert picture.step == 4 and picture.width > 4 * 120 and picture.height > 120
+    assert list(workdir.glob("plugins/profile/*/*.xplane.pb"))
 
     bad = [json.loads(line) for line in (workdir / "bad_samples_0.jsonl").read_text().splitlines()]
     assert {sample["line"] for sample in bad} <= {9, 10} and bad
