@@ -47,7 +47,7 @@ class BenchmarkEvaluation:
         self._spec = dataclasses.replace(run.spec, graph=graph)
 
     def scores(self, state: TrainState) -> dict[str, float]:
-        """Returns the figures of the benchmark; names are like "shapes_f1_score".
+        """Returns the figures of the benchmark, where unreadable answers are wrong; names are like "shapes_f1_score".
 
         WORKDIR/benchmark/predictions has the answers, which replace those of the evaluation before.
         """
@@ -58,7 +58,7 @@ class BenchmarkEvaluation:
             model = unstack(model)
         processor = self._run.processor.replace(video_sampler="v1")  # the same frames at each evaluation
         scores = evaluate(Engines(lambda: (model, processor)), self._source, out)
-        return {_metric_name(self._source.benchmark.name, name): value for name, value in scores.figures.items()}
+        return {_metric_name(self._source.benchmark.name, name): value for name, value in scores.strict_figures.items()}
 
 
 def _metric_name(benchmark: str, figure: str) -> str:

@@ -43,7 +43,7 @@ def test_the_weights_of_the_state_are_scored(
         assert not output.exists()  # without the answers of other weights
         (output / "predictions").mkdir(parents=True)
         evaluations.append((engines._load(), source, output))
-        return SimpleNamespace(figures={"F1 Score": 0.5, "Action Recall": 0.25})
+        return SimpleNamespace(strict_figures={"F1 Score": 0.5, "Action Recall": 0.25})
 
     monkeypatch.setattr(benchmark, "evaluate", evaluate)
     evaluation = BenchmarkEvaluation(make_run(tmp_path, processor, name="shapes", limit=2))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
 import tarsier_jax
@@ -19,7 +20,8 @@ from configs.recap_7b import get_config
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.weights import convert_to_hf
 from tests.train.texts import open_numbers
-from train.checkpoints import Checkpoints, DataProgress
+from train.best import BestCheckpoint, read_best
+from train.checkpoints import Checkpoints, DataProgress, saved_steps
 from train.config import TrainConfig, read_config
 from train.debug_data import write_debug_clips, write_debug_data
 from train.loop import NonFiniteLoss, Summary, Terminator, train
@@ -59,18 +61,28 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
         "data.eval": str(clips),
         "data.media_root": str(clips.parent),
     }
-    config = debug_config(**data, profile_step=1, **{"optimizer.peak_lr": 1e-3, "data.max_bad_fraction": 0.5})
+    over = {"optimizer.peak_lr": 1e-3, "data.max_bad_fraction": 0.5, "best_metric": "eval_loss", "eval_every": 3}
+    config = debug_config(**data, profile_step=1, **over)
     summary = train_sft(config, workdir)
     assert (summary.step, summary.stop_signal, summary.compilations) == (4, False, 0)
 
     printed = capsys.readouterr().out
     assert "step 4/4  loss" in printed and "eval_loss" in printed and "finished step 4" in printed
-    assert printed.count("annotations.jsonl line") == 2  # captions of two held-out clips
+    assert printed.count("annotations.jsonl line") == 4  # captions of two held-out clips at the steps 3 and 4
     logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in logged] == [1, 2, 3, 4, 4]
+    assert [line["step"] for line in logged] == [1, 2, 3, 3, 4, 4]
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "data_wait", "padding"} <= logged[0].keys()
-    assert logged[3]["loss"] < logged[0]["loss"] and 0 < logged[4]["eval_loss"] < 6
-    assert list(workdir.glob("events.out.tfevents.*")) and list(workdir.glob("plugins/profile/*/*.xplane.pb"))
+    assert logged[4]["loss"] < logged[0]["loss"] and 0 < logged[5]["eval_loss"] < logged[3]["eval_loss"] < 7
+    assert logged[5]["eval_loss"] < 6 and read_best(workdir) == BestCheckpoint(4, "eval_loss", logged[5]["eval_loss"])
+    assert saved_steps(workdir) == [3, 4]  # the step 3 was saved because it was the best
+    events = EventAccumulator(str(workdir))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval_loss")] == [3, 4]
+    for i in range(2):  # captions, and their frames
+        assert [event.step for event in events.Tensors(f"caption_{i}")] == [3, 4]
+        _, picture = events.Images(f"caption_{i}_frames")
+        assert picture.step == 4 and picture.width > 4 * 120 and picture.height > 120
+    assert list(workdir.glob("plugins/profile/*/*.xplane.pb"))
 
     bad = [json.loads(line) for line in (workdir / "bad_samples_0.jsonl").read_text().splitlines()]
     assert {sample["line"] for sample in bad} <= {9, 10} and bad

@@ -59,6 +59,12 @@ def test_the_better_by_enough_is_preferred() -> None:
     wordy = f"{whole} The blue bar jumps."  # more precision at the cost of recall, and the other way round
     assert not preferred(two, wordy) and not preferred(wordy, two)
     assert not preferred(whole, wordy)  # dP is 1/4
+    none, more, much = (
+        {"recall": 0.0, "precision": 0.3},
+        {"recall": 0.3, "precision": 0.3},
+        {"recall": 1.0, "precision": 0.2},
+    )
+    assert is_preferred(more, none) and not is_preferred(much, none)  # less precision, whatever the recall
 
 
 class Oracle:
