@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=400, help="samples per material")
     args = parser.parse_args()
     print(
-        "| material | tokens and bins x patches | samples per row | padding of tokens | of patches | FLOPs per sample |"
+        "| material | tokens and bins x patches | samples per row | token padding | patch padding | FLOPs per sample |"
     )
     print("|---|---|---|---|---|---|")
     for name in MATERIALS:
