@@ -254,7 +254,7 @@ def test_counts_of_earlier_versions() -> None:
 
 
 def test_the_best_stays_with_the_newest(tmp_path: Path) -> None:
-    checkpoints, rows = Checkpoints(tmp_path, keep=1), data()
+    checkpoints, rows = Checkpoints(tmp_path, keep=1), open_numbers()
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan"))):
         checkpoints.save(step, a_state(step), rows, DataProgress())
         if (best := BestCheckpoint(step, "eval_loss", loss)).is_better_than(checkpoints.best):

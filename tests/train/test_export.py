@@ -12,8 +12,9 @@ import pytest
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.weights.orbax import is_converted
 from tests.train.programs import weights
-from tests.train.test_checkpoints import data, flip_all
+from tests.train.test_checkpoints import flip_all
 from tests.train.test_loop import debug_config
+from tests.train.texts import open_numbers
 from train.best import BestCheckpoint
 from train.checkpoints import Checkpoints, DataProgress, load_parameters, saved_steps
 from train.debug_data import write_debug_data
@@ -36,7 +37,7 @@ def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (BEST, STEP):
         params = {path: jnp.asarray(np.asarray(x) + np.float32(0.01 * step)) for path, x in state.params.items()}
         state = dataclasses.replace(state, step=jnp.int32(step), params=params)
-        checkpoints.save(step, state, data(), DataProgress())
+        checkpoints.save(step, state, open_numbers(), DataProgress())
         if step == BEST:
             checkpoints.keep_best(BestCheckpoint(BEST, "eval_loss", 2.0))
     checkpoints.wait()
