@@ -164,9 +164,14 @@ def find_items(source: str) -> Items:
     archives = {match: _archives(match) for match in matches}
     media = [match for match in matches if not archives[match]]
     files = [*itertools.chain.from_iterable(archives.values()), *(find_media(media) if media else ())]
-    if len(files) == 1 and is_archive(files[0]):
+    if not any(map(is_archive, files)):
+        return Items(lambda: _file_items(files), len(files))
+    if len(files) == 1:
         open_archive(files[0])  # raises InputError, which is a line of the output where there are several archives
-    return Items(lambda: _file_items(files), None if any(map(is_archive, files)) else len(files))
+    items = Items(lambda: _file_items(files))
+    if next(iter(items), None) is None:
+        raise InputError(f"{source} contains no samples. Check --input.")
+    return items
 
 
 def _remote_items(url: str) -> Items:

@@ -70,8 +70,7 @@ def find_archives(source: str | Path) -> list[Path]:
         InputError: the file is a compressed tar file, or the directory has several splits.
     """
     path = Path(source)
-    if path.name.lower().endswith(_COMPRESSED):
-        raise InputError(f"{path} is compressed, so its members cannot be read in place. Decompress it to a .tar file.")
+    _check_uncompressed(path)
     if not os.path.isdir(path):
         return [path] if is_archive(path) else []
     if (path / "dataset_dict.json").is_file():
@@ -83,7 +82,15 @@ def find_archives(source: str | Path) -> list[Path]:
         files = [file for file in path.rglob("*") if file.suffix.lower() in suffixes and not file.name.startswith(".")]
         if files:
             return sorted(files)
+    for file in path.rglob("*"):
+        _check_uncompressed(file)
     return []
+
+
+def _check_uncompressed(path: Path) -> None:
+    """Raises InputError for a compressed tar file."""
+    if path.name.lower().endswith(_COMPRESSED):
+        raise InputError(f"{path} is compressed, so its members cannot be read in place. Decompress it to a .tar file.")
 
 
 def split_archive(path: str | Path) -> tuple[Path, str] | None:

@@ -211,8 +211,11 @@ def test_errors(files: dict[str, bytes], tmp_path: Path) -> None:
     }.items():
         with pytest.raises(InputError, match=message):
             open_archive(tmp_path / name)
-    with pytest.raises(InputError, match=r"a\.tar\.gz is compressed.*Decompress it"):
-        find_archives(tmp_path / "a.tar.gz")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a.tar.gz").touch()
+    for source in (tmp_path / "below" / "a.tar.gz", tmp_path / "below"):
+        with pytest.raises(InputError, match=r"a\.tar\.gz is compressed.*Decompress it"):
+            find_archives(source)
 
 
 def test_an_archive_that_is_replaced_is_read_again(files: dict[str, bytes], tmp_path: Path) -> None:

@@ -79,6 +79,14 @@ def test_tar_files(run: Run, mp4: Path, tmp_path: Path) -> None:
     assert captions(run("list.jsonl")[1]) == {"s-0.tar/a.mp4": "0-39"}
 
 
+def test_archives_without_samples(run: Run, tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, {"README.txt": "About."})
+    for source in ("a.tar", "*.tar"):
+        with pytest.raises(InputError, match=r"tar contains no samples"):
+            run(source)
+
+
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow", "parquet_below", "saved"])
 def test_tables(run: Run, name: str, mp4: Path, tmp_path: Path) -> None:
     value = {"bytes": mp4.read_bytes(), "path": None}
