@@ -63,10 +63,10 @@ def _write_adapter(out: Path, params: Params, model: ModelConfig, config: TrainC
 
 
 def trained_model(spec: StateSpec, state: TrainState) -> Tarsier:
-    """Returns the model of a state, with all parameters in the model's dtype, or the decoder's layers in int8."""
+    """Returns the model of a state. Trained parameters have the model's dtype, and all arrays are copies."""
     dtype = spec.config.dtype
-    cast = jax.jit(lambda params: {p: x.astype(dtype) for p, x in params.items()})
-    return build_model(spec.graph, {**cast(state.params), **state.frozen}, dtype)
+    cast = jax.jit(lambda state: {p: x.astype(dtype) for p, x in state.params.items()} | state.frozen)
+    return build_model(spec.graph, cast(state), dtype)
 
 
 def export_checkpoint(workdir: Path, step: str = "latest", output: Path | None = None) -> Path:

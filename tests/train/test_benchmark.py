@@ -21,6 +21,7 @@ from train import benchmark
 from train.benchmark import BenchmarkEvaluation
 from train.config import BenchmarkConfig, TrainConfig
 from train.loop import train
+from train.lora import LoraConfig
 from train.sft import sft_objective
 from train.state import StateSpec, TrainState
 
@@ -30,7 +31,8 @@ def make_run(workdir: Path, processor: Processor, **options: Any) -> Any:
     config = dataclasses.replace(config, processor=dataclasses.replace(config.processor, n_frames=4))
     model = dataclasses.replace(processor.config, dtype="float32", remat="full")
     graph, _ = abstract_state(model)
-    spec = StateSpec(model, graph, make_mesh(devices=jax.devices()[:1]), optax.sgd(0.1), TrainState(0, {}, {}, ()))
+    mesh, state = make_mesh(devices=jax.devices()[:1]), TrainState(0, {}, {}, ())
+    spec = StateSpec(model, graph, graph, LoraConfig(), mesh, optax.sgd(0.1), state)
     return SimpleNamespace(config=config, workdir=workdir, processor=processor, spec=spec)
 
 
@@ -50,12 +52,14 @@ def test_the_weights_of_the_state_are_scored(
     _, abstract = abstract_state(processor.config)
     shapes = {parameter_path(path): leaf.shape for path, leaf in nnx.to_flat_state(abstract)}
     for value in (1.0, 2.0):
-        state = TrainState(jnp.int32(0), {path: jnp.full(shape, value) for path, shape in shapes.items()}, {}, ())
+        params = {path: jnp.full(shape, value) for path, shape in shapes.items()}
+        frozen = {path: params.pop(path) for path in list(params) if path.startswith("vision/")}
+        state = TrainState(jnp.int32(0), params, frozen, ())
         assert evaluation.scores(state) == {"shapes_f1_score": 0.5, "shapes_action_recall": 0.25}
         (model, used), source, output = evaluations.pop()
         assert model.config.remat == "none" and isinstance(model.decoder.layers, nnx.List)
         assert all((np.asarray(x) == value).all() for x in jax.tree.leaves(nnx.state(model)))
-        assert not any(x.is_deleted() for x in state.params.values())  # the run continues with them
+        assert not any(x.is_deleted() for x in jax.tree.leaves(state))  # the run continues with them
         assert used.options.video_sampler == "v1" and source.benchmark.n_frames == 4
         assert len({sample["vid"] for sample in source.samples}) == 2 and output == tmp_path / "benchmark"
 
