@@ -78,8 +78,8 @@ def _target_logits(head: Array, x: Array, targets: Array, first: Array | int, ch
 
     def one(i: Array, out: tuple[Array, Array]) -> tuple[Array, Array]:
         index = positions[i]
-        values = _logits_of_chunk(head, _take(x, index), _take(targets, index) - first)
-        return tuple(_put(old, index, new) for old, new in zip(out, values, strict=True))
+        target_logits, normalizers = _logits_of_chunk(head, _take(x, index), _take(targets, index) - first)
+        return _put(out[0], index, target_logits), _put(out[1], index, normalizers)
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
     return jax.lax.fori_loop(0, steps, one, (zeros, zeros))
