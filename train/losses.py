@@ -39,14 +39,16 @@ def token_log_probs(
     """
     mesh = current_mesh()
     if mesh is None:
-        target_logits, normalizers = _target_logits(head, x, targets, 0, chunk)
+        whole: Any = _target_logits(head, x, targets, 0, chunk)  # pyright does not know the type of a custom_vjp
+        target_logits, normalizers = whole
         return jnp.where(targets >= 0, target_logits - normalizers, 0.0)
 
     def on_device(head: Array, x: Array, targets: Array) -> Array:
         # Gathered here, the head crosses the network once, and its gradient once, instead of in every chunk.
         head = jax.lax.all_gather(head, "fsdp", axis=1, tiled=True)
         first = jax.lax.axis_index("tensor") * head.shape[0]
-        target_logits, normalizers = _target_logits(head, x, targets, first, chunk)
+        own: Any = _target_logits(head, x, targets, first, chunk)
+        target_logits, normalizers = own
         log_probs = jax.lax.psum(target_logits, "tensor") - _logsumexp_over(normalizers, "tensor")
         return jnp.where(targets >= 0, log_probs, 0.0)
 
@@ -78,8 +80,8 @@ def _target_logits(head: Array, x: Array, targets: Array, first: Array | int, ch
 
     def one(i: Array, out: tuple[Array, Array]) -> tuple[Array, Array]:
         index = positions[i]
-        values = _logits_of_chunk(head, _take(x, index), _take(targets, index) - first)
-        return tuple(_put(old, index, new) for old, new in zip(out, values, strict=True))
+        target_logits, normalizers = _logits_of_chunk(head, _take(x, index), _take(targets, index) - first)
+        return _put(out[0], index, target_logits), _put(out[1], index, normalizers)
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
     return jax.lax.fori_loop(0, steps, one, (zeros, zeros))
