@@ -197,7 +197,7 @@ def _file_items(files: Iterable[str | Path]) -> Iterator[Item]:
     numbers = itertools.count()
     for file in files:
         if is_archive(file):
-            yield from _archive_items(file, numbers)
+            yield from _archive_items(Path(file), numbers)
         else:
             number = next(numbers)
             yield Item(number, number, str(file), {})
