@@ -100,6 +100,7 @@ setup(
             "flask>=3",
             "flask-cors>=6",
             "datasets>=3",  # writes saved datasets
+            "peft>=0.18",  # the reference of LoRA
             "gguf>=0.10",  # reads the weights of SmolLM2, which the Makefile installs
             "accelerate>=1",
             "decord2>=3.4",  # the original's reader, in benchmarks
