@@ -388,8 +388,7 @@ def measure_prefill(bench: Bench) -> Iterator[Result]:
     with use_mesh_of(model):
         duration = time_calls(call, 3)
     work = Work(tokens=tokens, token_pairs=tokens * (tokens + 1) // 2)
-    head = 2 * config.text.hidden_size * config.text.vocab_size * tokens  # prefill computes no logits
-    flops = bench.groups * (step_flops(config, work) / 3 - head)
+    flops = bench.groups * step_flops(config, work) / 3  # without logits
     note = f"{tokens:,} tokens in a row of {shapes.buckets[0].tokens:,}"
     yield bench.mfu("prefill", "a clip", flops, duration, note)
 

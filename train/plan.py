@@ -76,15 +76,17 @@ def make_plan(sizes: Sequence[UnitSize], shape: RowShape, packing_buffer: int, m
 
 
 def row_flops(model: ModelConfig, shape: RowShape) -> float:
-    """Returns the FLOPs of a training step for a row, padding included, if all parameters are trained.
+    """Returns the FLOPs of a training step for a row, padding included.
 
-    Attention computes the lower triangle of a row's tokens, and all pairs of patches of a bin.
+    All parameters are trained, and all tokens are predicted. Attention computes the lower triangle of a row's tokens,
+    and all pairs of patches of a bin.
     """
     work = Work(
         tokens=shape.tokens,
         token_pairs=shape.tokens * (shape.tokens + 1) // 2,
         patches=shape.bins * shape.patches,
         patch_pairs=shape.bins * shape.patches**2,
+        targets=shape.tokens,
     )
     return step_flops(model, work)
 

@@ -43,6 +43,7 @@ class Work:
         patches_with_padding: Patches with padding.
         token_pairs: Pairs of tokens in causal attention.
         patch_pairs: Pairs of patches in the vision tower's attention.
+        targets: Tokens that are predicted; only they have logits.
     """
 
     samples: int = 0
@@ -52,6 +53,7 @@ class Work:
     patches_with_padding: int = 0
     token_pairs: int = 0
     patch_pairs: int = 0
+    targets: int = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -74,6 +76,7 @@ def work_of(batch: Batch) -> Work:
         patches_with_padding=int(np.prod(batch.patches.shape[:3])),
         token_pairs=int((lengths * (lengths + 1) // 2).sum()),
         patch_pairs=int((sizes**2).sum()),
+        targets=int(((batch.labels[:, 1:] >= 0) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])).sum()),
     )
 
 
@@ -90,6 +93,7 @@ def step_flops(config: ModelConfig, work: Work, vision_trained: bool = True, lor
     decoder, tower = family_of(config).forward_flops(
         config, work.tokens, work.token_pairs, work.patches, work.patch_pairs
     )
+    decoder += 2 * config.text.hidden_size * config.text.vocab_size * work.targets
     passes = 2 if lora else 3
     return passes * decoder + (passes if vision_trained else 1) * tower
 

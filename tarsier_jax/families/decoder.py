@@ -102,8 +102,7 @@ def check_problems(problems: Sequence[str], source: str) -> None:
 
 
 def decoder_flops(text: TextConfig, tokens: int, token_pairs: int) -> float:
-    """Returns the floating-point operations of the decoder's matrix products in a forward pass."""
+    """Returns the floating-point operations of the decoder's matrix products in a forward pass, without logits."""
     heads = (text.num_heads + text.num_kv_heads) * 2 * text.head_dim  # q, o and k, v
     layer = text.hidden_size * (heads + 3 * text.mlp_dim)
-    token = text.num_layers * layer + text.hidden_size * text.vocab_size
-    return 2 * (token * tokens + 2 * text.num_layers * text.num_heads * text.head_dim * token_pairs)
+    return 2 * text.num_layers * (layer * tokens + 2 * text.num_heads * text.head_dim * token_pairs)

@@ -52,7 +52,8 @@ class Family:
         tensor_shape: Path of a parameter, its shape per layer and configuration -> shape of the checkpoint's tensor.
         load_processor: Hugging Face directory and configuration -> processor. Raises CheckpointError.
         forward_flops: Configuration, tokens, pairs of tokens that attend to each other, patches and pairs of patches
-            -> floating-point operations of the matrix products in a forward pass of (decoder, vision tower).
+            -> floating-point operations of the matrix products in a forward pass of (decoder, vision tower), without
+            logits.
     """
 
     name: str

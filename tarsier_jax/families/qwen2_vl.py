@@ -183,7 +183,7 @@ def forward_flops(
 ) -> tuple[float, float]:
     """Returns the floating-point operations of the matrix products in a forward pass of (decoder, vision tower).
 
-    Norms and softmax are not counted, as in the PaLM report (arXiv 2204.02311, appendix B).
+    Logits are not counted. Norms and softmax are not counted, as in the PaLM report (arXiv 2204.02311, appendix B).
     """
     vision = config.vision
     block = vision.embed_dim * (4 * vision.embed_dim + 2 * vision.mlp_dim)

@@ -254,8 +254,8 @@ def forward_flops(
 ) -> tuple[float, float]:
     """Returns the floating-point operations of the matrix products in a forward pass of (decoder, vision tower).
 
-    Norms and softmax are not counted, as in the PaLM report (arXiv 2204.02311, appendix B). The blocks that are not run
-    are not counted, the class token of each frame is.
+    Logits are not counted. Norms and softmax are not counted, as in the PaLM report (arXiv 2204.02311, appendix B). The
+    blocks that are not run are not counted, the class token of each frame is.
     """
     vision = config.vision
     assert isinstance(vision, ClipVisionConfig)

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tarsier_jax.config import ModelConfig, Qwen2VisionConfig, TextConfig
@@ -10,6 +11,7 @@ from tarsier_jax.processing.packing import RowShape, stack_rows
 from tests.reference import IMAGE, VIDEO
 from tests.train.packs import make_examples, pack
 from train.data.packing import BadSample
+from train.losses import shifted_labels
 from train.metric_writer import BadSamples, Log, console_line, duration
 from train.throughput import Meter, Work, peak_flops, step_flops, work_of
 
@@ -47,6 +49,7 @@ def test_the_work_in_packed_rows() -> None:
         patches_with_padding=2 * 4 * 20,
         token_pairs=15 * 16 // 2 + 7 * 8 // 2 + 15 * 16 // 2,  # of a sample, each token with itself and those before
         patch_pairs=2 * 8**2 + 16**2,  # of a frame, each with all
+        targets=4 + 6 + 5,
     )
     assert work_of(stack_rows([row.batch for row in rows])) == expected
     assert work_of(rows[0].batch) + work_of(rows[1].batch) == expected
@@ -55,12 +58,12 @@ def test_the_work_in_packed_rows() -> None:
 
 def test_an_empty_row_is_no_work() -> None:
     work = work_of(pack([], CONFIG, SHAPE).batch)
-    assert dataclasses.astuple(work) == (0, 0, 32, 0, 80, 0, 0)
+    assert dataclasses.astuple(work) == (0, 0, 32, 0, 80, 0, 0, 0)
     assert work.padding == 1.0
     assert Work().padding == 1.0
 
 
-def multiply_adds(lengths: list[int], frames: list[int]) -> int:
+def multiply_adds(lengths: list[int], frames: list[int], targets: int) -> int:
     """Those of a forward pass, written out matrix by matrix: [rows, in] times [in, out]."""
     text, vision, total = CONFIG.text, CONFIG.vision, 0
 
@@ -80,7 +83,7 @@ def multiply_adds(lengths: list[int], frames: list[int]) -> int:
             product(S, text.num_heads * text.head_dim, text.hidden_size)  # o
             for _ in ("gate", "up", "down"):
                 product(S, text.hidden_size, text.mlp_dim)
-        product(S, text.hidden_size, text.vocab_size)
+    product(targets, text.hidden_size, text.vocab_size)
     for P in frames:
         product(P, vision.patch_dim, vision.embed_dim)
         for _ in range(vision.depth):
@@ -102,13 +105,15 @@ def multiply_adds(lengths: list[int], frames: list[int]) -> int:
 def test_flops_of_a_step(samples: list[list[Any]], lengths: list[int], frames: list[int]) -> None:
     """Two for each multiplication and addition; the backward pass takes twice as many as the forward pass."""
     row = pack([[example] for example in make_examples(CONFIG, samples)], CONFIG, SHAPE)
-    assert step_flops(CONFIG, work_of(row.batch)) == 6 * multiply_adds(lengths, frames)
+    targets = int((np.asarray(shifted_labels(row.batch)) >= 0).sum())
+    assert 0 < targets < sum(lengths)
+    assert step_flops(CONFIG, work_of(row.batch)) == 6 * multiply_adds(lengths, frames, targets)
 
 
 def test_flops_of_the_7b_are_six_a_parameter_and_token() -> None:
     """7.07e9 parameters take part in matrix products for every token: all of Qwen2-7B but the embedding table."""
     text = ModelConfig()
-    assert step_flops(text, Work(tokens=1000)) == pytest.approx(6 * 7.07e9 * 1000, rel=1e-3)
+    assert step_flops(text, Work(tokens=1000, targets=1000)) == pytest.approx(6 * 7.07e9 * 1000, rel=1e-3)
 
 
 def test_rates_are_those_since_the_last_report(monkeypatch: pytest.MonkeyPatch) -> None:
