@@ -50,7 +50,7 @@ def test_a_conversation(plain: Chat, capsys: pytest.CaptureFixture[str], gif: Pa
     ]
     handle(plain, capsys, f"/save {tmp_path / 'chat.jsonl'}")
     (line,) = (tmp_path / "chat.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"messages": plain.conversation.messages}
+    assert json.loads(line) == {"messages": plain.conversation.messages, "placeholders": False}
     handle(plain, capsys, "/reset")
     assert plain.conversation.messages == [] and plain.num_failed == 0
     assert "/open PATH" in handle(plain, capsys, "/help")[0]

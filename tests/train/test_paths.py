@@ -61,7 +61,7 @@ def test_a_workdir_in_a_store(run: Any, tmp_path: Path, monkeypatch: pytest.Monk
         ("model=https://host/name", "config.model https://host/name"),
         ("data.train=a.jsonl=1,az://bucket/b.jsonl=2", "config.data.train az://bucket/b.jsonl=2"),
         ("data.eval=https://host/b.jsonl", "config.data.eval https://host/b.jsonl"),
-        ("data.media_root=gs://bucket", "config.data.media_root gs://bucket"),
+        ("data.media_root=https://host", "config.data.media_root https://host"),
         ("dpo.reference=gs://bucket/r", "config.dpo.reference gs://bucket/r"),
     ],
 )

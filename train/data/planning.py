@@ -124,7 +124,7 @@ def collect(measured: Iterable[MeasuredSample | BadSample]) -> Material:
 
 
 def pack_sizes(sizes: Iterator[UnitSize], shape: RowShape, packing_buffer: int) -> Iterator[RowSpace]:
-    """Yields the rows that `SequencePacker` makes of an endless stream of samples, each of which fits a row."""
+    """Yields the rows that `RowLoader` makes of an endless stream of samples, each of which fits a row."""
     waiting: list[UnitSize] = []
     while True:
         row, fits = RowSpace(shape), 0

@@ -58,7 +58,8 @@ def test_messages_become_a_sample() -> None:
             },
             {"role": "assistant", "content": [{"type": "text", "text": "Both."}]},
             {"role": "user", "content": [{"type": "text", "text": "Why?"}]},
-        ]
+        ],
+        "placeholders": False,
     }
     assert prompt.kinds == ("image", "video")
     assert prompt.processor_options == {}

@@ -88,8 +88,8 @@ def test_times_of_a_video(processor: Processor, tmp_path: Path) -> None:
 def test_rows_of_sizes_equal_those_of_the_samples(tmp_path: Path, processor: Processor) -> None:
     files = write_texts(tmp_path / "a.jsonl", np.random.default_rng(0).integers(3, 41, 24).tolist())
     packer = PackingConfig(processor, SHAPE, 3, 0.01, "float32", {"weight": (8, 1)})
-    packed = open_rows(files, packer, rows=1)
-    rows = [next(packed) for _ in range(30)]
+    packed = open_rows(files, packer, num_rows=1)
+    rows = [row for _ in range(30) for row in next(packed)]
     packed.close()
     lines = mix_files(files, 0, repeat=True)
     texts = {str(i): tokens for i, tokens in enumerate(np.random.default_rng(0).integers(3, 41, 24).tolist())}

@@ -24,6 +24,7 @@ from train.data.reference_logprobs import ReferenceFile, fingerprint
 from train.debug_data import TINY, write_debug_clips
 from train.dpo import dpo_objective
 from train.loop import train
+from train.lora import LoraConfig
 from train.run import open_run
 from train.untrained import write_untrained
 
@@ -106,7 +107,7 @@ def test_random_frames_have_no_stored_reference(tmp_path: Path) -> None:
 def run(tmp_path: Path, processor: Processor) -> Any:
     """As much of a run as decides the log-probabilities."""
     reference.make_reference(tmp_path / "model", reference.TINY)
-    spec = SimpleNamespace(config=processor.config)
+    spec = SimpleNamespace(config=processor.config, lora=LoraConfig())
     config = SimpleNamespace(processor=processor.options)
     return SimpleNamespace(config=config, spec=spec, processor=processor, model_directory=tmp_path / "model")
 
@@ -116,7 +117,7 @@ def with_processor(run: Any, **over: Any) -> Any:
 
 
 def with_model(run: Any, **over: Any) -> Any:
-    spec = SimpleNamespace(config=dataclasses.replace(run.spec.config, **over))
+    spec = SimpleNamespace(config=dataclasses.replace(run.spec.config, **over), lora=LoraConfig())
     return SimpleNamespace(**{**vars(run), "spec": spec})
 
 
