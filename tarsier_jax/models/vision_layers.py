@@ -53,8 +53,9 @@ def encode_bins(
     if mesh is None:
         return _encode_in_groups(tower.run, patches, frame_hw)
     # Without a tensor axis, XLA gathers the parameters. libtpu 0.0.42 crashes on explicit sums that it scatters over
-    # 256 chips, of which each gets five columns.
-    if mesh.shape[HEADS] == 1:
+    # 256 chips, of which each gets five columns. Several processes on CPUs compute gradients here that differ from run
+    # to run (by 3e-5 of the norm, JAX 0.10.2; one process on as many devices does not).
+    if mesh.shape[HEADS] == 1 or (jax.default_backend() == "cpu" and jax.process_count() > 1):
         return tower.run(patches, frame_hw)
     specs = (module_specs(tower, "vision"), P(BINS), P(BINS))
     on_device = jax.shard_map(
