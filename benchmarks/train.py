@@ -3,10 +3,11 @@
     python -m benchmarks.train                     # a CPU, against transformers and torch.optim.AdamW, side by side
     python -m benchmarks.train --size 2b           # an accelerator: MFU, memory; --profile DIR writes a trace
 
-small: the model of `benchmarks.describe` with tied embeddings, float32, eight samples of one to six frames of 12 x 22
-patches, packed into rows of 1,024 tokens. The reference processes the samples one by one and accumulates their
-gradients, as training code without packing does. The vision tower is frozen in both, because the backward pass of
-PyTorch's Conv3d takes minutes on a CPU. 2b: Qwen2-VL-2B's sizes, bfloat16, a row of 16,384 tokens per device.
+small: 30.3 million parameters, float32, four samples of 340 tokens (four frames of 16 x 16 patches, an answer of 62
+tokens), as four rows of one sample, two rows of two, and one row of four. The reference has one batch of the four
+samples, sdpa and a fused AdamW. The patch embedding is frozen in both, because the backward pass of PyTorch's Conv3d
+takes minutes on a CPU. Rounds alternate, with two threads each. 2b: Qwen2-VL-2B's sizes, bfloat16, a row of 16,384
+tokens per device.
 """
 
 import argparse
@@ -16,12 +17,15 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.samples import make_example, seconds
+from benchmarks.samples import END, IMAGE, START, make_example, seconds
 from tarsier_jax.config import ModelConfig, Qwen2VisionConfig, TextConfig
 from tarsier_jax.families import load_config
 from tarsier_jax.models.attention import default_implementation
@@ -38,7 +42,8 @@ from train.throughput import Work, peak_flops, step_flops, work_of
 OPTIMIZER = OptimizerConfig(warmup_steps=0)
 TEXT_2B = TextConfig(151_936, 1536, 8960, 28, 12, 2, 128, tie_embeddings=True)
 VIDEO_2B = (16, 26, 46)  # frames, height and width in patches
-SMALL_VIDEOS = (1, 6, 2, 5, 3, 4, 2, 6)  # frames of each small sample
+SMALL_VOCABULARY = 16_384
+FROZEN = ("vision/patch_embed/.*",)
 
 
 def pack(examples: list[Example], shape: RowShape, config: ModelConfig) -> list[PackedRow]:
@@ -139,60 +144,110 @@ def benchmark_2b(steps: int, tokens: int, profile: str | None) -> None:
     print(f"peak memory {step.memory / 2**30:.2f} GiB")
 
 
+def make_reference(directory: Path) -> Any:
+    """Creates a random model of 30.3 million parameters in transformers and saves it into `directory`."""
+    import torch
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = {
+        "vocab_size": SMALL_VOCABULARY,
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+    }
+    vision = {"depth": 6, "embed_dim": 320, "num_heads": 4, "hidden_size": 384}
+    ids = {"image_token_id": IMAGE, "vision_start_token_id": START, "vision_end_token_id": END}
+    ids = {name: small_ids(np.array(i)).item() for name, i in ids.items()}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(config)
+    model.save_pretrained(directory)
+    return model
+
+
+def small_ids(ids: np.ndarray) -> np.ndarray:
+    """Returns the tokens of `make_example` in the small vocabulary, in which those of images are the last."""
+    words = SMALL_VOCABULARY - 8
+    return np.where(ids < 0, ids, np.where(ids >= START, ids - START + words, ids % words))
+
+
+def small_examples(config: ModelConfig) -> list[Example]:
+    examples = [make_example(config, 4, 16, 16, 62, seed) for seed in range(4)]
+    ids = [(small_ids(e.input_ids).astype(np.int32), small_ids(e.labels).astype(np.int32)) for e in examples]
+    return [dataclasses.replace(e, input_ids=i, labels=labels) for e, (i, labels) in zip(examples, ids, strict=True)]
+
+
+class OurSteps:
+    """Training steps on rows of `samples` samples each."""
+
+    def __init__(self, directory: Path, examples: list[Example], samples: int):
+        config = load_config(directory)
+        frozen = dataclasses.replace(OPTIMIZER, freeze=FROZEN)
+        self.spec = make_state_spec(config, frozen, 100, make_mesh(devices=jax.devices()[:1]))
+        self.state = init_state(self.spec, directory)
+        rows = pack(examples, RowShape(340 * samples, 4 * samples, 256, 1, samples), config)
+        self.batch = global_batch(rows, 1, self.spec.mesh)
+        self.function = make_train_step(self.spec, sft_loss)
+
+    def __call__(self) -> float:
+        self.state, metrics = self.function(self.state, self.batch)
+        return float(metrics["loss"])
+
+
+class ReferenceSteps:
+    """Training steps of transformers and torch.optim."""
+
+    def __init__(self, model: Any, examples: list[Example]):
+        import torch
+
+        from benchmarks.describe import reference_inputs
+
+        self.model, self.inputs = model, reference_inputs(examples)
+        self.labels = torch.from_numpy(np.stack([e.labels for e in examples])).long()
+        model.model.visual.patch_embed.requires_grad_(False)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=OPTIMIZER.peak_lr, eps=OPTIMIZER.eps, fused=True)
+
+    def __call__(self) -> float:
+        import torch
+
+        self.optimizer.zero_grad()
+        logits = self.model(**self.inputs).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), self.labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip_norm)
+        self.optimizer.step()
+        return float(loss.detach())
+
+
 def benchmark_small(steps: int) -> None:
     """Times our steps and the reference's in turn."""
     jax.config.update("jax_platforms", "cpu")  # before the import below, which limits the threads
     import torch
 
-    from benchmarks.describe import THREADS, make_reference, reference_inputs
+    from benchmarks.describe import THREADS
 
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as directory:
-        theirs = make_reference(Path(directory), tied=True)
-        config = dataclasses.replace(load_config(directory), remat="dots")
-        frozen = dataclasses.replace(OPTIMIZER, freeze=("vision/.*",))
-        spec = make_state_spec(config, frozen, 100, make_mesh(devices=jax.devices()[:1]))
-        state = init_state(spec, Path(directory))
-    examples = [make_example(config, frames, 12, 22, 24 + 8 * i, i) for i, frames in enumerate(SMALL_VIDEOS)]
-    rows = pack(examples, RowShape(1024, 16, 272, 1, 8), config)
-    work = sum((work_of(row.batch) for row in rows), Work())
-    batch = global_batch(rows, 1, spec.mesh)
-    step_function = make_train_step(spec, sft_loss)
-    theirs.model.visual.requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        [p for p in theirs.parameters() if p.requires_grad], lr=OPTIMIZER.peak_lr, eps=OPTIMIZER.eps
-    )
-    answers = sum(int((e.labels >= 0).sum()) for e in examples)
-    losses: dict[str, float] = {}
-
-    def ours() -> None:
-        nonlocal state
-        state, metrics = step_function(state, batch)
-        losses["ours"] = float(metrics["loss"])
-
-    def reference() -> None:
-        optimizer.zero_grad()
-        total = 0.0
-        for e in examples:
-            logits = theirs(**reference_inputs([e])).logits[0, :-1]
-            targets = torch.from_numpy(e.labels[1:]).long()
-            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / answers
-            loss.backward()
-            total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), OPTIMIZER.clip_norm)
-        optimizer.step()
-        losses["reference"] = total
-
-    ours()
-    reference()
-    print(f"{len(examples)} samples of {work.tokens} tokens in {len(rows)} rows, padding {work.padding:.1%}")
-    print(f"loss of the first step: ours {losses['ours']:.6f}, reference {losses['reference']:.6f}")
-    times: dict[str, list[float]] = {"ours": [], "reference": []}
+        model = make_reference(Path(directory))
+        examples = small_examples(load_config(Path(directory)))
+        runs: dict[str, Callable[[], float]] = {
+            f"ours, rows of {samples}": OurSteps(Path(directory), examples, samples) for samples in (1, 2, 4)
+        }
+    runs["reference"] = ReferenceSteps(model, examples)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; loss of the first step:")
+    print(", ".join(f"{name} {run():.6f}" for name, run in runs.items()), flush=True)
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(steps):
-        times["ours"].append(seconds(ours))
-        times["reference"].append(seconds(reference))
-    a, b = (statistics.median(times[who]) for who in ("ours", "reference"))
-    print(f"ours {a:.2f} s per step ({work.tokens / a:.0f} tokens/s)   reference {b:.2f} s   ratio {b / a:.2f}")
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, median in medians.items():
+        print(f"{name}: {median:.2f} s per step, ratio {medians['reference'] / median:.2f}")
 
 
 def main() -> int:
@@ -200,7 +255,7 @@ def main() -> int:
         prog="python -m benchmarks.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=("small", "2b"), default="small")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens per row of the 2b size")
     parser.add_argument("--profile", help="directory for a trace of the 2b size")
     args = parser.parse_args()
