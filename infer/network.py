@@ -41,6 +41,8 @@ def is_loopback(host: str) -> bool:
 
 def listen(host: str, port: int) -> socket.socket:
     """Returns a socket that is bound to an address. Port 0 chooses a free one. Raises InputError."""
+    if not 0 <= port < 2**16:  # getaddrinfo takes its lower 16 bits
+        raise InputError(f"--port is {port}; it must be from 0 to {2**16 - 1}.")
     try:
         (family, kind, _, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -48,7 +50,7 @@ def listen(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"The program cannot listen on {host}:{port} ({reason}). Choose another --host or --port."

@@ -124,8 +124,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name} is {value}; it must be at least {least}.")
-    if not 0 <= args.port < 2**16:
-        raise InputError(f"--port is {args.port}; it must be from 0 to {2**16 - 1}.")
     if not args.timeout > 0:
         raise InputError(f"--timeout is {args.timeout}; it must be above 0.")
     if args.media_root is not None and not args.media_root.is_dir():

@@ -86,6 +86,8 @@ def test_a_key_is_needed_on_other_addresses(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TARSIER_API_KEY", raising=False)
+    with pytest.raises(InputError, match="--port is 99999; it must be from 0 to 65535"):
+        web.main(web.parse(["--port", "99999"]))
     with listen("127.0.0.1", 0) as sock:
         sock.listen()
         with pytest.raises(InputError, match="Choose another --host or --port"):
