@@ -182,12 +182,12 @@ def format_material(material: Material, num_all: int, model: ModelConfig) -> str
     return "\n".join(lines)
 
 
-def format_plans(plans: Sequence[Plan], config: TrainConfig, material: Material) -> str:
+def format_plans(plans: Sequence[Plan], config: TrainConfig, material: Material, num_all: int) -> str:
     """Returns a table of plans, whose first one is the reference of the FLOPs."""
     lines = ["  seq_len      bins x patches   samples/row   padding: tokens  patches   FLOPs/sample   steps/epoch"]
     for plan in plans:
         shape, rows = plan.shape, plan.rows
-        steps = steps_of_epochs(config, 1, lines_per_row(material, rows))
+        steps = steps_of_epochs(config, 1, lines_per_row(material, rows), num_all)
         lines.append(
             f"  {shape.tokens:>7,}  {shape.bins:>6} x {shape.patches:>7,}   {rows.samples:>11.2f}   "
             f"{rows.token_padding:>15.1%}  {rows.patch_padding:>7.1%}   {plan.flops / plans[0].flops:>12.2f}   "
@@ -230,13 +230,16 @@ def plan_rows(config: TrainConfig, program: str, num_samples: int, max_seq_len: 
     processor = training_processor(directory, model, config)
     load = objective.load_plain or objective.load
     material = collect(_with_progress(measure_samples(config, processor, load, num_samples)))
-    print(format_material(material, num_lines(data.train), model), flush=True)
+    num_all = num_lines(data.train)
+    print(format_material(material, num_all, model), flush=True)
     longest = dataclasses.replace(data.row_shape, tokens=max_seq_len or data.seq_len)
     proposals = propose(material.sizes, longest, data.packing_buffer, model)
     if not proposals:
         raise InputError(f"No row of up to {longest.tokens} tokens fits the samples. Raise --max_seq_len.")
     present = make_plan(material.sizes, data.row_shape, data.packing_buffer, model)
-    print(f"rows of the configuration, then proposals\n{format_plans([present, *proposals], config, material)}")
+    print(
+        f"rows of the configuration, then proposals\n{format_plans([present, *proposals], config, material, num_all)}"
+    )
     best = min(proposals, key=lambda plan: plan.flops)
     print(
         f"fewest FLOPs, for frames of up to {best.shape.patches:,} patches (a larger one is a bad sample):\n"

@@ -134,7 +134,8 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
     processor = training_processor(directory, model_config, config)
     pace = {"lines_per_row": _lines_per_row(config, workdir, objective, processor)} if config.num_epochs else {}
     if pace:
-        config = dataclasses.replace(config, num_train_steps=steps_of_epochs(config, config.num_epochs, **pace))
+        steps = steps_of_epochs(config, config.num_epochs, **pace, num_lines=num_lines(config.data.train))
+        config = dataclasses.replace(config, num_train_steps=steps)
     try:
         spec = make_state_spec(
             model_config, config.optimizer, config.num_train_steps, mesh, objective.with_reference, config.lora
@@ -165,11 +166,11 @@ def _lines_per_row(config: TrainConfig, workdir: Path, objective: Objective, pro
 def _measure_lines_per_row(config: TrainConfig, objective: Objective, processor: Processor) -> float:
     material = collect(measure_samples(config, processor, objective.load_plain or objective.load))
     rows = estimate_rows(material.sizes, config.data.row_shape, config.data.packing_buffer)
-    lines = lines_per_row(material, rows)
+    lines, num_all = lines_per_row(material, rows), num_lines(config.data.train)
+    steps = steps_of_epochs(config, config.num_epochs, lines, num_all)
     print(
-        f"{config.num_epochs:g} epochs of {num_lines(config.data.train):,} lines are "
-        f"{steps_of_epochs(config, config.num_epochs, lines):,} steps: a row takes {lines:.2f} lines on average, "
-        f"estimated from {material.num_lines} lines",
+        f"{config.num_epochs:g} epochs of {num_all:,} lines are {steps:,} steps: a row takes {lines:.2f} lines on "
+        f"average, estimated from {material.num_lines} lines",
         flush=True,
     )
     return lines

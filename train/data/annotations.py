@@ -116,9 +116,14 @@ def describe_files(files: str) -> list[str]:
     return descriptions
 
 
+def open_annotations(path: str) -> ArchiveAnnotations | AnnotationFile:
+    """Returns the samples of an annotation file, or of archives. Raises InputError."""
+    return ArchiveAnnotations(path) if archives_of(path) else AnnotationFile(path)
+
+
 def num_lines(files: str) -> int:
-    """Returns the number of lines of all files that are not empty. Raises InputError."""
-    return sum(len(AnnotationFile(path)) for path, _ in parse_files(files))
+    """Returns the number of lines of all files that are not empty, or of samples of archives. Raises InputError."""
+    return sum(len(open_annotations(path)) for path, _ in parse_files(files))
 
 
 def mix_files(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grain.MapDataset:
@@ -131,7 +136,7 @@ def mix_files(files: str, seed: int, repeat: bool, shuffle: bool = True) -> grai
         shuffle: Shuffle each file at each pass if `repeat`.
     """
     parsed = parse_files(files)
-    sources = [ArchiveAnnotations(path) if archives_of(path) else AnnotationFile(path) for path, _ in parsed]
+    sources = [open_annotations(path) for path, _ in parsed]
     if not repeat:
         return grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
     datasets = [grain.MapDataset.source(s).seed(seed + i) for i, s in enumerate(sources)]

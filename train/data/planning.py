@@ -165,10 +165,9 @@ def lines_per_row(material: Material, rows: RowEstimate) -> float:
     return rows.samples * material.num_lines / (len(material.samples) - rows.num_too_large)
 
 
-def steps_of_epochs(config: TrainConfig, num_epochs: float, lines_per_row: float) -> int:
-    """Returns the number of steps in which `num_epochs` times the number of lines are read."""
-    lines_per_step = lines_per_row * config.data.global_batch_size
-    return math.ceil(num_epochs * num_lines(config.data.train) / lines_per_step)
+def steps_of_epochs(config: TrainConfig, num_epochs: float, lines_per_row: float, num_lines: int) -> int:
+    """Returns the number of steps in which `num_epochs` times `num_lines` lines are read."""
+    return math.ceil(num_epochs * num_lines / (lines_per_row * config.data.global_batch_size))
 
 
 def _until(samples: int, rows: Iterator[RowSpace]) -> Iterator[RowSpace]:

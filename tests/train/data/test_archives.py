@@ -14,7 +14,7 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.processing.processor import Processor
 from tests.processing.test_archives import STRUCT, write_table, write_tar
 from tests.train.texts import write_lines
-from train.data.annotations import describe_files, mix_files, read_sample
+from train.data.annotations import describe_files, mix_files, num_lines, read_sample
 from train.data.archives import ArchiveAnnotations
 from train.data.samples import prepare
 
@@ -71,6 +71,7 @@ def test_the_place_of_a_sample(archives: dict[str, str], tmp_path: Path) -> None
     assert places == [("s-0.tar", 1), ("s-0.tar", 2), ("s-1.tar", 1)]
     lines: Any = mix_files(f"{archives['s-*.tar']}=1,{archives['lines']}=3", 0, repeat=True)
     assert sum(Path(lines[i].file).suffix == ".tar" for i in range(8)) == 2
+    assert num_lines(f"{archives['s-*.tar']}=1,{archives['lines']}=3") == 6
 
 
 def test_archives_are_described_by_their_annotations(archives: dict[str, str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tarsier_jax.processing.processor import Processor
 from tarsier_jax.processing.sizes import without_pixels
 from tests.train.texts import load, open_rows, write_lines, write_texts
 from train.config import TrainConfig
-from train.data.annotations import mix_files
+from train.data.annotations import mix_files, num_lines
 from train.data.packing import BadSample, DataConfig, PackingConfig, PackUnit
 from train.data.planning import (
     Material,
@@ -120,7 +120,12 @@ def test_epochs_count_all_lines(tmp_path: Path) -> None:
     assert lines == 4
     a, b = write_texts(tmp_path / "a", [1] * 70), write_texts(tmp_path / "b", [1] * 30)
     config = TrainConfig(data=DataConfig(train=f"{a},{b}", global_batch_size=8))
-    assert [steps_of_epochs(config, epochs, lines) for epochs in (1, 2, 0.32, 2.56)] == [4, 7, 1, 8]
+    assert [steps_of_epochs(config, epochs, lines, num_lines(config.data.train)) for epochs in (1, 2, 0.32, 2.56)] == [
+        4,
+        7,
+        1,
+        8,
+    ]
 
 
 def test_measuring_names_bad_lines(tmp_path: Path, processor: Processor) -> None:
