@@ -25,7 +25,7 @@ from eval.judges.flags import add_judge_flags, judge_of
 from eval.judges.judge import Judge
 from eval.predictions import Prediction, read_rows
 from eval.report import screen_text, write_report
-from eval.settings import benchmark_settings, merge_settings, settings_for, weights_digest
+from eval.settings import benchmark_settings, merge_settings, model_digest, settings_for
 from infer.bulk.config import local_mesh
 from tarsier_jax.errors import InputError
 from tarsier_jax.families import family_of, load_config
@@ -154,7 +154,7 @@ def run_settings(args: argparse.Namespace, sources: Sequence[BenchmarkInput]) ->
     return {
         "model": args.model,
         # One entry: predictions without the adapter are not continued with it.
-        "weights": "+".join(map(weights_digest, filter(None, (resolve(args.model), args.adapter)))),
+        "weights": model_digest(resolve(args.model), args.adapter),
         "dtype": resolve_dtype(args.dtype),
         "max_pixels": args.max_pixels,
         "platform": jax.default_backend(),

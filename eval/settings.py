@@ -24,6 +24,11 @@ def weights_digest(directory: Path) -> str:
     return digest_files(directory, files).hex()[:_DIGITS]
 
 
+def model_digest(directory: Path, adapter: Path | None) -> str:
+    """Returns the digests of a checkpoint and of the adapter that is merged into it, as one text."""
+    return "+".join(map(weights_digest, filter(None, (directory, adapter))))
+
+
 def benchmark_settings(benchmark: Benchmark, rows: Sequence[AnnotatedSample]) -> dict[str, Any]:
     """Returns the settings of a benchmark: frames, tokens, the prompt, and a digest of all its samples, `rows`."""
     prompts, samples = {}, []

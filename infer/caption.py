@@ -36,7 +36,7 @@ from tarsier_jax.files import locked, source_text
 from tarsier_jax.mirror import output_file
 from tarsier_jax.processing.media_types import MEDIA_SUFFIXES
 from tarsier_jax.programs import Compilations, prepare_process, run
-from tarsier_jax.weights.digest import digest_weights
+from tarsier_jax.weights.digest import digest_adapter
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,7 +89,7 @@ def caption_missing(items: Items, config: CaptionConfig, output: Path, args: arg
     windows = windows_of(args.every, args.window)
     options = {
         **config.caption_options,
-        "adapter": None if config.adapter is None else digest_weights(config.adapter).hex(),
+        "adapter": None if config.adapter is None else digest_adapter(config.adapter).hex(),
         "windows": windows and dataclasses.asdict(windows),
     }
     manifest = Manifest(output, model, options, args.overwrite)

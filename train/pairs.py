@@ -29,7 +29,7 @@ from eval.judges.judge import Judge
 from eval.metrics.autodq import score_descriptions
 from eval.metrics.scores import SampleScore
 from eval.predictions import Prediction
-from eval.settings import weights_digest
+from eval.settings import model_digest
 from infer.bulk.config import CaptionConfig, add_config_flags
 from infer.bulk.inputs import Item, find_items
 from infer.bulk.journal import Journal
@@ -161,7 +161,7 @@ def run_settings(args: argparse.Namespace, config: CaptionConfig) -> dict[str, A
     source = Path(args.input)
     return {
         **{name: value for name, value in flatten(dataclasses.asdict(config)).items() if name not in _RUN_ONLY},
-        "weights": weights_digest(resolve(args.model)),
+        "weights": model_digest(resolve(args.model), args.adapter),
         "input": hashlib.blake2b(source.read_bytes(), digest_size=8).hexdigest() if source.is_file() else args.input,
     }
 

@@ -18,6 +18,11 @@ def digest_weights(directory: Path) -> bytes:
     return digest_files(directory, files)
 
 
+def digest_adapter(directory: Path) -> bytes:
+    """Returns the SHA-256 of the options and the weights of a LoRA adapter, and of their file names."""
+    return digest_files(directory, directory.glob("adapter_*"))
+
+
 def digest_files(directory: Path, files: Iterable[Path]) -> bytes:
     """Returns the SHA-256 of the contents of files, and of their names in `directory`; takes a second per few GiB."""
     files, total = sorted(files), hashlib.sha256()

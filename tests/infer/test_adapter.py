@@ -1,6 +1,7 @@
 """--adapter of the programs: the answers are those of the merged model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tarsier_jax.families import load_config
 from tarsier_jax.processing.processor import media_sample
 from tarsier_jax.programs import run
 from tarsier_jax.weights.adapter import linear_parameters, write_adapter
+from tarsier_jax.weights.digest import digest_adapter
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +75,11 @@ def test_predictions_of_another_adapter_are_not_continued(checkpoint: Path, adap
 def test_a_model_as_the_adapter(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not a LoRA adapter: it contains no adapter_config\.json"):
         tarsier_jax.load(checkpoint, adapter=checkpoint)
+
+
+def test_an_adapter_is_identified_by_its_options_and_weights(adapter: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    assert digest_adapter(copy) == digest_adapter(adapter)
+    options = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**options, "lora_alpha": 3.0}))
+    assert digest_adapter(copy) != digest_adapter(adapter)
