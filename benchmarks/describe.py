@@ -39,21 +39,26 @@ FRAMES, HEIGHT, WIDTH = 5, 12, 22
 TEXT_TOKENS = 26  # tokens of the prompt around the video
 
 
-def make_reference(directory: Path, tied: bool = False) -> Any:
-    """Creates a random model in transformers and saves it into `directory`."""
+TEXT = {
+    "vocab_size": 152_064,
+    "hidden_size": 896,
+    "intermediate_size": 2432,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+}
+VISION = {"depth": 8, "embed_dim": 320, "num_heads": 4, "hidden_size": 896}
+
+
+def make_reference(
+    directory: Path, text: dict[str, Any] = TEXT, vision: dict[str, Any] = VISION, **options: Any
+) -> Any:
+    """Creates a random model in transformers and saves it into `directory`. `options` are fields of Qwen2VLConfig."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    text = {
-        "vocab_size": 152_064,
-        "hidden_size": 896,
-        "intermediate_size": 2432,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-    }
-    vision = {"depth": 8, "embed_dim": 320, "num_heads": 4, "hidden_size": 896}
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    options = {"tie_word_embeddings": False, **options}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **options)
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(config).eval()

@@ -3,7 +3,7 @@
     python -m benchmarks.train                     # a CPU, against transformers and torch.optim.AdamW, side by side
     python -m benchmarks.train --size 2b           # an accelerator: MFU, memory; --profile DIR writes a trace
 
-small: 30.3 million parameters, float32, four samples of 340 tokens (four frames of 16 x 16 patches, an answer of 62
+small: 30.4 million parameters, float32, four samples of 340 tokens (four frames of 16 x 16 patches, an answer of 62
 tokens), as four rows of one sample, two rows of two, and one row of four. The reference has one batch of the four
 samples, sdpa and a fused AdamW. The patch embedding is frozen in both, because the backward pass of PyTorch's Conv3d
 takes minutes on a CPU. Rounds alternate, with two threads each. 2b: Qwen2-VL-2B's sizes, bfloat16, a row of 16,384
@@ -144,29 +144,16 @@ def benchmark_2b(steps: int, tokens: int, profile: str | None) -> None:
     print(f"peak memory {step.memory / 2**30:.2f} GiB")
 
 
-def make_reference(directory: Path) -> Any:
-    """Creates a random model of 30.3 million parameters in transformers and saves it into `directory`."""
-    import torch
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+def make_small_reference(directory: Path) -> Any:
+    """Creates a random model of 30.4 million parameters in transformers and saves it into `directory`."""
+    from benchmarks.describe import TEXT, VISION, make_reference
 
-    text = {
-        "vocab_size": SMALL_VOCABULARY,
-        "hidden_size": 384,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 9,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-    }
-    vision = {"depth": 6, "embed_dim": 320, "num_heads": 4, "hidden_size": 384}
+    text = {**TEXT, "vocab_size": SMALL_VOCABULARY, "hidden_size": 384, "intermediate_size": 1024}
+    text |= {"num_hidden_layers": 9, "num_attention_heads": 6}
     ids = {"image_token_id": IMAGE, "vision_start_token_id": START, "vision_end_token_id": END}
     ids = {name: small_ids(np.array(i)).item() for name, i in ids.items()}
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(config)
-    model.save_pretrained(directory)
-    return model
+    model = make_reference(directory, text, {**VISION, "depth": 6, "hidden_size": 384}, tie_word_embeddings=True, **ids)
+    return model.train()
 
 
 def small_ids(ids: np.ndarray) -> np.ndarray:
@@ -233,7 +220,7 @@ def benchmark_small(steps: int) -> None:
 
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as directory:
-        model = make_reference(Path(directory))
+        model = make_small_reference(Path(directory))
         examples = small_examples(load_config(Path(directory)))
         runs: dict[str, Callable[[], float]] = {
             f"ours, rows of {samples}": OurSteps(Path(directory), examples, samples) for samples in (1, 2, 4)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from tarsier_jax.families import load_config
-from tarsier_jax.files import local_path, path_text
+from tarsier_jax.files import local_path, source_text
 from tarsier_jax.processing.chat import load_chat_template
 from tarsier_jax.programs import run
 from tarsier_jax.weights import load_weights, resolve, stored_dtype
@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m convert.merge_lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=path_text, metavar="MODEL", help="directory or hub id of the base model")
+    parser.add_argument("model", type=source_text, metavar="MODEL", help="directory or hub id of the base model")
     parser.add_argument("adapter", type=local_path, metavar="ADAPTER", help="directory of the adapter")
     parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write; it must not exist yet")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")

@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     options = {} if args.n_frames is None else {"n_frames": args.n_frames}
     ProcessorOptions(**options)  # raises InputError
     sampling = SamplingOptions(max_new_tokens=args.max_new_tokens)
-    port = _find_port(args.host, args.port)  # before the model is loaded: it fails fast
+    port = find_port(args.host, args.port)  # before the model is loaded: it fails fast
     prepare_process()
     print(f"loading {args.model}", file=sys.stderr, flush=True)
     dtype = resolve_dtype(args.dtype)
@@ -153,7 +153,7 @@ def launch(page: "gradio.Blocks", host: str, port: int, key: str | None, slots: 
     page.queue(max_size=_QUEUED, default_concurrency_limit=slots, api_open=False)
     page.launch(
         server_name=host,
-        server_port=_find_port(host, port),
+        server_port=port,
         auth=None if key is None else (_USER, key),
         max_file_size=_LIMITS.max_bytes,
         css=_CSS,
@@ -246,7 +246,7 @@ def _show(error: Exception, files: Sequence[str]) -> None:
     gr.Warning(html.escape(message), title="The file or question cannot be used", duration=None)
 
 
-def _find_port(host: str, port: int) -> int:
+def find_port(host: str, port: int) -> int:
     """Returns the port, or a free one for 0, which Gradio does not accept. Raises InputError if it cannot be used."""
     with listen(host, port) as sock:
         return sock.getsockname()[1]

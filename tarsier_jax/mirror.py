@@ -25,7 +25,7 @@ from tarsier_jax.storage import open_store, store_errors
 MANIFEST = ".mirror.json"  # of a directory; that of a file has the name of the file in front
 _EVERY = 30.0  # seconds between two uploads
 _PART = ".part-"
-_UNFINISHED = (".orbax-checkpoint-tmp", ".partial")
+_UNFINISHED = ".orbax-checkpoint-tmp"
 
 # Path of a file in the directory -> names of its objects; of JSON lines in parts, also their size and digest.
 Files = dict[str, dict[str, Any]]
@@ -157,6 +157,8 @@ class Mirror:
     def _upload(self, is_last: bool) -> None:
         paths = {path.relative_to(self._directory).as_posix(): path for path in _complete_files(self._directory)}
         stamps = {name: _stamp(path) for name, path in paths.items()}
+        if stamps == self._stamps and not is_last:
+            return
         self._check_writer()
         files, targets = Files(), dict[str, Path]()
         for name, path in paths.items():
@@ -245,7 +247,7 @@ class Mirror:
 def _complete_files(directory: Path) -> Iterator[Path]:
     """Yields the files that are neither hidden nor in a directory that is being written."""
     for parent, names, files in os.walk(directory):
-        names[:] = [name for name in names if not name.startswith(".") and not any(u in name for u in _UNFINISHED)]
+        names[:] = [name for name in names if not name.startswith(".") and _UNFINISHED not in name]
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 

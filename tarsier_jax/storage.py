@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import cache_directory
+from tarsier_jax.files import cache_directory, is_remote
 
 _EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> extra of setup.py with its package
 _SIGNIFICANT = ("size", "ETag", "etag", "generation", "md5Hash", "blob_id", "mtime", "LastModified", "created")
@@ -83,6 +83,11 @@ def local_copy(url: str) -> Path:
             target = partial if is_file else partial / copy.name
             _download(url, fs, {name: target / relative for name, relative in names.items()})
     return copy
+
+
+def local_source(path: str) -> str:
+    """Returns a path as it is, and the path of the `local_copy` of a URL. Raises InputError."""
+    return str(local_copy(path)) if is_remote(path) else path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.files import is_disk_full
 from train.best import BestCheckpoint, read_best, write_best
+from train.checks import first_difference
 from train.data.loading import RowLoader
 from train.optimizer import Params
 from train.processes import on_any
@@ -320,7 +321,7 @@ def _check_layout(directory: epath.Path, tree: dict[str, Any], record: Mapping[s
     if "state" not in record:
         return
     ours, theirs = _layout(tree), {path: text.split()[0] for path, text in record["state"].items()}
-    unlike = next((path for path in {**theirs, **ours} if ours.get(path) != theirs.get(path)), None)
+    unlike = first_difference(theirs, ours)
     if unlike is not None:
         raise CheckpointError(
             f"{directory} was written with another model, optimizer or dtype: {unlike} was "

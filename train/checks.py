@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tarsier_jax.errors import InputError
@@ -46,3 +46,8 @@ def check_dtype(options: Any, name: str, *more: str) -> None:
             "Choose bfloat16."
         )
     check_choice(options, name, (*more, "float32", "bfloat16"))
+
+
+def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """Returns the first key whose values differ, or that only one of the mappings has; None if they are equal."""
+    return next((key for key in {**before, **after} if before.get(key) != after.get(key)), None)

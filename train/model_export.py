@@ -22,6 +22,7 @@ from tarsier_jax.weights.names import abstract_state
 from tarsier_jax.weights.orbax import write_converted
 from train.best import read_best
 from train.checkpoints import load_parameters, saved_steps
+from train.checks import first_difference
 from train.config import TrainConfig, read_config
 from train.lora import lora_matrices
 from train.optimizer import Params
@@ -122,17 +123,16 @@ def _load(workdir: Path, step: int, config: TrainConfig, source: Path, dtype: st
     model_config = load_config(source)
     template = training_processor(source, model_config, config).chat_template
     params = load_parameters(workdir, step, dtype)
-    graph, _ = abstract_state(model_config)
-    _check_shapes(params, model_config, workdir, step)
+    graph, abstract = abstract_state(model_config)
+    _check_shapes(params, abstract, workdir, step)
     return build_model(graph, params, dtype), template
 
 
-def _check_shapes(params: Params, config: ModelConfig, workdir: Path, step: int) -> None:
+def _check_shapes(params: Params, abstract: nnx.State, workdir: Path, step: int) -> None:
     """Raises CheckpointError if the parameters are not those of the model."""
-    _, abstract = abstract_state(config)
     shapes = {parameter_path(path): leaf.shape for path, leaf in nnx.to_flat_state(abstract)}
     theirs = {path: x.shape for path, x in params.items()}
-    unlike = next((path for path in {**shapes, **theirs} if shapes.get(path) != theirs.get(path)), None)
+    unlike = first_difference(shapes, theirs)
     if unlike is not None:
         raise CheckpointError(
             f"Step {step} of {workdir} is of another model than the run's starting checkpoint: {unlike} has the shape "

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import new_directory
+from train.checks import first_difference
 
 _FAILURE, _SETTINGS = "tarsier_jax/failure", "tarsier_jax/settings"
 _FOREVER = 10**9  # milliseconds, longer than any run
@@ -41,7 +42,7 @@ def check_same_settings(name: str, settings: Mapping[str, Any]) -> None:
         client.key_value_set(key, json.dumps(ours))
     else:
         theirs = json.loads(client.blocking_key_value_get(key, _FOREVER))
-        unlike = next((k for k in {**theirs, **ours} if ours.get(k) != theirs.get(k)), None)
+        unlike = first_difference(theirs, ours)
         if unlike is not None:
             raise InputError(
                 f"{unlike} is {ours.get(unlike)!r} in process {process} and {theirs.get(unlike)!r} in process 0. Start "

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError, InputError
-from tarsier_jax.files import check_local, is_remote
+from tarsier_jax.files import check_source
 from tarsier_jax.models.tarsier import Tarsier
-from tarsier_jax.storage import local_copy
+from tarsier_jax.storage import local_source
 from tarsier_jax.weights.adapter import read_adapter
 from tarsier_jax.weights.export import convert_to_hf, export_hf, hf_tensors
 from tarsier_jax.weights.kinds import check_kind
@@ -53,7 +53,7 @@ def resolve(path: str | Path) -> Path:
             the download fails.
     """
     try:
-        directory = local_copy(str(path)) if is_remote(path) else Path(check_local("the checkpoint", str(path)))
+        directory = Path(local_source(check_source("the checkpoint", str(path))))
     except InputError as error:
         raise CheckpointError(str(error)) from None
     if directory.is_dir():

@@ -99,7 +99,7 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_page_in_a_browser(model: Model, tmp_path: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api")
     page = web.make_page(model, 8, SamplingOptions(48))
-    web.launch(page, "127.0.0.1", 0, None, 2)
+    web.launch(page, "127.0.0.1", web.find_port("127.0.0.1", 0), None, 2)
     try:
         with sync_api.sync_playwright() as playwright:
             flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]

@@ -15,7 +15,7 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.files import is_remote, is_url
 from tarsier_jax.processing.formats import normalize_sample
 from tarsier_jax.processing.jsonl import check_line, parse_json
-from tarsier_jax.storage import local_copy
+from tarsier_jax.storage import local_source
 from train.data.archives import ArchiveAnnotations, archives_of
 
 
@@ -44,7 +44,7 @@ class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[r
     """
 
     def __init__(self, path: str):
-        self.path, self._local = path, _local(path)
+        self.path, self._local = path, local_source(path)
         try:
             with open(self._local, "rb") as file:
                 starts, numbers, at = [], [], 0
@@ -71,10 +71,6 @@ class AnnotationFile(grain.sources.RandomAccessDataSource):  # pyright: ignore[r
             return AnnotationLine(
                 self.path, int(self._numbers[i]), line.decode(errors="replace")
             )  # the file may have changed
-
-
-def _local(path: str) -> str:
-    return str(local_copy(path)) if is_remote(path) else path
 
 
 def parse_files(files: str) -> list[tuple[str, float | None]]:
@@ -107,7 +103,7 @@ def describe_files(files: str) -> list[str]:
             descriptions.append(ArchiveAnnotations(path).describe() + suffix)
             continue
         try:
-            with open(_local(path), "rb") as file:
+            with open(local_source(path), "rb") as file:
                 digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
                 size = file.tell()
         except OSError as e:

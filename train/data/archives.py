@@ -12,12 +12,11 @@ from typing import Any, SupportsIndex
 import grain
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import is_remote
 from tarsier_jax.processing.archives import Archive, find_archives, open_archive
 from tarsier_jax.processing.formats import is_conversation
 from tarsier_jax.processing.jsonl import to_json
 from tarsier_jax.processing.processor import media_sample
-from tarsier_jax.storage import local_copy
+from tarsier_jax.storage import local_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ def archives_of(source: str) -> list[str]:
 
     A directory or file in an object store is copied to this machine.
     """
-    source = str(local_copy(source)) if is_remote(source) else source
+    source = local_source(source)
     matches = sorted(glob.glob(source)) if glob.has_magic(source) and not os.path.exists(source) else [source]
     return [str(file) for match in matches for file in find_archives(match)]
 
