@@ -122,7 +122,7 @@ def first_layers(layers: Any, n: int) -> Any:
     return jax.tree.map(lambda x: x[:n], layers)
 
 
-_MAX_UNROLLED = 4  # layers
+_MAX_UNROLLED = 12  # layers
 
 
 def apply_layers(body: Callable[[Any, Any], Any], carry: Any, layers: Any, remat: str) -> Any:

@@ -117,15 +117,30 @@ def test_a_row_with_nothing_to_see_is_finite() -> None:
     assert np.isfinite(attend(q, q, q, kv_lengths=jnp.zeros(1, jnp.int32))).all()
 
 
-def test_gradients_do_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = random(0, 2, 32, 4, 8), random(1, 2, 32, 2, 8), random(2, 2, 32, 2, 8)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("segmented", [True, False])
+@pytest.mark.parametrize("max_scores", [2**20, 2**8])  # at once, and in 12 blocks per head
+def test_gradients(causal: bool, segmented: bool, max_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They equal those of softmax(q k^T) v, whether or not blocks skip keys."""
+    monkeypatch.setattr(tarsier_jax.models.attention, "_MAX_SCORES", max_scores)
+    q, k, v = random(0, 2, 39, 4, 8), random(1, 2, 39, 2, 8), random(2, 2, 39, 2, 8)
+    lengths = np.array([39, 23])
+    ids = np.repeat([[1, 2, 3, 0], [1, 0, 0, 0]], [17, 1, 16, 5], axis=1)
+    visible = np.arange(39) < lengths[:, None, None]
+    visible = visible & (np.tri(39, dtype=bool) if causal else True)
+    visible = visible & (ids[:, :, None] == ids[:, None] if segmented else True)
+    weight = random(3, *q.shape) * visible.any(axis=2)[..., None, None]  # a query that sees nothing has any output
 
-    def gradients() -> tuple[jax.Array, ...]:
-        return jax.grad(lambda *x: jnp.sum(attend(*x, causal=True) ** 2), argnums=(0, 1, 2))(q, k, v)
+    def expected(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.where(visible[:, None], jnp.einsum("btnh,bsnh->bnts", q, k) * 8**-0.5, -1e30)
+        return jnp.sum(jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v) * weight)
 
-    whole = gradients()
-    monkeypatch.setattr(tarsier_jax.models.attention, "_MAX_SCORES", 2**8)
-    for a, b in zip(gradients(), whole, strict=True):
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        options = {"segment_ids": jnp.asarray(ids)} if segmented else {}
+        return jnp.sum(attend(q, k, v, causal=causal, kv_lengths=jnp.asarray(lengths), **options) * weight)
+
+    for a, b in zip(*(jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v) for f in (ours, expected)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
 
 
