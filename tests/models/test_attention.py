@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-import tarsier_jax.models.attention
+import tarsier_jax.models.blockwise
 from tarsier_jax.models.attention import IMPLEMENTATIONS, attend, default_implementation
 
 
@@ -52,7 +52,7 @@ def cudnn_in_xla(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("max_scores", [2**20, 2**12])  # whole, and in pieces
 def test_grouped_queries(implementation: str, causal: bool, max_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tarsier_jax.models.attention, "_MAX_SCORES", max_scores)
+    monkeypatch.setattr(tarsier_jax.models.blockwise, "_MAX_SCORES", max_scores)
     q, k, v = random(0, 2, 136, 6, 16), random(1, 2, 136, 2, 16), random(2, 2, 136, 2, 16)
     lengths = np.array([136, 77])
     out = attend(q, k, v, causal=causal, kv_lengths=jnp.asarray(lengths), implementation=implementation)
@@ -65,7 +65,7 @@ def test_grouped_queries(implementation: str, causal: bool, max_scores: int, mon
 @pytest.mark.parametrize("max_scores", [2**20, 2**12])
 def test_segments(implementation: str, causal: bool, max_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples in one row attend as in separate rows."""
-    monkeypatch.setattr(tarsier_jax.models.attention, "_MAX_SCORES", max_scores)
+    monkeypatch.setattr(tarsier_jax.models.blockwise, "_MAX_SCORES", max_scores)
     q, k, v = random(0, 1, 136, 6, 16), random(1, 1, 136, 2, 16), random(2, 1, 136, 2, 16)
     segment_ids = jnp.asarray(np.repeat([[1, 2, 3, 0]], [50, 1, 70, 15], axis=1))
     out = attend(q, k, v, causal=causal, segment_ids=segment_ids, implementation=implementation)
@@ -122,7 +122,7 @@ def test_a_row_with_nothing_to_see_is_finite() -> None:
 @pytest.mark.parametrize("max_scores", [2**20, 2**8])  # at once, and in 12 blocks per head
 def test_gradients(causal: bool, segmented: bool, max_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They equal those of softmax(q k^T) v, whether or not blocks skip keys."""
-    monkeypatch.setattr(tarsier_jax.models.attention, "_MAX_SCORES", max_scores)
+    monkeypatch.setattr(tarsier_jax.models.blockwise, "_MAX_SCORES", max_scores)
     q, k, v = random(0, 2, 39, 4, 8), random(1, 2, 39, 2, 8), random(2, 2, 39, 2, 8)
     lengths = np.array([39, 23])
     ids = np.repeat([[1, 2, 3, 0], [1, 0, 0, 0]], [17, 1, 16, 5], axis=1)
