@@ -1,9 +1,11 @@
 """Code shared by all programs: process settings, common flags, and errors as one line and an exit status."""
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import errno
+import gc
 import importlib.util
 import io
 import os
@@ -53,6 +55,7 @@ def run(main: Callable[[], int | None], traceback: bool = False) -> int:
         traceback: Raise errors instead of printing their message.
     """
     warnings.formatwarning = _format_warning
+    atexit.register(gc.freeze)  # the last collections would visit all of JAX for half a second
     try:
         _prepare_streams()
         status = main() or 0

@@ -109,10 +109,15 @@ def unstack_layers(layers: nnx.Module) -> nnx.List:
     leaves, structure = jax.tree.flatten(state)
     parts = []
     for leaf in leaves:
-        parts.append([leaf[i] for i in range(leaf.shape[0])])
+        parts.append([_layer_of(leaf, i) for i in range(leaf.shape[0])])
         jax.block_until_ready(parts[-1])
         leaf.delete()
     return nnx.List([nnx.merge(graph, jax.tree.unflatten(structure, layer)) for layer in zip(*parts, strict=True)])
+
+
+@jax.jit
+def _layer_of(x: Array, i: Array | int) -> Array:  # an argument i does not compile a program per layer
+    return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
 def first_layers(layers: Any, n: int) -> Any:

@@ -5,9 +5,11 @@ may differ, and one parameter contains the tensors of all layers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 from flax import nnx
 
 from tarsier_jax.config import ModelConfig
@@ -37,6 +39,12 @@ class Parameter:
 
 def abstract_state(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """Returns the model's structure and the shapes of its parameters, without allocating them."""
+    graph, state = _abstract_state(config)
+    return graph, jax.tree.map(lambda shape: shape, state)  # a copy, since a State can be changed
+
+
+@functools.lru_cache(maxsize=8)  # tracing the constructor takes a third of a second
+def _abstract_state(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: family_of(config).model(config, nnx.Rngs(0))))
 
 
