@@ -29,13 +29,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tarsier_jax" / "objects"
 
 
-@pytest.fixture
-def store() -> Iterator[Any]:
-    store = fsspec.filesystem("memory")
-    yield store
-    store.store.clear()
-
-
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
     """A bucket of an S3 server on this machine, as an fsspec file system."""
