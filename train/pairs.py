@@ -26,6 +26,7 @@ import numpy as np
 
 from eval.judges.flags import add_endpoint_flags, make_judge
 from eval.judges.judge import Judge
+from eval.judges.usage import MeteredJudge
 from eval.metrics.autodq import score_descriptions
 from eval.metrics.scores import SampleScore
 from eval.predictions import Prediction
@@ -261,6 +262,8 @@ def write_pairs(described: Sequence[tuple[Clip, str, str]], judge: Judge | None,
                 num_failed += 1
             elif is_preferred(chosen.values, rejected.values):
                 lines.append({**clip.pair(first, second), "autodq": _scores(chosen, rejected)})
+        if isinstance(judge, MeteredJudge):
+            print(f"The judge: {judge.pop_usage().summary(judge.prices)}.")
     with atomic_write(path) as partial:
         partial.write_text("".join(f"{to_json(line)}\n" for line in lines), encoding="utf-8")
     print(
