@@ -19,6 +19,8 @@ from tarsier_jax.files import check_source, is_remote
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.storage import fetch, local_copy
 from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP, resolve
+from tests.eval.judges.servers import serve
+from tests.hub import Hub
 from train.data import AnnotationFile
 from train.data.annotations import describe_files, with_root
 
@@ -46,6 +48,21 @@ def bucket() -> Iterator[Any]:
         yield store
     server.stop()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with the embedded model and a data set of its clip."""
+    clips = tmp_path / "clips"
+    (clips / "videos").mkdir(parents=True)
+    (clips / "videos" / "a.mp4").write_bytes(EMBEDDED_CLIP.read_bytes())
+    (clips / "train.jsonl").write_text('{"messages": []}\n')
+    server = Hub({"org/micro": resolve(EMBEDDED), "datasets/org/clips": clips})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url})  # HF_ENDPOINT is read at the import
+    with serve(server):
+        yield server
+    fsspec.get_filesystem_class("hf").clear_instance_cache()
 
 
 def test_urls_of_stores() -> None:
@@ -129,6 +146,25 @@ def test_a_clip(bucket: Any) -> None:
         np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(InputError, match=r"s3://bucket/clips/b\.mp4 does not exist"):
         open_clip("s3://bucket/clips/b.mp4")
+
+
+def test_a_hub(hub: Hub) -> None:
+    (line,) = AnnotationFile("hf://datasets/org/clips/train.jsonl")
+    assert line.text == '{"messages": []}\n' and line.file == "hf://datasets/org/clips/train.jsonl"
+    source, directory = resolve(EMBEDDED), resolve("hf://org/micro")
+    assert {file.name for file in directory.iterdir()} == {file.name for file in source.iterdir()}
+    for file in source.iterdir():
+        assert (directory / file.name).read_bytes() == file.read_bytes()
+    num_requests = len(hub.requests)
+    assert resolve("hf://org/micro") == directory
+    assert not any("/resolve/" in path for path in hub.requests[num_requests:])  # copied once
+    (item,) = find_items("hf://datasets/org/clips/videos")
+    assert item.input == "hf://datasets/org/clips/videos/a.mp4"
+    (frame,), (expected,) = (open_clip(path).read([5]) for path in (item.input, EMBEDDED_CLIP))
+    np.testing.assert_array_equal(frame, expected)
+    for url in ("hf://datasets/org/clips/b.jsonl", "hf://datasets/org/none/b.jsonl"):
+        with pytest.raises(InputError, match=f"{url} does not exist"):
+            local_copy(url)
 
 
 def test_fetched_content_leaves_no_file(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
