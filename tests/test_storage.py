@@ -1,7 +1,9 @@
 """Content in object stores: fsspec's memory, and a local S3 server."""
 
 import os
+import shutil
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +187,23 @@ def test_inputs_of_captioning(store: Any) -> None:
     assert [item.input for item in find_items("memory://b/l.jsonl")] == ["x.mp4", "memory://b/l.jsonl line 2"]
     with pytest.raises(InputError, match=r"memory://b/none\*/ matches no video, animation or image"):
         find_items("memory://b/none*/")
+
+
+def test_archives_are_copied_one_after_the_other(store: Any, cache: Path, tmp_path: Path) -> None:
+    for name in ("0", "1"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            archive.add(EMBEDDED_CLIP, f"{name}.mp4")
+        store.put(str(tmp_path / f"{name}.tar"), f"/b/shards/{name}.tar")
+    store.pipe("/b/shards/2.tar", b"")
+    cache.mkdir(parents=True)
+    for source in ("memory://b/shards", "memory://b/shards/*.tar"):
+        shutil.rmtree(cache)
+        items = iter(find_items(source))
+        assert Path(next(items).input).relative_to(cache).parts[1:] == ("0.tar", "0.mp4")
+        assert not list(cache.glob("*/1.tar"))
+        second, third = items
+        assert open_clip(second.input).length == open_clip(EMBEDDED_CLIP).length
+        assert third.input == "memory://b/shards/2.tar" and "2.tar" in third.problem
 
 
 def test_media_of_annotations() -> None:

@@ -99,10 +99,10 @@ def test_conversions(store: Any, call: Any, machine: Path, capsys: pytest.Captur
     assert read_adapter("memory://b/adapter", config).matrices.keys() == {first.path}
     assert digest_adapter("memory://b/adapter") == digest_adapter(local)
     assert call(merge_lora, "memory://b/orbax", "memory://b/adapter", "memory://b/merged") == 0
-    assert call(merge_lora, str(source), str(local), str(machine / "merged")) == 0
-    assert call(orbax_to_hf, "memory://b/merged", str(machine / "one")) == 0
-    assert call(orbax_to_hf, str(machine / "merged"), str(machine / "two")) == 0
-    assert bits(machine / "one") == bits(machine / "two") != bits(source)
+    assert call(orbax_to_hf, "memory://b/merged", str(machine / "merged")) == 0
+    ours, before = bits(machine / "merged"), bits(source)
+    changes = {name.partition("layers.")[2] for name in before if ours[name] != before[name]}
+    assert changes == {name.partition("layers.")[2] for name in first.names}  # the layouts differ before that
     assert not list((machine / "cache" / "tarsier_jax" / "mirrors").iterdir())
 
 
