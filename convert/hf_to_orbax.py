@@ -6,18 +6,19 @@ OUT appears only when it is complete. Memory stays small for every size of the m
 import argparse
 import logging
 import sys
-from pathlib import Path
 
 from convert.progress import Progress
-from tarsier_jax.files import local_path, source_text
+from tarsier_jax.files import source_text
+from tarsier_jax.mirror import new_output
 from tarsier_jax.programs import run
 from tarsier_jax.weights import convert_hf, resolve
 
 
-def _convert(source: str, out: Path) -> None:
+def _convert(source: str, out: str) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about intended settings
     progress = Progress()
-    checkpoint = convert_hf(resolve(source), out, progress)
+    with new_output(out) as directory:
+        checkpoint = convert_hf(resolve(source), directory, progress)
     print(progress.summary(sum(len(tensors) for _, tensors in checkpoint.sources), out))
 
 
@@ -26,7 +27,7 @@ def main() -> int:
         prog="python -m convert.hf_to_orbax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=source_text, metavar="HF_DIR", help="Hugging Face directory or hub id")
-    parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write; it must not exist yet")
+    parser.add_argument("out", type=source_text, metavar="OUT", help="directory to write; it must not exist yet")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     return run(lambda: _convert(args.source, args.out), args.traceback)

@@ -9,24 +9,25 @@ import argparse
 import dataclasses
 import logging
 import sys
-from pathlib import Path
 
 from tarsier_jax.families import load_config
-from tarsier_jax.files import local_path, source_text
+from tarsier_jax.files import source_text
+from tarsier_jax.mirror import new_output
 from tarsier_jax.processing.chat import load_chat_template
 from tarsier_jax.programs import run
 from tarsier_jax.weights import load_weights, resolve, stored_dtype
 from tarsier_jax.weights.orbax import write_converted
 
 
-def merge(model: str, adapter: Path, out: Path) -> None:
+def merge(model: str, adapter: str, out: str) -> None:
     """Writes the merged model. Raises CheckpointError."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about intended settings
     directory = resolve(model)
     config = load_config(directory)
     config = dataclasses.replace(config, param_dtype=stored_dtype(directory, config))
     merged = load_weights(directory, config, adapter=adapter)
-    write_converted(out, merged, directory, load_chat_template(directory))
+    with new_output(out) as target:
+        write_converted(target, merged, directory, load_chat_template(directory))
     print(f"{out}: {model} with {adapter}, {config.param_dtype}")
 
 
@@ -35,8 +36,8 @@ def main() -> int:
         prog="python -m convert.merge_lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=source_text, metavar="MODEL", help="directory or hub id of the base model")
-    parser.add_argument("adapter", type=local_path, metavar="ADAPTER", help="directory of the adapter")
-    parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write; it must not exist yet")
+    parser.add_argument("adapter", type=source_text, metavar="ADAPTER", help="directory of the adapter")
+    parser.add_argument("out", type=source_text, metavar="OUT", help="directory to write; it must not exist yet")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     return run(lambda: merge(args.model, args.adapter, args.out), args.traceback)

@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 
 from convert.progress import Progress
-from tarsier_jax.files import local_path
+from tarsier_jax.files import source_text
+from tarsier_jax.mirror import new_output
 from tarsier_jax.programs import run
+from tarsier_jax.storage import local_source
 from tarsier_jax.weights import convert_to_hf
 
 
-def _convert(source: Path, out: Path, layout: str | None, dtype: str | None) -> None:
+def _convert(source: str, out: str, layout: str | None, dtype: str | None) -> None:
     progress = Progress()
-    names = convert_to_hf(source, out, layout, dtype, progress)
+    with new_output(out) as directory:
+        names = convert_to_hf(Path(local_source(source)), directory, layout, dtype, progress)
     print(progress.summary(len(names), out))
 
 
@@ -24,8 +27,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m convert.orbax_to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=local_path, metavar="DIR", help="directory written by convert.hf_to_orbax")
-    parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write; it must not exist yet")
+    parser.add_argument("source", type=source_text, metavar="DIR", help="directory written by convert.hf_to_orbax")
+    parser.add_argument("out", type=source_text, metavar="OUT", help="directory to write; it must not exist yet")
     parser.add_argument("--layout", choices=("tarsier2", "qwen2_vl"), help="default: the source's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")

@@ -3,7 +3,6 @@
 import resource
 import sys
 import time
-from pathlib import Path
 
 
 class Progress:
@@ -27,7 +26,7 @@ class Progress:
             flush=True,
         )
 
-    def summary(self, tensors: int, out: Path) -> str:
+    def summary(self, tensors: int, out: str) -> str:
         seconds = time.monotonic() - self.start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         return f"{out}: {tensors} tensors, {self.total / 1e9:.2f} GB in {seconds:.1f} s, peak memory {peak:.2f} GiB"

@@ -9,6 +9,7 @@ DIR (default: comparison) gets compare.md, compare.json and a plot NAME.png per 
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +27,11 @@ from eval.plots import plot_runs
 from eval.report import StoredScores, read_scores
 from eval.texts import digits_of, figure_text, flatten_settings, with_interval
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import atomic_write, local_path
+from tarsier_jax.files import atomic_write, is_remote, source_text
+from tarsier_jax.mirror import output_directory
 from tarsier_jax.processing.jsonl import to_json
 from tarsier_jax.programs import run
+from tarsier_jax.storage import local_source
 
 STRICT = f"{OVERALL}, strict"
 _REFERENCE_TABLES = Path(__file__).with_name("reference_tables.json")
@@ -253,36 +256,39 @@ def write_comparison(output: Path, comparisons: Sequence[Comparison]) -> None:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def name_runs(paths: Sequence[Path]) -> list[str]:
+def name_runs(paths: Sequence[str]) -> list[str]:
     """Returns the names of the directories, or their paths if two have the same name.
 
     Raises:
         InputError: a directory is named twice.
     """
-    for i, path in enumerate(paths):
-        if path.resolve() in [other.resolve() for other in paths[:i]]:
-            raise InputError(f"{path} is named twice. Pass different runs.")
-    names = [path.resolve().name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    places = [path.rstrip("/") if is_remote(path) else os.path.realpath(path) for path in paths]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise InputError(f"{paths[i]} is named twice. Pass different runs.")
+    names = [os.path.basename(place) for place in places]
+    return names if len(set(names)) == len(names) else list(paths)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m eval.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="output of eval.run or eval.score")
+    parser.add_argument("runs", nargs="+", type=source_text, metavar="RUN", help="output of eval.run or eval.score")
     parser.add_argument("--reference", action="store_true", help="add the published figures of the original's models")
-    parser.add_argument("--output", type=local_path, default=Path("comparison"), help="default: %(default)s")
+    parser.add_argument("--output", type=source_text, default="comparison", help="default: %(default)s")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     if len(args.runs) == 1 and not args.reference:
         raise InputError("There is one run. Pass a second one, or --reference.")
-    runs = {name: read_scores(path) for name, path in zip(name_runs(args.runs), args.runs, strict=True)}
+    names = name_runs(args.runs)
+    runs = {name: read_scores(Path(local_source(path))) for name, path in zip(names, args.runs, strict=True)}
     metrics = {benchmark.name: benchmark.metric for benchmark in BENCHMARKS}
     comparisons = compare_runs(runs, metrics, args.reference)
-    write_comparison(args.output, comparisons)
+    with output_directory(args.output) as output:
+        write_comparison(output, comparisons)
     print("\n".join(markdown(each) for each in comparisons))
     print(f"{args.output} contains compare.md, compare.json and a plot per benchmark.")
 

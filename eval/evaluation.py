@@ -32,22 +32,22 @@ class BenchmarkInput:
     annotations: Sequence[AnnotatedSample]
     samples: Sequence[AnnotatedSample]
     rows: Sequence[AnnotatedSample]
-    missing: Sequence[Path]
+    missing: Sequence[str]
 
     @classmethod
     def load(
         cls,
         benchmark: Benchmark,
-        annotations: Path | None = None,
-        data_root: Path | None = None,
+        annotations: str | Path | None = None,
+        data_root: str | Path | None = None,
         limit: int | None = None,
     ) -> Self:
         """Reads the annotations and finds the videos.
 
         Args:
             benchmark: The benchmark.
-            annotations: Directory with the annotation file.
-            data_root: Directory with the videos.
+            annotations: Directory with the annotation file, or its URL in an object store.
+            data_root: Directory with the videos, or its URL.
             limit: Only samples of the first `limit` videos.
 
         Raises:

@@ -29,9 +29,9 @@ from eval.settings import benchmark_settings, merge_settings, model_digest, sett
 from infer.bulk.config import local_mesh
 from tarsier_jax.errors import InputError
 from tarsier_jax.families import family_of, load_config
-from tarsier_jax.files import atomic_write, local_path, locked, source_text
+from tarsier_jax.files import atomic_write, locked, source_text
 from tarsier_jax.generation.sampling import SamplingOptions
-from tarsier_jax.mirror import output_directory
+from tarsier_jax.mirror import destination, output_directory
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from tarsier_jax.programs import add_model_flag, prepare_process, resolve_dtype, run
@@ -46,8 +46,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_model_flag(parser)
     add_benchmarks_flag(parser)
-    parser.add_argument("--annotations", type=local_path, help="directory of the annotation files")
-    parser.add_argument("--data_root", type=local_path, help="directory of the videos")
+    parser.add_argument("--annotations", type=source_text, help="directory of the annotation files")
+    parser.add_argument("--data_root", type=source_text, help="directory of the videos")
     parser.add_argument("--output", required=True, type=source_text, help="directory for predictions and scores")
     parser.add_argument("--limit", type=int, help="samples of the first LIMIT videos per benchmark (default: all)")
     parser.add_argument("--allow_missing", action="store_true", help="answer only the samples whose videos exist")
@@ -106,7 +106,7 @@ def evaluate_all(args: argparse.Namespace, sources: Sequence[BenchmarkInput], ju
     num_failed += report_failures(args.output, sources)
     if results:
         write_report(args.output, results)
-        print(f"The score sheet is {args.output / 'report.html'}.")
+        print(f"The score sheet is {destination(args.output / 'report.html')}.")
     return 1 if num_failed else 0
 
 

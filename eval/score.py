@@ -6,6 +6,7 @@ NAME.png per benchmark; OUTPUT/report.html is the score sheet. The exit status i
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +21,11 @@ from eval.report import screen_text, write_report
 from eval.scoring import BenchmarkScores, score
 from eval.settings import settings_for
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import local_path, locked
+from tarsier_jax.files import is_remote, locked, source_text
+from tarsier_jax.mirror import destination, output_directory
 from tarsier_jax.processing.jsonl import parse_json
 from tarsier_jax.programs import run
+from tarsier_jax.storage import list_files, local_copy, local_source
 
 _NO_SETTINGS = {"model": "unknown (no settings.json beside the predictions)"}
 
@@ -31,24 +34,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m eval.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--predictions", required=True, type=local_path, help="directory of .jsonl files, or one file")
+    parser.add_argument("--predictions", required=True, type=source_text, help="directory of .jsonl files, or one file")
     add_benchmarks_flag(parser)
     parser.add_argument(
-        "--annotations", type=local_path, help="directory of annotation files, which show the missing samples"
+        "--annotations", type=source_text, help="directory of annotation files, which show the missing samples"
     )
-    parser.add_argument("--output", type=local_path, help="directory (default: that of the predictions)")
+    parser.add_argument("--output", type=source_text, help="directory (default: that of the predictions)")
     add_judge_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:
-    files = PredictionFiles(args.predictions)
-    directory = args.predictions if args.predictions.is_dir() else args.predictions.parent
+    path = Path(local_source(args.predictions))
+    files, directory = PredictionFiles(path), args.predictions if path.is_dir() else os.path.dirname(args.predictions)
     benchmarks = with_rows(select(args.benchmarks), files)
     judge = judge_of(args) if any(benchmark.needs_judge for benchmark in benchmarks) else None
     settings, results, num_failed = settings_of(directory), [], 0
-    output = args.output or directory
-    with locked(output, inside=True):
+    with output_directory(args.output or directory) as output, locked(output, inside=True):
         for benchmark in benchmarks:
             try:
                 own_settings = settings_for(settings, benchmark.name)
@@ -60,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
             print(screen_text(results[-1]), flush=True)
         if results:
             write_report(output, results)
-            print(f"The score sheet is {output / 'report.html'}.")
+            print(f"The score sheet is {destination(output / 'report.html')}.")
     return 1 if num_failed else 0
 
 
@@ -91,7 +93,7 @@ def score_files(
     files: PredictionFiles,
     judge: Judge | None,
     settings: Mapping[str, Any],
-    annotations: Path | None,
+    annotations: str | None,
 ) -> BenchmarkScores:
     """Scores the rows of a benchmark.
 
@@ -106,10 +108,16 @@ def score_files(
     return score(benchmark, files.of(benchmark.dataset), benchmark.judge or judge, settings, expected)
 
 
-def settings_of(predictions: Path) -> dict[str, Any]:
+def settings_of(predictions: str) -> dict[str, Any]:
     """Returns the settings that eval.run stored beside the directory of its predictions."""
-    path = predictions.resolve().parent / "settings.json"
-    return parse_json(path.read_text(encoding="utf-8"), str(path)) if path.exists() else _NO_SETTINGS
+    if is_remote(predictions):
+        url = f"{predictions.rstrip('/').rpartition('/')[0]}/settings.json"
+        path = local_copy(url) if list_files(url) else None
+    else:
+        path = Path(predictions).resolve().parent / "settings.json"
+    if path is None or not path.exists():
+        return _NO_SETTINGS
+    return parse_json(path.read_text(encoding="utf-8"), str(path))
 
 
 if __name__ == "__main__":

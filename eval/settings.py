@@ -11,7 +11,9 @@ from eval.benchmarks.benchmark import Benchmark
 from eval.predictions import AnnotatedSample, Prediction
 from eval.texts import flatten_settings
 from tarsier_jax.errors import InputError
+from tarsier_jax.mirror import destination
 from tarsier_jax.processing.jsonl import parse_json
+from tarsier_jax.storage import local_source
 from tarsier_jax.weights.digest import digest_files
 
 _DIGITS = 16  # of a digest
@@ -24,9 +26,10 @@ def weights_digest(directory: Path) -> str:
     return digest_files(directory, files).hex()[:_DIGITS]
 
 
-def model_digest(directory: Path, adapter: Path | None) -> str:
+def model_digest(directory: Path, adapter: str | None) -> str:
     """Returns the digests of a checkpoint and of the adapter that is merged into it, as one text."""
-    return "+".join(map(weights_digest, filter(None, (directory, adapter))))
+    directories = [directory, Path(local_source(adapter))] if adapter else [directory]
+    return "+".join(map(weights_digest, directories))
 
 
 def benchmark_settings(benchmark: Benchmark, rows: Sequence[AnnotatedSample]) -> dict[str, Any]:
@@ -61,8 +64,8 @@ def merge_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if differences:
         raise InputError(
-            f"{path.parent} contains predictions with other settings: {'; '.join(differences)}. Choose another "
-            "--output, or remove the directory."
+            f"{destination(path.parent)} contains predictions with other settings: {'; '.join(differences)}. Choose "
+            "another --output, or remove the directory."
         )
     return {**settings, _BENCHMARKS: {**stored.get(_BENCHMARKS, {}), **settings[_BENCHMARKS]}}
 

@@ -33,7 +33,7 @@ from infer.bulk.windows import windows_of
 from infer.engine import EngineStats, Frontend
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import locked, source_text
-from tarsier_jax.mirror import output_file
+from tarsier_jax.mirror import destination, output_file
 from tarsier_jax.processing.media_types import MEDIA_SUFFIXES
 from tarsier_jax.programs import Compilations, prepare_process, run
 from tarsier_jax.weights.digest import digest_adapter
@@ -100,9 +100,9 @@ def caption_missing(items: Items, config: CaptionConfig, output: Path, args: arg
     earlier = Tally()
     todo = missing_items(items, [] if args.overwrite else earlier.counted(finished_lines(lines)), fields, args.prompt)
     if items.total is not None and todo.total is not None:
-        _log(f"{items.total} clips, {items.total - todo.total} of them captioned before, into {output}")
+        _log(f"{items.total} clips, {items.total - todo.total} of them captioned before, into {destination(output)}")
     else:
-        _log(f"clips into {output}, which has {earlier.captions + earlier.errors} lines")
+        _log(f"clips into {destination(output)}, which has {earlier.captions + earlier.errors} lines")
     failed = earlier.errors
     if next(iter(todo), None) is not None:
         manifest.start(args.input, f"Ray cluster {args.ray}" if args.ray else local_devices(), earlier)

@@ -27,7 +27,7 @@ from infer.engine import Engine
 from infer.media import MediaLimits, MediaLoader
 from infer.remote import RemoteModel
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import cache_directory, path_text
+from tarsier_jax.files import cache_directory, is_remote, source_text
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.frame_sampling import FrameSelection
 from tarsier_jax.processing.processor import ProcessorOptions
@@ -41,6 +41,7 @@ from tarsier_jax.programs import (
     resolve_dtype,
     run,
 )
+from tarsier_jax.storage import local_copy
 from tarsier_jax.weights import EMBEDDED, resolve
 
 # A user chooses the files of a conversation, so that only their decoding is limited.
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_flag(parser)
     parser.add_argument("--url", help="address of a server that answers, such as http://localhost:8000")
     parser.add_argument(
-        "--input", type=path_text, nargs="+", default=(), help="videos, GIFs and images of the first question"
+        "--input", type=source_text, nargs="+", default=(), help="videos, GIFs and images of the first question"
     )
     parser.add_argument("--n_frames", type=int, help="frames sampled from each video (default: the model's, 8 or 16)")
     parser.add_argument("--max_pixels", type=int, help="limit of the pixels of a frame or image")
@@ -293,7 +294,9 @@ def _purpose(directory: Path) -> str:
 
 
 def _path(value: str) -> str:
-    """Returns the path in a line. A terminal that a file is dropped on quotes its name."""
+    """Returns the path in a line, of a copy for a URL. A terminal that a file is dropped on quotes its name."""
+    if is_remote(value):
+        return str(local_copy(value))
     path = os.path.expanduser(value)
     if not os.path.exists(path):
         with contextlib.suppress(ValueError):

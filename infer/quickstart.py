@@ -11,8 +11,9 @@ import tarsier_jax
 from infer.contact_sheet import contact_sheet
 from infer.describe import describe_file
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import local_path
+from tarsier_jax.files import source_text
 from tarsier_jax.generation.sampling import SamplingOptions
+from tarsier_jax.mirror import output_file
 from tarsier_jax.processing.frame_sampling import sample_uniform
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.programs import prepare_process, run
@@ -26,7 +27,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m infer.quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=local_path, default="demo.png", help="picture to write (default demo.png)")
+    parser.add_argument("--output", type=source_text, default="demo.png", help="picture to write (default demo.png)")
     return parser.parse_args(argv)
 
 
@@ -37,7 +38,8 @@ def main(args: argparse.Namespace) -> int:
     clip = open_clip(EMBEDDED_CLIP)
     frames = list(clip.read(sample_uniform(clip.length, processor.options.n_frames)))
     try:
-        contact_sheet(frames, caption).save(args.output, format="PNG")
+        with output_file(args.output) as path:
+            contact_sheet(frames, caption).save(path, format="PNG")
     except OSError as e:
         raise InputError(f"--output {args.output} cannot be written ({e.strerror}). Choose another file.") from None
     print(f"{caption}\n\nframes and caption: {args.output}")

@@ -35,8 +35,8 @@ def load(
         mesh: From `tarsier_jax.sharding.make_mesh`; the parameters are sharded over it. None uses one device.
         int8: Stores the weights of the decoder's layers in int8, with one scale per output channel (needs qwix). When
             a Hugging Face directory is loaded, devices store at most the quantized model and one parameter in `dtype`.
-        adapter: Directory of a LoRA adapter in PEFT's format, such as WORKDIR/adapter of a training run. It is merged
-            into the weights, before they are quantized.
+        adapter: Directory or URL of a LoRA adapter in PEFT's format, such as WORKDIR/adapter of a training run. It is
+            merged into the weights, before they are quantized.
 
     Raises:
         CheckpointError: the checkpoint or the adapter is missing, damaged or not supported.

@@ -18,14 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tarsier_jax.errors import InputError
+from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.files import atomic_write, cache_directory, is_remote, locked, warn
-from tarsier_jax.storage import open_store, store_errors
+from tarsier_jax.storage import open_store, store_errors, transfer_progress
 
 MANIFEST = ".mirror.json"  # of a directory; that of a file has the name of the file in front
 _EVERY = 30.0  # seconds between two uploads
 _PART = ".part-"
 _UNFINISHED = ".orbax-checkpoint-tmp"
+
+_URLS: dict[Path, str] = {}  # directory of each mirror of this process -> its URL
 
 # Path of a file in the directory -> names of its objects; of JSON lines in parts, also their size and digest.
 Files = dict[str, dict[str, Any]]
@@ -53,6 +55,67 @@ def output_file(path: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def new_output(path: str) -> Iterator[Path]:
+    """Yields the path of a directory to create: the path itself, or for a URL a local one.
+
+    The local directory is uploaded at the end of the block and removed. The configuration is uploaded last: without it,
+    a directory whose upload is cut short cannot be loaded.
+
+    Raises:
+        CheckpointError: the URL exists.
+        InputError: the URL cannot be written. The local directory remains.
+    """
+    if not is_remote(path):
+        yield Path(path)
+        return
+    path = path.rstrip("/")
+    fs, root = open_store(path)
+    with store_errors(path, "written"):
+        fs.invalidate_cache()
+        exists = fs.exists(root)
+    if exists:
+        raise CheckpointError(f"{path} exists already. Remove it, or choose another name.")
+    parent = Path(tempfile.mkdtemp(prefix="new-", dir=_local_root(path)))
+    out = parent / os.path.basename(root)
+    try:
+        yield out
+    except BaseException:
+        shutil.rmtree(parent, ignore_errors=True)
+        raise
+    try:
+        _upload_directory(path, out)
+    except InputError as error:
+        raise InputError(f"{error} The files are in {out}: copy them with the tool of the store.") from None
+    shutil.rmtree(parent, ignore_errors=True)
+
+
+def _upload_directory(url: str, directory: Path) -> None:
+    fs, root = open_store(url)
+    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    configurations = [name for name in names if name.endswith("config.json")]
+    with store_errors(url, "written"), transfer_progress(url) as progress:
+        for part in ([name for name in names if name not in configurations], configurations):
+            fs.put([str(directory / name) for name in part], [f"{root}/{name}" for name in part], callback=progress)
+
+
+def destination(path: Path) -> str:
+    """Returns the URL that a path in a mirror is uploaded to, or another path as it is. For messages."""
+    resolved = path.resolve()
+    for directory, url in _URLS.items():
+        if resolved.is_relative_to(directory):
+            return "/".join([url, *resolved.relative_to(directory).parts])
+    return str(path)
+
+
+def _local_root(url: str) -> Path:
+    """Returns the directory of the mirrors on this machine. Raises InputError."""
+    root = cache_directory("mirrors")
+    if root is None:
+        raise InputError(f"{url} needs a directory on this machine. Set XDG_CACHE_HOME to a writable directory.")
+    return root
+
+
+@contextlib.contextmanager
 def mirrored(url: str, name: str = "") -> Iterator[Path]:
     """Yields a local directory with the content of `url`, whose changes are uploaded until the end of the block.
 
@@ -67,10 +130,8 @@ def mirrored(url: str, name: str = "") -> Iterator[Path]:
     Raises:
         InputError: the store cannot be used, or the last changes cannot be uploaded.
     """
-    root = cache_directory("mirrors")
-    if root is None:
-        raise InputError(f"{url} needs a directory on this machine. Set XDG_CACHE_HOME to a writable directory.")
-    directory = root / hashlib.blake2b(f"{url}/{name}".encode(), digest_size=16).hexdigest()
+    directory = _local_root(url) / hashlib.blake2b(f"{url}/{name}".encode(), digest_size=16).hexdigest()
+    _URLS[directory.resolve()] = url.rstrip("/")
     with locked(directory):
         mirror = Mirror(url, directory, name)
         mirror.download()

@@ -18,7 +18,7 @@ from typing import Any, Self, TextIO
 import jax
 
 from tarsier_jax.errors import InputError, TarsierError
-from tarsier_jax.files import cache_directory, local_path, source_text
+from tarsier_jax.files import cache_directory, source_text
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.weights import EMBEDDED
 
@@ -154,7 +154,7 @@ def add_model_flag(parser: argparse.ArgumentParser) -> None:
         "package, which describes only moving shapes)",
     )
     parser.add_argument(
-        "--adapter", type=local_path, metavar="DIR", help="LoRA adapter in PEFT's format that is merged into the model"
+        "--adapter", type=source_text, metavar="DIR", help="LoRA adapter in PEFT's format that is merged into the model"
     )
 
 

@@ -160,12 +160,15 @@ def _new_copy(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _download(url: str, fs: Any, targets: dict[str, Path]) -> None:
+def transfer_progress(url: str) -> Any:
+    """Returns a callback of fsspec that prints the progress of a long copy, and is closed by a `with` statement."""
     from fsspec.callbacks import TqdmCallback
 
+    return TqdmCallback(tqdm_kwargs={"desc": url, "unit": "file", "delay": 2, "leave": False})
+
+
+def _download(url: str, fs: Any, targets: dict[str, Path]) -> None:
     for target in targets.values():
         target.parent.mkdir(parents=True, exist_ok=True)
-    with store_errors(url):
-        progress = TqdmCallback(tqdm_kwargs={"desc": url, "unit": "file", "delay": 2, "leave": False})
-        with progress:
-            fs.get(list(targets), [str(target) for target in targets.values()], callback=progress)
+    with store_errors(url), transfer_progress(url) as progress:
+        fs.get(list(targets), [str(target) for target in targets.values()], callback=progress)

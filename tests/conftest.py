@@ -8,6 +8,8 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +20,7 @@ if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # set in pytest's first pro
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+import fsspec
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -36,6 +39,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches of programs go into a temporary home."""
     monkeypatch.setenv("HOME", str(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    """The object store of memory:// URLs."""
+    store = fsspec.filesystem("memory")
+    yield store
+    store.store.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,9 @@
 """Outputs in object stores: fsspec's memory, and a local S3 server."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from tarsier_jax.errors import InputError
@@ -18,13 +16,6 @@ URL = "memory://b/run"
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
     return tmp_path
-
-
-@pytest.fixture
-def store() -> Iterator[Any]:
-    store = fsspec.filesystem("memory")
-    yield store
-    store.store.clear()
 
 
 def contents(directory: Path) -> dict[str, str]:

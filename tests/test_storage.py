@@ -1,7 +1,9 @@
 """Content in object stores: fsspec's memory, and a local S3 server."""
 
 import os
+import shutil
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from tarsier_jax.files import check_source, is_remote
 from tarsier_jax.processing.video import open_clip
 from tarsier_jax.storage import fetch, local_copy
 from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP, resolve
+from tests.eval.judges.servers import serve
+from tests.hub import Hub
 from train.data import AnnotationFile
 from train.data.annotations import describe_files, with_root
 
@@ -27,13 +31,6 @@ from train.data.annotations import describe_files, with_root
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "tarsier_jax" / "objects"
-
-
-@pytest.fixture
-def store() -> Iterator[Any]:
-    store = fsspec.filesystem("memory")
-    yield store
-    store.store.clear()
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +50,21 @@ def bucket() -> Iterator[Any]:
         yield store
     server.stop()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with the embedded model and a data set of its clip."""
+    clips = tmp_path / "clips"
+    (clips / "videos").mkdir(parents=True)
+    (clips / "videos" / "a.mp4").write_bytes(EMBEDDED_CLIP.read_bytes())
+    (clips / "train.jsonl").write_text('{"messages": []}\n')
+    server = Hub({"org/micro": resolve(EMBEDDED), "datasets/org/clips": clips})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url})  # HF_ENDPOINT is read at the import
+    with serve(server):
+        yield server
+    fsspec.get_filesystem_class("hf").clear_instance_cache()
 
 
 def test_urls_of_stores() -> None:
@@ -138,6 +150,25 @@ def test_a_clip(bucket: Any) -> None:
         open_clip("s3://bucket/clips/b.mp4")
 
 
+def test_a_hub(hub: Hub) -> None:
+    (line,) = AnnotationFile("hf://datasets/org/clips/train.jsonl")
+    assert line.text == '{"messages": []}\n' and line.file == "hf://datasets/org/clips/train.jsonl"
+    source, directory = resolve(EMBEDDED), resolve("hf://org/micro")
+    assert {file.name for file in directory.iterdir()} == {file.name for file in source.iterdir()}
+    for file in source.iterdir():
+        assert (directory / file.name).read_bytes() == file.read_bytes()
+    num_requests = len(hub.requests)
+    assert resolve("hf://org/micro") == directory
+    assert not any("/resolve/" in path for path in hub.requests[num_requests:])  # copied once
+    (item,) = find_items("hf://datasets/org/clips/videos")
+    assert item.input == "hf://datasets/org/clips/videos/a.mp4"
+    (frame,), (expected,) = (open_clip(path).read([5]) for path in (item.input, EMBEDDED_CLIP))
+    np.testing.assert_array_equal(frame, expected)
+    for url in ("hf://datasets/org/clips/b.jsonl", "hf://datasets/org/none/b.jsonl"):
+        with pytest.raises(InputError, match=f"{url} does not exist"):
+            local_copy(url)
+
+
 def test_fetched_content_leaves_no_file(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     store.pipe("/b/a", b"12")
@@ -156,6 +187,23 @@ def test_inputs_of_captioning(store: Any) -> None:
     assert [item.input for item in find_items("memory://b/l.jsonl")] == ["x.mp4", "memory://b/l.jsonl line 2"]
     with pytest.raises(InputError, match=r"memory://b/none\*/ matches no video, animation or image"):
         find_items("memory://b/none*/")
+
+
+def test_archives_are_copied_one_after_the_other(store: Any, cache: Path, tmp_path: Path) -> None:
+    for name in ("0", "1"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            archive.add(EMBEDDED_CLIP, f"{name}.mp4")
+        store.put(str(tmp_path / f"{name}.tar"), f"/b/shards/{name}.tar")
+    store.pipe("/b/shards/2.tar", b"")
+    cache.mkdir(parents=True)
+    for source in ("memory://b/shards", "memory://b/shards/*.tar"):
+        shutil.rmtree(cache)
+        items = iter(find_items(source))
+        assert Path(next(items).input).relative_to(cache).parts[1:] == ("0.tar", "0.mp4")
+        assert not list(cache.glob("*/1.tar"))
+        second, third = items
+        assert open_clip(second.input).length == open_clip(EMBEDDED_CLIP).length
+        assert third.input == "memory://b/shards/2.tar" and "2.tar" in third.problem
 
 
 def test_media_of_annotations() -> None:

@@ -10,7 +10,6 @@ from eval.answers import Engines
 from eval.benchmarks import select
 from eval.evaluation import BenchmarkInput, evaluate
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import local_path
 from tarsier_jax.models.tarsier import unstack
 from train.model_export import trained_model
 from train.run import TrainRun
@@ -34,8 +33,7 @@ class BenchmarkEvaluation:
                 f"config.benchmark.name is {config.name}, but must be one benchmark without a judge, in a run of one "
                 "process. Export checkpoints with train.export, and score them with eval.run."
             )
-        annotations, data_root = (local_path(path) if path else None for path in (config.annotations, config.data_root))
-        source = BenchmarkInput.load(benchmarks[0], annotations, data_root, config.limit)
+        source = BenchmarkInput.load(benchmarks[0], config.annotations or None, config.data_root or None, config.limit)
         if source.missing:
             raise InputError(
                 f"{len(source.missing)} videos of config.benchmark are missing, such as {source.missing[0]}. Copy them "

@@ -7,14 +7,14 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import check_local, check_source
+from tarsier_jax.files import check_source
 from tarsier_jax.models.attention import IMPLEMENTATIONS
 from tarsier_jax.processing.options import ProcessorOptions
 from train.checks import check, check_at_least, check_choice, check_dtype
@@ -65,7 +65,7 @@ class DpoConfig:
 
     Attributes:
         beta: Factor of the log-probability margin in the loss.
-        reference: "weights" keeps the starting model in memory; a file name stores its log-probabilities instead.
+        reference: "weights" keeps the starting model in memory; a file or URL stores its log-probabilities instead.
 
     Raises:
         InputError: beta is not above 0, or reference is empty.
@@ -85,8 +85,8 @@ class BenchmarkConfig:
 
     Attributes:
         name: Its name, such as shapes or tvbench; empty for none.
-        annotations: Directory of the annotation files.
-        data_root: Directory of the videos.
+        annotations: Directory of the annotation files, or its URL in an object store.
+        data_root: Directory of the videos, or its URL.
         limit: Number of videos.
 
     Raises:
@@ -298,19 +298,19 @@ def with_local_paths(config: TrainConfig) -> TrainConfig:
         InputError: a path is a URL that is not read.
     """
 
-    def checked(name: str, path: str, check: Callable[[str, str], str] = check_local) -> str:
-        return check(f"config.{name}", path) if path else path
+    def checked(name: str, path: str) -> str:
+        return check_source(f"config.{name}", path) if path else path
 
-    data = dataclasses.replace(config.data, media_root=checked("data.media_root", config.data.media_root, check_source))
+    data = dataclasses.replace(config.data, media_root=checked("data.media_root", config.data.media_root))
     for name in ("train", "eval"):
         for path in getattr(data, name).split(","):
-            checked(f"data.{name}", path.strip(), check_source)
+            checked(f"data.{name}", path.strip())
     dpo = dataclasses.replace(config.dpo, reference=checked("dpo.reference", config.dpo.reference))
     paths = {key: getattr(config.benchmark, key) for key in ("annotations", "data_root")}
     benchmark = {key: checked(f"benchmark.{key}", path) for key, path in paths.items()}
     return dataclasses.replace(
         config,
-        model=checked("model", config.model, check_source),
+        model=checked("model", config.model),
         data=data,
         dpo=dpo,
         benchmark=dataclasses.replace(config.benchmark, **benchmark),

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import locked
+from tarsier_jax.files import is_remote, locked
+from tarsier_jax.mirror import output_file
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
 from tarsier_jax.programs import run
@@ -36,7 +37,8 @@ def dpo_objective(config: TrainConfig) -> Objective:
     """Raises the log-probabilities of chosen answers and lowers those of rejected ones, relative to the reference.
 
     Raises:
-        InputError: a row cannot hold a pair, or the reference is a file and the frames are random.
+        InputError: a row cannot hold a pair, the reference is a file and the frames are random, or the reference is a
+            URL and the run has several processes.
     """
     if config.data.max_samples_per_seq < 2:
         raise InputError(
@@ -62,6 +64,11 @@ def dpo_objective(config: TrainConfig) -> Objective:
             "v1, or --config.dpo.reference=weights."
         )
     reference = ReferenceFile(config.dpo.reference)
+    if is_remote(reference.name) and jax.process_count() > 1:
+        raise InputError(
+            f"config.dpo.reference {reference.name} is in an object store, which a run of several processes cannot "
+            "write. Choose a file on a file system that all hosts share, or --config.dpo.reference=weights."
+        )
 
     def load_with_key(processor: Processor, sample: Mapping[str, Any], rng: np.random.Generator) -> PackUnit:
         return dataclasses.replace(load(processor, sample, rng), key=reference.key(sample))
@@ -70,14 +77,13 @@ def dpo_objective(config: TrainConfig) -> Objective:
         return dataclasses.replace(load(processor, sample, rng), extra={"reference": reference.of(sample)})
 
     def before(run: TrainRun) -> None:
-        reference.open(run)
-        # Process 0 has the lock for all, as in `train.main.open_workdir`; runs with other workdirs may share the file.
-        with locked(reference.path) if jax.process_index() == 0 else contextlib.nullcontext():
-            write_reference(
-                dataclasses.replace(run, objective=Objective("reference", loss, chosen, load_with_key)),
-                reference,
-                pairs,
-            )
+        objective = Objective("reference", loss, chosen, load_with_key)
+        with output_file(reference.name) as path:
+            reference.open(run, path)
+            # Process 0 has the lock for all, as in `train.main.open_workdir`; runs with other workdirs may share the
+            # file.
+            with locked(path) if jax.process_index() == 0 else contextlib.nullcontext():
+                write_reference(dataclasses.replace(run, objective=objective), reference, pairs)
 
     extra = {"reference": (pairs, 2)}
     return Objective("dpo", loss, chosen, load_with_reference, extra, before=before, answers=2, load_plain=load)

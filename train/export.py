@@ -6,11 +6,13 @@ training continues.
 """
 
 import argparse
+import contextlib
 import sys
 
 import jax
 
-from tarsier_jax.files import local_path
+from tarsier_jax.files import local_path, source_text
+from tarsier_jax.mirror import new_output
 from tarsier_jax.programs import prepare_process, run
 from train.model_export import export_checkpoint
 
@@ -22,7 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("workdir", type=local_path, help="directory of a run of train.sft or train.dpo")
     parser.add_argument("--step", default="latest", help="a number, latest (default), or best (by config.best_metric)")
     parser.add_argument(
-        "--output", type=local_path, help="directory to write (default: model-STEP or adapter-STEP in it)"
+        "--output", type=source_text, help="directory to write (default: model-STEP or adapter-STEP in it)"
     )
     return parser.parse_args(argv)
 
@@ -30,7 +32,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     prepare_process()
     jax.config.update("jax_platforms", "cpu")  # the accelerator may be that of the run
-    print(export_checkpoint(args.workdir, args.step, args.output))
+    with new_output(args.output) if args.output else contextlib.nullcontext() as output:
+        exported = export_checkpoint(args.workdir, args.step, output)
+    print(args.output or exported)
     return 0
 
 

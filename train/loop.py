@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from infer.contact_sheet import contact_sheet
 from tarsier_jax.errors import InputError, TarsierError
+from tarsier_jax.mirror import destination
 from tarsier_jax.programs import Compilations
 from train.best import BestCheckpoint
 from train.checkpoints import Checkpoints, DataProgress
@@ -283,13 +284,13 @@ class _Loop:
 
     def _finish(self, stop_signal: int) -> Summary:
         progress, rates, best = self._progress(), self.whole.rates(), self.checkpoints.best
-        exported = None if stop_signal else export_trained(self.run, self.state)
+        exported = "" if stop_signal else destination(export_trained(self.run, self.state))
         loss = f"loss {self.loss:.4f}" if self.step > self.first else "no step remained"
         self.log.line(
             f"{'stopped at' if stop_signal else 'finished'} step {self.step}: {loss}, "
             f"{progress.samples:,} samples and {progress.tokens:,} tokens trained on, "
             f"{progress.num_truncated} truncated, {progress.num_bad} bad"
-            + (f" (see {self.bad_samples.file})" if progress.num_bad else "")
+            + (f" (see {destination(self.bad_samples.file)})" if progress.num_bad else "")
             + f"\n{duration(rates['seconds_per_step'] * (self.step - self.first))} in all, "
             f"{rates['tokens_per_s']:,.0f} tokens/s, data wait {rates['data_wait']:.1%}, padding "
             f"{rates['padding']:.1%}, {self.late_compilations} compilations after step {self.first + _WARM_UP}\n"

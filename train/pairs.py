@@ -26,22 +26,25 @@ import numpy as np
 
 from eval.judges.flags import add_endpoint_flags, make_judge
 from eval.judges.judge import Judge
+from eval.judges.usage import MeteredJudge
 from eval.metrics.autodq import score_descriptions
 from eval.metrics.scores import SampleScore
 from eval.predictions import Prediction
 from eval.settings import model_digest
 from infer.bulk.config import CaptionConfig, add_config_flags
-from infer.bulk.inputs import Item, find_items
+from infer.bulk.inputs import Item, find_items, is_list
 from infer.bulk.journal import Journal
 from infer.bulk.outputs import finished_lines, write_lines
 from infer.engine import Completion, Frontend, RequestError
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import atomic_write, local_path, locked, path_text
+from tarsier_jax.files import atomic_write, is_remote, locked, source_text
+from tarsier_jax.mirror import destination, output_directory
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.jsonl import parse_json, to_json
 from tarsier_jax.processing.perturb import PERTURBATIONS
 from tarsier_jax.processing.sample import read_messages
 from tarsier_jax.programs import prepare_process, run
+from tarsier_jax.storage import local_copy
 from tarsier_jax.weights import resolve
 from train.data.annotations import with_root
 from train.record import flatten
@@ -126,9 +129,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", type=path_text, required=True, help="annotations (.jsonl, .parquet), or clips")
-    parser.add_argument("--media_root", type=path_text, help="directory of relative paths in annotations")
-    parser.add_argument("--output", type=local_path, required=True, help="directory for descriptions and pairs")
+    parser.add_argument("--input", type=source_text, required=True, help="annotations (.jsonl, .parquet), or clips")
+    parser.add_argument("--media_root", type=source_text, help="directory of relative paths in annotations")
+    parser.add_argument("--output", type=source_text, required=True, help="directory for descriptions and pairs")
     parser.add_argument(
         "--judge",
         metavar="URL",
@@ -148,17 +151,18 @@ def main(args: argparse.Namespace) -> int:
     config, items = CaptionConfig.of(args), list(find_items(args.input))[: args.limit]
     judge = None if args.judge == _NO_JUDGE else make_judge(args.judge, args)
     prepare_process()
-    with locked(args.output, inside=True):
-        check_settings(args.output / "settings.json", run_settings(args, config))
-        num_failed = describe_missing(items, config, args, needs_reference=judge is not None)
-        clips = read_descriptions(args.output / "descriptions.jsonl", items, config.prompt)
-        num_failed += write_pairs(clips, judge, args.output / "pairs.jsonl")
+    with output_directory(args.output) as output, locked(output, inside=True):
+        check_settings(output / "settings.json", run_settings(args, config))
+        path = output / "descriptions.jsonl"
+        num_failed = describe_missing(items, config, path, args.media_root or "", needs_reference=judge is not None)
+        clips = read_descriptions(path, items, config.prompt)
+        num_failed += write_pairs(clips, judge, output / "pairs.jsonl")
     return 1 if num_failed else 0
 
 
 def run_settings(args: argparse.Namespace, config: CaptionConfig) -> dict[str, Any]:
     """Returns the settings that the descriptions depend on."""
-    source = Path(args.input)
+    source = local_copy(args.input) if is_remote(args.input) and is_list(args.input) else Path(args.input)
     return {
         **{name: value for name, value in flatten(dataclasses.asdict(config)).items() if name not in _RUN_ONLY},
         "weights": model_digest(resolve(args.model), args.adapter),
@@ -177,18 +181,17 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     differences = [f"{k} was {before.get(k)!r} and is {v!r}" for k, v in settings.items() if before.get(k) != v]
     if differences:
         raise InputError(
-            f"{path.parent} contains descriptions with other settings: {'; '.join(differences)}. Choose another "
-            "--output, or remove the directory."
+            f"{destination(path.parent)} contains descriptions with other settings: {'; '.join(differences)}. Choose "
+            "another --output, or remove the directory."
         )
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def describe_missing(
-    items: Sequence[Item], config: CaptionConfig, args: argparse.Namespace, needs_reference: bool
+    items: Sequence[Item], config: CaptionConfig, path: Path, media_root: str, needs_reference: bool
 ) -> int:
-    """Describes the clips without descriptions; returns the number of clips that failed."""
-    path = args.output / "descriptions.jsonl"
+    """Appends the missing descriptions to the file `path`; returns the number of clips that failed."""
     finished = {line["idx"] for line in finished_lines(path) if "error" not in line}
     missing = [item for item in items if item.number not in finished]
     print(f"{len(items)} clips, {len(items) - len(missing)} of them described before", file=sys.stderr, flush=True)
@@ -204,7 +207,7 @@ def describe_missing(
                 raise InputError(f"{item.input} has no answer that a judge can compare with. Use --judge none.")
             sample = clip.perturbed(config.sampling.seed) if is_perturbed else dict(clip.sample)
             with journal.note(item.input):
-                return prepare(with_root(sample, args.media_root or ""))
+                return prepare(with_root(sample, media_root))
 
         journal.try_suspects(((item.input, (item, False)) for item in missing), load)
         with Frontend(engine, config.workers, load) as frontend:
@@ -259,12 +262,14 @@ def write_pairs(described: Sequence[tuple[Clip, str, str]], judge: Judge | None,
                 num_failed += 1
             elif is_preferred(chosen.values, rejected.values):
                 lines.append({**clip.pair(first, second), "autodq": _scores(chosen, rejected)})
+        if isinstance(judge, MeteredJudge):
+            print(f"The judge: {judge.pop_usage().summary(judge.prices)}.")
     with atomic_write(path) as partial:
         partial.write_text("".join(f"{to_json(line)}\n" for line in lines), encoding="utf-8")
     print(
-        f"{len(lines)} pairs of {len(described)} clips: {path}\n{len(described) - len(pairs)} pairs of equal "
-        f"descriptions, {len(pairs) - len(lines) - num_failed} that are not better by the margin, {num_failed} on "
-        "which the judge failed"
+        f"{len(lines)} pairs of {len(described)} clips: {destination(path)}\n{len(described) - len(pairs)} pairs of "
+        f"equal descriptions, {len(pairs) - len(lines) - num_failed} that are not better by the margin, {num_failed} "
+        "on which the judge failed"
     )
     return num_failed
 

@@ -6,6 +6,7 @@ answer.
 """
 
 import collections
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from eval.predictions import AnnotatedSample, Prediction, RowFormat, prediction_
 from tarsier_jax.errors import InputError
 from tarsier_jax.files import warn
 from tarsier_jax.processing.prompt_rows import messages_of_prompt
+from tarsier_jax.storage import local_source
 
 
-def load_annotations(benchmark: Benchmark, directory: Path | None, limit: int | None = None) -> list[AnnotatedSample]:
+def load_annotations(
+    benchmark: Benchmark, directory: str | Path | None, limit: int | None = None
+) -> list[AnnotatedSample]:
     """Returns the samples of a benchmark, which have references and no answers.
 
     Args:
         benchmark: The benchmark.
-        directory: Directory with the annotation file. A benchmark that generates its samples ignores it.
+        directory: Directory with the annotation file, or its URL. A benchmark that generates its samples ignores it.
         limit: Only samples of the first `limit` videos.
 
     Raises:
@@ -33,7 +37,7 @@ def load_annotations(benchmark: Benchmark, directory: Path | None, limit: int | 
     elif directory is None:
         raise InputError(f"{benchmark.name} needs {benchmark.annotations}. Pass its directory as --annotations.")
     else:
-        rows = _read_file(benchmark, directory / benchmark.annotations)
+        rows = _read_file(benchmark, Path(local_source(os.path.join(directory, benchmark.annotations))))
     return first_videos(rows, limit)
 
 

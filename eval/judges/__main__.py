@@ -23,9 +23,11 @@ from eval.metrics.scores import Table
 from eval.predictions import Prediction, PredictionFiles
 from eval.texts import digits_of, flatten_settings, with_interval
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import atomic_write, local_path
+from tarsier_jax.files import atomic_write, source_text
+from tarsier_jax.mirror import output_directory
 from tarsier_jax.processing.jsonl import to_json
 from tarsier_jax.programs import run
+from tarsier_jax.storage import local_source
 
 _NAMES = ("A", "B")
 
@@ -35,15 +37,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m eval.judges", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("judges", nargs=2, metavar="JUDGE", help='"rules", URL or URL#MODEL')
-    parser.add_argument("--predictions", required=True, type=local_path, help="directory of .jsonl files, or one file")
+    parser.add_argument("--predictions", required=True, type=source_text, help="directory of .jsonl files, or one file")
     add_benchmarks_flag(parser, required=False)
-    parser.add_argument("--output", type=local_path, metavar="DIR")
+    parser.add_argument("--output", type=source_text, metavar="DIR")
     add_endpoint_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    files = PredictionFiles(args.predictions)
+    files = PredictionFiles(Path(local_source(args.predictions)))
     benchmarks = chosen_benchmarks(args.benchmarks, files)
     judges = [make_judge(name, args) for name in args.judges]
     if judges[0].settings == judges[1].settings:
@@ -55,7 +57,8 @@ def main(args: argparse.Namespace) -> None:
         results.append(compare_judges(benchmark, files.of(benchmark.dataset).rows, judges))
         print(report(results[-1]), flush=True)
     if args.output:
-        write_agreement(args.output, judges, results)
+        with output_directory(args.output) as output:
+            write_agreement(output, judges, results)
 
 
 def chosen_benchmarks(names: Sequence[str] | None, files: PredictionFiles) -> list[Benchmark]:

@@ -9,7 +9,8 @@ from eval.judges.prompts import DEFAULT_PROMPTS, read_prompts
 from eval.judges.usage import Prices
 from eval.shapes.judge import RulesJudge
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import cache_directory, local_path
+from tarsier_jax.files import cache_directory, local_path, source_text
+from tarsier_jax.storage import local_source
 
 
 def add_judge_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +39,13 @@ def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
         "and 0 for answers to questions)",
     )
     group.add_argument(
-        "--judge_prompts", type=local_path, metavar="FILE", help="JSON file with other prompts; see docs/evaluation.md"
+        "--judge_prompts", type=source_text, metavar="FILE", help="JSON file with other prompts; see docs/evaluation.md"
     )
     group.add_argument(
         "--judge_cache",
         type=local_path,
         metavar="FILE",
-        help="file for replies (default: in the user's cache directory)",
+        help="local file for replies (default: in the user's cache directory)",
     )
     group.add_argument("--judge_concurrency", type=int, default=64, metavar="N", help="requests at once (%(default)s)")
     group.add_argument("--judge_timeout", type=float, default=60.0, metavar="SECONDS", help="per request (%(default)s)")
@@ -95,7 +96,7 @@ def make_judge(name: str, args: argparse.Namespace) -> Judge:
         timeout=args.judge_timeout,
         prices=None if args.judge_prices is None else Prices(*args.judge_prices),
     )
-    prompts = read_prompts(args.judge_prompts) if args.judge_prompts else DEFAULT_PROMPTS
+    prompts = read_prompts(Path(local_source(args.judge_prompts))) if args.judge_prompts else DEFAULT_PROMPTS
     return EndpointJudge(options, prompts, ReplyCache(args.judge_cache or _default_cache()))
 
 

@@ -77,7 +77,7 @@ class CaptionConfig:
 
     Attributes:
         model: Checkpoint directory or hub id.
-        adapter: Directory of a LoRA adapter, or None.
+        adapter: Directory of a LoRA adapter, its URL, or None.
         dtype: "auto", "float32" or "bfloat16".
         int8: Store the decoder's weights in int8.
         mesh: Sizes of mesh axes, such as "data=2,tensor=4".
@@ -94,7 +94,7 @@ class CaptionConfig:
     """
 
     model: str
-    adapter: Path | None
+    adapter: str | None
     dtype: str
     int8: bool
     mesh: str
@@ -177,7 +177,7 @@ def start_engine(
     new_tokens: int,
     options: Mapping[str, Any],
     reuse_prefixes: bool = False,
-    adapter: Path | None = None,
+    adapter: str | Path | None = None,
 ) -> Engine:
     """Loads a model over this process's devices and compiles its engine.
 

@@ -21,7 +21,7 @@ from tarsier_jax.processing.processor import media_sample
 from tarsier_jax.processing.prompt_rows import is_prompt_row, with_prompt_answer
 from tarsier_jax.processing.sample import MEDIA_KEYS
 from tarsier_jax.processing.video import find_inputs, natural_key
-from tarsier_jax.storage import list_files, local_copy
+from tarsier_jax.storage import list_files, local_copy, local_source
 
 _LISTS = (".jsonl", ".json", ".parquet")
 # Keys that name further media, or say how to show one, which only an annotation can.
@@ -175,12 +175,18 @@ def find_items(source: str) -> Items:
 
 
 def _remote_items(url: str) -> Items:
-    """Returns the clips of a URL of an object store. Lists and archives are copied to this machine, clips are not."""
+    """Returns the clips of a URL of an object store. Lists and archives are copied to this machine, clips are not.
+
+    Of several archives, each is copied when its samples are read.
+    """
     if is_list(url) and not url.lower().endswith(".parquet"):
         return _list_items(local_copy(url), url)
-    if is_archive(url):
+    if is_archive(url) and not glob.has_magic(url):
         return find_items(str(local_copy(url)))
-    urls = sorted(filter(kind_of_suffix, list_files(url)), key=natural_key)
+    files = list_files(url)
+    urls = sorted(filter(kind_of_suffix, files), key=natural_key)
+    if not urls and (archives := sorted(filter(is_archive, files))):
+        return Items(lambda: _file_items(archives))
     if not urls:
         raise InputError(f"{url} matches no video, animation or image. {ACCEPTED}")
     return Items(lambda: (Item(i, i, name, {}) for i, name in enumerate(urls)), len(urls))
@@ -197,19 +203,20 @@ def _file_items(files: Iterable[str | Path]) -> Iterator[Item]:
     numbers = itertools.count()
     for file in files:
         if is_archive(file):
-            yield from _archive_items(Path(file), numbers)
+            yield from _archive_items(str(file), numbers)
         else:
             number = next(numbers)
             yield Item(number, number, str(file), {})
 
 
-def _archive_items(path: Path, numbers: Iterator[int]) -> Iterator[Item]:
+def _archive_items(source: str, numbers: Iterator[int]) -> Iterator[Item]:
     try:
-        for place, sample in open_archive(path).samples(str(path)):
+        path = local_source(source)
+        for place, sample in open_archive(path).samples(path):
             yield _item(next(numbers), place, sample)
     except InputError as error:
         number = next(numbers)
-        yield Item(number, number, str(path), {}, str(error))
+        yield Item(number, number, source, {}, str(error))
 
 
 def find_media(sources: Iterable[str]) -> list[str | Path]:
@@ -239,7 +246,7 @@ def _list_items(path: Path, name: str = "") -> Items:
         InputError: the list is empty or cannot be read.
     """
     if path.suffix.lower() == ".parquet":
-        items = Items(lambda: _archive_items(path, itertools.count()), len(open_archive(path)))
+        items = Items(lambda: _archive_items(str(path), itertools.count()), len(open_archive(path)))
     else:
         try:
             items = Items(lambda: _json_items(path, name or str(path)), sum(1 for _ in read_lines(path)))

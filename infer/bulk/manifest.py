@@ -12,6 +12,7 @@ import jax
 from infer.bulk.outputs import Tally, lines_of
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.files import atomic_write, is_special
+from tarsier_jax.mirror import destination
 from tarsier_jax.versions import versions
 from tarsier_jax.weights import resolve
 from tarsier_jax.weights.digest import digest_weights
@@ -116,8 +117,8 @@ def _check_same(output: Path, earlier: Mapping[str, Any], facts: Mapping[str, An
         changes.insert(0, f"the model was {_name(old)} and is now {_name(new)}")
     if changes:
         raise InputError(
-            f"{output} has captions of other options: {', '.join(changes)}. Use the same options, choose another "
-            "--output, or start again with --overwrite."
+            f"{destination(output)} has captions of other options: {', '.join(changes)}. Use the same options, choose "
+            "another --output, or start again with --overwrite."
         )
 
 

@@ -17,6 +17,7 @@ from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.families import family_of
 from tarsier_jax.files import new_directory
+from tarsier_jax.storage import local_source
 from tarsier_jax.weights.names import Parameter, parameters
 from tarsier_jax.weights.safetensors import Tensor, open_file
 
@@ -73,11 +74,16 @@ def _merge(sharding: jax.sharding.Sharding) -> Any:
 def read_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
     """Reads an adapter of PEFT for a model of these sizes, in any of the family's layouts of names.
 
+    Args:
+        directory: Directory of the adapter, or its URL in an object store.
+        config: Configuration of the model.
+
     Raises:
+        InputError: the URL cannot be read.
         CheckpointError: the directory is not an adapter of LoRA, has an option that is not supported, or does not fit
             the model. The message names the option or the tensors.
     """
-    directory = Path(directory)
+    directory = Path(local_source(str(directory)))
     options = _read_options(directory)
     file = next((path for name in _WEIGHTS if (path := directory / name).is_file()), None)
     if file is None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tarsier_jax.storage import local_source
 from tarsier_jax.weights.orbax import PARAMS, is_converted
 from tarsier_jax.weights.safetensors import open_tensors
 
@@ -18,8 +19,9 @@ def digest_weights(directory: Path) -> bytes:
     return digest_files(directory, files)
 
 
-def digest_adapter(directory: Path) -> bytes:
-    """Returns the SHA-256 of the options and the weights of a LoRA adapter, and of their file names."""
+def digest_adapter(directory: str | Path) -> bytes:
+    """Returns the SHA-256 of the options and the weights of a LoRA adapter, or of its URL, and of their file names."""
+    directory = Path(local_source(str(directory)))
     return digest_files(directory, directory.glob("adapter_*"))
 
 

@@ -61,8 +61,8 @@ def test_every_program_has_the_flag() -> None:
         web: [],
     }
     for program, necessary in flags.items():
-        assert program.parse(["--adapter=some/adapter", *necessary]).adapter == Path("some/adapter")
-    assert CaptionConfig.of(caption.parse(["--adapter=a", *flags[caption]])).adapter == Path("a")
+        assert program.parse(["--adapter=gs://some/adapter", *necessary]).adapter == "gs://some/adapter"
+    assert CaptionConfig.of(caption.parse(["--adapter=a", *flags[caption]])).adapter == "a"
 
 
 def test_predictions_of_another_adapter_are_not_continued(checkpoint: Path, adapter: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import configs.micro_dpo
+from eval.judges.endpoint import Endpoint
 from eval.metrics.autodq import score_descriptions
 from eval.shapes import __main__ as shapes
 from eval.shapes.annotations import annotation
@@ -26,6 +27,7 @@ from tarsier_jax.families import load_config
 from tarsier_jax.files import locked
 from tarsier_jax.processing.perturb import PERTURBATIONS
 from tarsier_jax.processing.processor import load_processor
+from tests.eval.scripted import scripted_judge
 from train import pairs
 from train.config import TrainConfig
 from train.data.annotations import read_sample
@@ -194,6 +196,99 @@ def test_other_settings_are_refused(annotations: Path, tmp_path: Path) -> None:
     annotations.write_text(annotations.read_text() + annotations.read_text())
     with pytest.raises(InputError, match="other settings: input was"):
         make_pairs(annotations, out)
+
+
+# Replies of a language model: recall and precision of the description of each clip, and of that of the perturbed clip.
+SHARES = {0: ((1.0, 1.0), (0.5, 0.5)), 1: ((0.5, 1.0), (1.0, 0.0)), 2: ((1.0, 1.0), (1.0, 1.0))}
+
+
+def replies_of(events: dict[str, Any], *faults: Any) -> list[dict[str, Any]]:
+    return [*faults, {"text": json.dumps(events)}]
+
+
+def judge_table() -> list[dict[str, Any]]:
+    """The replies about clips whose descriptions are "clean I" and "perturbed I", and the reference "reference I".
+
+    The first reply about a text is a fault of the server, the second one is cut short. All replies about the perturbed
+    clip 3 are.
+    """
+    faults, names = [{"status": 429}, {"text": '{"events": ["a'}], ("clean", "perturbed", "reference")
+
+    def extraction(text: str) -> dict[str, Any]:
+        replies = faults[1:] if text == "perturbed 3" else replies_of({"events": [f"{text} a", f"{text} b"]}, *faults)
+        return {"name": text, "needs": ["List its key events", text], "replies": replies}
+
+    def entailment(text: str, source: str, share: float) -> dict[str, Any]:
+        relationships = ["entailment" if i < 2 * share else "contradiction" for i in range(2)]
+        events = [
+            {"event": f"{source} {name}", "relationship": relationship, "reason": ""}
+            for name, relationship in zip("ab", relationships, strict=True)
+        ]
+        needs = ["choose its relationship", text, f"{source} a"]
+        return {"name": f"{text} entails {source}", "needs": needs, "replies": replies_of({"events": events})}
+
+    rows = [extraction(f"{name} {i}") for i in range(COUNT) for name in names]
+    for i in range(COUNT):
+        for name, (recall, precision) in zip(names, SHARES.get(i, SHARES[0]), strict=False):
+            rows.append(entailment(f"{name} {i}", f"reference {i}", recall))
+            rows.append(entailment(f"reference {i}", f"{name} {i}", precision))
+    return rows
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_language_model_as_judge(
+    annotations: Path, store: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Its replies decide which pairs are kept; after a kill, no request with a reply is sent again."""
+
+    def text_of(self: Oracle, number: int, item: Item, is_perturbed: bool) -> Completion:
+        self.load((item, is_perturbed))
+        Oracle.numbers += [number // 2]
+        request: Any = None
+        return Completion(request, f"{'Perturbed' if is_perturbed else 'Clean'} {number // 2}", [1], "eos", 0.0)
+
+    monkeypatch.setattr(Oracle, "completion", text_of)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("eval.judges.endpoint._MAX_WAIT_S", 0.01)
+    lines = [json.loads(line) for line in annotations.read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["messages"][-1]["content"], line["extra_info"] = [{"type": "text", "text": f"Reference {i}"}], {}
+    store.pipe("/b/annotations.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+    with scripted_judge({"rows": judge_table()}) as judge:
+
+        def run() -> int:
+            flags = ("--input", "memory://b/annotations.jsonl", "--output", "memory://b/pairs", "--judge", judge.url)
+            return pairs.main(pairs.parse([*flags, "--judge_concurrency", "2", "--judge_retries", "3"]))
+
+        send, num_sent = Endpoint._send, iter(range(15))
+
+        def send_until_killed(self: Endpoint, messages: Any) -> Any:
+            if next(num_sent, None) is None:
+                raise Killed
+            return send(self, messages)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Endpoint, "_send", send_until_killed)
+            run()
+        assert judge.table.stats()["requests"] == 15 and not store.exists("/b/pairs/pairs.jsonl")
+        assert run() == 1 and set(Oracle.numbers) == set(range(COUNT)) and len(Oracle.numbers) == 2 * COUNT
+        output = capsys.readouterr().out
+        stats = judge.table.stats()
+        num_asked = {row["name"]: row["asked"] for row in stats["rows"]}
+        expected = {row["name"]: len(row["replies"]) for row in judge_table()}
+        expected |= {"perturbed 3": 4, "perturbed 3 entails reference 3": 0, "reference 3 entails perturbed 3": 0}
+        assert num_asked == expected and not stats["unmatched"]
+        assert run() == 1 and judge.table.stats() == stats
+    assert "1 pairs of 4 clips: memory://b/pairs/pairs.jsonl\n" in output
+    assert "0 pairs of equal descriptions, 2 that are not better by the margin, 1 on which the judge failed" in output
+    (line,) = map(json.loads, store.cat("/b/pairs/pairs.jsonl").decode().splitlines())
+    answer = line["messages"][-1]["content"][0]
+    assert (line["idx"], answer["chosen"], answer["rejected"]) == (0, "Clean 0", "Perturbed 0")
+    scores = {"chosen": {"recall": 1, "precision": 1}, "rejected": {"recall": 0.5, "precision": 0.5}}
+    assert line["autodq"] == scores
 
 
 @pytest.mark.slow

@@ -62,7 +62,8 @@ def test_a_workdir_in_a_store(run: Any, tmp_path: Path, monkeypatch: pytest.Monk
         ("data.train=a.jsonl=1,az://bucket/b.jsonl=2", "config.data.train az://bucket/b.jsonl=2"),
         ("data.eval=https://host/b.jsonl", "config.data.eval https://host/b.jsonl"),
         ("data.media_root=https://host", "config.data.media_root https://host"),
-        ("dpo.reference=gs://bucket/r", "config.dpo.reference gs://bucket/r"),
+        ("dpo.reference=az://bucket/r", "config.dpo.reference az://bucket/r"),
+        ("benchmark.data_root=https://host", "config.benchmark.data_root https://host"),
     ],
 )
 def test_urls_in_the_configuration(run: Any, tmp_path: Path, flag: str, name: str) -> None:

@@ -35,18 +35,26 @@ from train.state import StepBatch, build_model, load_reference
 class ReferenceFile:
     """JSON lines {"key", "chosen", "rejected"}, one file per process: FILE.0, FILE.1, ...
 
+    Args:
+        name: The path FILE, or its URL in an object store.
+
+    Attributes:
+        name: The argument.
+        path: The path on this machine, of the method `open`.
+
     A key is a hash of all inputs of a pair's log-probabilities: the pair, the sizes of its media files, and the run's
     `fingerprint`. Records of another model or of other frames therefore have other keys. The key does not change if a
     media file is replaced by another one of the same name and size.
     """
 
-    def __init__(self, path: str):
-        self.path = Path(path)
+    def __init__(self, name: str):
+        self.name, self.path = name, Path()
         self._fingerprint, self._n_frames = "", 0
         self._known: dict[str, tuple[float, float]] = {}
 
-    def open(self, run: TrainRun) -> None:
+    def open(self, run: TrainRun, path: Path) -> None:
         """Reads the records and computes the fingerprint of the run. Must be called before every other method."""
+        self.path = path
         self._fingerprint, self._n_frames = fingerprint(run), run.config.processor.n_frames
         self.read()
 
@@ -92,7 +100,7 @@ class ReferenceFile:
         values = self._known.get(self.key(sample))
         if values is None:
             raise InputError(
-                f"{self.path} lacks the reference log-probabilities of the pair: its line or its media have "
+                f"{self.name} lacks the reference log-probabilities of the pair: its line or its media have "
                 "changed since the start. Start the run again."
             )
         return np.array(values, np.float32)
@@ -185,7 +193,7 @@ def _report_unused(reference: ReferenceFile, missing: "_Missing") -> None:
     num_unused = len(reference) - missing.num_present
     if num_unused and jax.process_index() == 0:
         print(
-            f"reference: {num_unused} of {len(reference)} records in {reference.path}.* are not used: they belong to "
+            f"reference: {num_unused} of {len(reference)} records in {reference.name}.* are not used: they belong to "
             "other pairs, another model, other frames or another chat template",
             flush=True,
         )

@@ -56,7 +56,7 @@ def test_missing_videos(tmp_path: Path) -> None:
     rows = [question_row(1), question_row(2, "a/2.avi"), question_row(3, "a/2.avi"), question_row(4, "b/2.avi")]
     complete, missing = find_videos(TVBENCH, rows, tmp_path)
     assert [row["idx"] for row in complete] == [1]
-    assert missing == [tmp_path / "TVBench/a/2.avi", tmp_path / "TVBench/b/2.avi"]
+    assert missing == [str(tmp_path / "TVBench/a/2.avi"), str(tmp_path / "TVBench/b/2.avi")]
     with pytest.raises(InputError, match=r"tvbench needs video files.*--data_root"):
         find_videos(TVBENCH, rows, None)
 

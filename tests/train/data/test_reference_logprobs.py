@@ -177,7 +177,7 @@ def pair(source: str, chosen: str = "A.", **video: Any) -> dict[str, Any]:
 
 def test_a_key_is_of_the_pair_and_its_media(tmp_path: Path, run: Any, clip: str) -> None:
     file = ReferenceFile(str(tmp_path / "reference"))
-    file.open(run)
+    file.open(run, tmp_path / "reference")
     video = tmp_path / "a.mp4"
     video.write_bytes(b"first")
     line = pair(str(video))
