@@ -34,4 +34,4 @@ def test_no_program_copies_the_cache() -> None:
     assert 1 < figures["decode_slots"]["moved"] < 1.1  # once, and the parts of split sums
     assert figures["extend_slots"]["temporaries"] < 0.5
     assert figures["encode_frames"]["temporaries"] < 0.5
-    assert figures["prefill_into_slots"]["temporaries"] < 1.3  # two products of 10,240 x 18,944, and the row's keys
+    assert figures["prefill_into_slots"]["temporaries"] < 0.8  # of the MLP for 2,560 tokens, and the keys of the row
