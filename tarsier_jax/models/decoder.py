@@ -1,6 +1,7 @@
 """The decoder of Qwen2 and LLaMA, with multimodal RoPE and grouped queries, as in Qwen2-VL."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -113,10 +114,12 @@ class DecoderLayer(nnx.Module):
             out, cache = self.attn(self.input_norm(x), cos, sin, segment_ids, cache, layer, extend)
             x = x + out
         with jax.named_scope("mlp"):
-            return x + _in_pieces(lambda x: self.mlp(self.post_norm(x)), x, cache), cache
+            return x + mlp_in_parts(lambda x: self.mlp(self.post_norm(x)), x, cache), cache
 
 
-def _in_pieces(mlp: Any, x: Float[Array, "B T D"], cache: KVCache | None) -> Float[Array, "B T D"]:
+def mlp_in_parts(
+    mlp: Callable[[Array], Array], x: Float[Array, "B T D"], cache: KVCache | None
+) -> Float[Array, "B T D"]:
     """Returns `mlp(x)`, with a cache for a part of the tokens at a time: its hidden values are the largest temporaries.
 
     The parts are not the iterations of a loop, into which XLA would copy the weights of the layer.
@@ -124,12 +127,12 @@ def _in_pieces(mlp: Any, x: Float[Array, "B T D"], cache: KVCache | None) -> Flo
     T = x.shape[1]
     if cache is None or T <= _MLP_TOKENS:
         return mlp(x)
-    pieces = math.gcd(T, 2 ** math.ceil(math.log2(T / _MLP_TOKENS)))
+    parts = math.gcd(T, 2 ** math.ceil(math.log2(T / _MLP_TOKENS)))
     outputs = []
-    for piece in jnp.split(x, pieces, axis=1):
+    for part in jnp.split(x, parts, axis=1):
         if outputs:  # one after the other
-            piece, outputs[-1] = jax.lax.optimization_barrier((piece, outputs[-1]))
-        outputs.append(mlp(piece))
+            part, outputs[-1] = jax.lax.optimization_barrier((part, outputs[-1]))
+        outputs.append(mlp(part))
     return jnp.concatenate(outputs, axis=1)
 
 
