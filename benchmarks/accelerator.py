@@ -206,7 +206,8 @@ class Bench:
         size = self.workload
         bins = size.video[0] + size.video[0] % 2
         row = RowShape(size.prompt_tokens, bins, size.patches, 8, max(1, size.slots // 2))
-        return SingleConfig(size.slots * self.groups, size.prompt_tokens, size.new_tokens, (row,), self.groups)
+        slots, parts = size.slots * self.groups, (self.groups, self.tensor)
+        return SingleConfig(slots, size.prompt_tokens, size.new_tokens, (row,), *parts)
 
     @functools.cached_property
     def clip(self) -> Example:

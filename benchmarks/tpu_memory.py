@@ -12,10 +12,11 @@ counts and are not printed.
 
 import argparse
 import dataclasses
+import functools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.traffic import Program
 from infer.engine import EngineConfig, fit_config
 from tarsier_jax.config import ClipVisionConfig, ModelConfig, TextConfig
 from tarsier_jax.families import family_of
@@ -43,7 +45,9 @@ from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from tarsier_jax.processing.square_image import ClipImageProcessor
 from tarsier_jax.sharding import BATCH, make_mesh, parameter_shardings
-from train.aot import GIB, ROOM, bytes_of, hlo_text, topology_devices
+from tarsier_jax.weights.quantize import quantized_shape, use_quantized
+from train.aot import GIB, ROOM, by_kind, bytes_of, hlo_text, topology_devices
+from train.transfers import read_transfers
 
 _LLAMA: dict[str, Any] = {"mrope_section": (64, 0, 0), "qkv_bias": False}
 _VICUNA_7B = TextConfig(32_064, 4096, 11_008, 32, num_heads=32, num_kv_heads=32, rope_theta=1e4, **_LLAMA)
@@ -69,15 +73,17 @@ PROCESSORS = {
 }
 
 
-def abstract_model(config: ModelConfig, mesh: Mesh) -> Tarsier:
-    """Returns the model as shapes with shardings, without allocating memory."""
+def abstract_model(config: ModelConfig, mesh: Mesh, int8: bool = False) -> Tarsier:
+    """Returns the model as shapes with shardings, without allocating memory; with `int8`, quantized as by `load`."""
     graph, state = nnx.split(nnx.eval_shape(lambda: family_of(config).model(config, nnx.Rngs(0))))
     shardings = parameter_shardings(state, mesh)
+    change = quantized_shape if int8 else lambda path, x: x
     flat = {
-        path: leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path]))
+        path: leaf.replace(change(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])))
         for path, leaf in nnx.to_flat_state(state)
     }
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    model = nnx.merge(graph, nnx.from_flat_state(flat))
+    return use_quantized(model) if int8 else model
 
 
 def abstract_slots(model: Tarsier, shape: EngineConfig, mesh: Mesh) -> DecodeState:
@@ -90,11 +96,14 @@ def _with_sharding(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def programs(model: Tarsier, state: DecodeState, shape: EngineConfig, mesh: Mesh) -> Iterator[tuple[str, Any, int]]:
+def programs(
+    model: Tarsier, state: DecodeState, shape: EngineConfig, mesh: Mesh
+) -> Iterator[tuple[str, Callable[[], Any], int]]:
     """Yields the programs for the largest frames and the longest rows.
 
     Yields:
-        Name, lowered program, and bytes per chip of the other arrays that are in memory during the program.
+        Name, function that lowers the program, and bytes per chip of the other arrays that are in memory during the
+        program.
     """
     G, row, config = shape.groups, shape.buckets[-1], model.config
     vision, decoder = (shard_bytes(nnx.state(part)) for part in (model.vision, model.decoder))
@@ -107,7 +116,8 @@ def programs(model: Tarsier, state: DecodeState, shape: EngineConfig, mesh: Mesh
         patches = array(G, row.bins, row.patches, config.vision.patch_dim, dtype=jnp.bfloat16)
         frames = array(G, row.bins, row.frames, 2)
         step, features = shape.step(len(shape.buckets) - 1), shape.num_features(config.vision)
-        program = encode_frames.lower(model, patches, frames, number, step=step, num_features=features)
+        sizes = {"step": step, "num_features": features}
+        program = functools.partial(encode_frames.lower, model, patches, frames, number, **sizes)
         yield "encode_frames", program, decoder + shard_bytes(state)
 
         ids = array(G, row.tokens)
@@ -115,32 +125,56 @@ def programs(model: Tarsier, state: DecodeState, shape: EngineConfig, mesh: Mesh
         rows = Batch(ids, None, positions, array(G), None, None, vision_token_index=ids, segment_ids=ids)
         features = array(G, features, config.text.hidden_size, dtype=jnp.bfloat16)
         prompts = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), SlotAssignment.none(G, row.samples))
-        yield "prefill_into_slots", prefill_into_slots.lower(model, state, rows, features, prompts), vision
+        program = functools.partial(prefill_into_slots.lower, model, state, rows, features, prompts)
+        yield "prefill_into_slots", program, vision
 
         cancelled = array(shape.slots, dtype=bool, axes=())
-        yield "decode_slots", decode_slots.lower(model, state, cancelled, eos, number, number), vision
+        program = functools.partial(decode_slots.lower, model, state, cancelled, eos, number, number)
+        yield "decode_slots", program, vision
 
         tokens = Continuation.none(G, shape.chunks[-1], shape.prompt_tokens)
         new, prompt = (
             jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), each) for each in (tokens, SlotAssignment.none(G, 1))
         )
-        yield "extend_slots", extend_slots.lower(model, state, new, prompt), vision
+        yield "extend_slots", functools.partial(extend_slots.lower, model, state, new, prompt), vision
 
 
-def report_memory(name: str, lowered: Any, beside: int, limit: int) -> int:
-    """Compiles one program, prints its bytes per chip and those of the other arrays, and returns the total."""
+def bytes_to_read(model: Tarsier, state: DecodeState) -> int:
+    """Returns the bytes per chip that a decoding step must read: the layers, the output head, and all positions."""
+    decoder = model.decoder
+    head = decoder.lm_head or decoder.embed
+    return shard_bytes((decoder.layers, decoder.norm, head, state.cache.k, state.cache.v))
+
+
+def moved_per_step(hlo: str) -> int:
+    """Returns the bytes per chip that an iteration of the loop of `decode_slots` reads and writes."""
+    return max(moved for _, moved in Program(hlo).loops())
+
+
+def report_memory(name: str, lower: Callable[[], Any], beside: int, limit: int, floor: int) -> int:
+    """Compiles one program, prints its bytes per chip and those of the other arrays, and returns the total.
+
+    It also prints the bytes that a chip sends, in one iteration of the outer loop of `encode_frames` and
+    `decode_slots`. For `decode_slots`, it prints the bytes that a step moves, and their ratio to `floor`.
+    """
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lower().compile()
     seconds = time.perf_counter() - start
     arguments, temporaries, outputs = bytes_of(compiled)
     total = arguments + temporaries + outputs + beside
-    kernels = (hlo_text(compiled) or "").count('custom_call_target="tpu_custom_call"')
+    hlo = hlo_text(compiled) or ""
+    kernels = hlo.count('custom_call_target="tpu_custom_call"')
     print(
         f"{name:<18} arguments {arguments / GIB:6.2f}  temporaries {temporaries / GIB:6.2f}  "
         f"outputs {outputs / GIB:6.2f}  beside {beside / GIB:6.2f}  total {total / GIB:6.2f} GiB per chip, "
         f"{'FITS' if total <= limit else 'TOO MUCH'}  ({kernels} splash kernels; compiled in {seconds:.0f} s)",
         flush=True,
     )
+    if transfers := read_transfers(hlo):
+        print(f"  collectives: {by_kind(transfers)}", flush=True)
+    if name == "decode_slots" and hlo:
+        moved = moved_per_step(hlo)
+        print(f"  a step moves {moved / 1e9:.2f} GB, {moved / floor:.3f} times the weights and the cache", flush=True)
     return total
 
 
@@ -169,7 +203,7 @@ def main() -> int:
     processor = PROCESSORS[args.model]
     dtypes = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
     config = dataclasses.replace(processor.config, attention="splash", **dtypes)
-    sizes = args.slots * groups, args.max_new_tokens, groups, args.tokens - args.max_new_tokens
+    sizes = args.slots * groups, args.max_new_tokens, mesh, args.tokens - args.max_new_tokens
     shape = fit_config(processor, *sizes)
     model = abstract_model(config, mesh)
     state = abstract_slots(model, shape, mesh)
@@ -179,7 +213,8 @@ def main() -> int:
         f"{shape.buckets[0].tokens} tokens"
     )
     limit = ROOM[args.topology.partition(":")[0]]
-    totals = [report_memory(*program, limit) for program in programs(model, state, shape, mesh)]
+    floor = bytes_to_read(model, state)
+    totals = [report_memory(*program, limit, floor) for program in programs(model, state, shape, mesh)]
     return 0 if max(totals) <= limit else 1
 
 

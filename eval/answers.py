@@ -62,11 +62,10 @@ class Engines:
     def _build(self, n_frames: int, max_new_tokens: int, extra_text: int) -> Engine:
         model, processor = self._load()
         processor, mesh = processor.replace(n_frames=n_frames), model_mesh(model)
-        groups = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        config = fit_config(processor, self._slots, max_new_tokens, groups)
+        config = fit_config(processor, self._slots, max_new_tokens, mesh)
         if extra_text:
             prompt_tokens = min(config.prompt_tokens + extra_text, processor.options.max_seq_len)
-            config = fit_config(processor, self._slots, max_new_tokens, groups, prompt_tokens)
+            config = fit_config(processor, self._slots, max_new_tokens, mesh, prompt_tokens)
         return Engine(model, processor, config)
 
 

@@ -1,6 +1,7 @@
 """Run by test_gpu: the engine's programs compiled for an H100 on a machine without one, as JSON.
 
-Per program: GiB of temporaries, and the bytes of the largest array of 16 bits that a copy or a transposition writes.
+Per program: GiB of temporaries, and the bytes of the largest array of 16 bits that a copy or a transposition writes. Of
+`decode_slots` also the bytes that a step moves, as a multiple of the weights and the cache.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import infer.engine.config
 import tarsier_jax.models.vision_layers
-from benchmarks.tpu_memory import abstract_model, abstract_slots, programs, tarsier2
+from benchmarks.tpu_memory import abstract_model, abstract_slots, bytes_to_read, moved_per_step, programs, tarsier2
 from infer.engine import fit_config
 from tarsier_jax.config import TextConfig
 from tarsier_jax.models.tarsier import Tarsier
@@ -71,16 +72,21 @@ def unstacked(model: Tarsier, mesh: Mesh) -> Tarsier:
     return model
 
 
-def compiled_programs(mesh: Mesh) -> Iterator[tuple[str, Any]]:
-    """Yields the programs of the 7B with four layers and two vision blocks: 32 slots of 10,752 tokens."""
+def compiled_programs(mesh: Mesh) -> Iterator[tuple[str, Any, int]]:
+    """Yields the programs of the 7B with four layers and two vision blocks: 32 slots of 10,752 tokens.
+
+    Yields:
+        Name, compiled program, and the bytes that a decoding step must read.
+    """
     processor = tarsier2(TextConfig(num_layers=4))
     vision = dataclasses.replace(processor.config.vision, depth=2)
     dtypes = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
     config = dataclasses.replace(processor.config, vision=vision, attention="cudnn", **dtypes)
     shape = fit_config(processor, 32, 512, prompt_tokens=10_240)
     model = unstacked(abstract_model(config, mesh), mesh)
-    for name, lowered, _ in programs(model, abstract_slots(model, shape, mesh), shape, mesh):
-        yield name, lowered.compile()
+    state = abstract_slots(model, shape, mesh)
+    for name, lower, _ in programs(model, state, shape, mesh):
+        yield name, lower().compile(), bytes_to_read(model, state)
 
 
 def largest_copy(text: str) -> int:
@@ -89,10 +95,12 @@ def largest_copy(text: str) -> int:
 
 
 def main() -> None:
-    figures = {}
-    for name, compiled in compiled_programs(h100()):
-        temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
-        figures[name] = {"temporaries": temporaries, "largest_copy": largest_copy(compiled.as_text())}
+    figures: dict[str, dict[str, float]] = {}
+    for name, compiled, floor in compiled_programs(h100()):
+        text, temporaries = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes / 2**30
+        figures[name] = {"temporaries": temporaries, "largest_copy": largest_copy(text)}
+        if name == "decode_slots":
+            figures[name]["moved"] = moved_per_step(text) / floor
     print(json.dumps(figures))
 
 

@@ -31,6 +31,7 @@ def test_no_program_copies_the_cache() -> None:
     assert set(figures) == {"encode_frames", "prefill_into_slots", "decode_slots", "extend_slots"}
     assert all(program["largest_copy"] < 100 * 2**20 for program in figures.values()), figures
     assert figures["decode_slots"]["temporaries"] < 0.1
+    assert 1 < figures["decode_slots"]["moved"] < 1.1  # once, and the parts of split sums
     assert figures["extend_slots"]["temporaries"] < 0.5
     assert figures["encode_frames"]["temporaries"] < 0.5
-    assert figures["prefill_into_slots"]["temporaries"] < 1.3  # two products of 10,240 x 18,944, and the row's keys
+    assert figures["prefill_into_slots"]["temporaries"] < 0.8  # of the MLP for 2,560 tokens, and the keys of the row

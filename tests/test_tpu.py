@@ -1,5 +1,6 @@
 """The engines of the models compile for TPU slices, on a machine without one."""
 
+import json
 import os
 import re
 
@@ -10,12 +11,17 @@ from tests import tpu
 pytestmark = pytest.mark.slow
 
 
-def memory(*flags: str) -> dict[str, tuple[float, float, int]]:
-    """Returns temporaries and total in GiB per chip, and the number of splash kernels, of each program. All fit."""
+def compile_programs(*flags: str) -> str:
+    """Returns the output of `benchmarks.tpu_memory`."""
     done = tpu.run("benchmarks.tpu_memory", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def memory(output: str) -> dict[str, tuple[float, float, int]]:
+    """Returns temporaries and total in GiB per chip, and the number of splash kernels, of each program. All fit."""
     sizes = re.findall(
-        r"^(\w+) .*temporaries +([\d.]+) .*total +([\d.]+) GiB per chip, FITS +\((\d+) splash", done.stdout, re.M
+        r"^(\w+) .*temporaries +([\d.]+) .*total +([\d.]+) GiB per chip, FITS +\((\d+) splash", output, re.M
     )
     assert [name for name, *_ in sizes] == ["encode_frames", "prefill_into_slots", "decode_slots", "extend_slots"]
     return {name: (float(temporaries), float(total), int(kernels)) for name, temporaries, total, kernels in sizes}
@@ -23,12 +29,35 @@ def memory(*flags: str) -> dict[str, tuple[float, float, int]]:
 
 def test_the_engines_programs_of_the_7b_fit_eight_v5e_chips() -> None:
     """data=2 x tensor=4, splash attention: 32 slots of 12,288 tokens a data-parallel part, below 15 GiB a chip."""
-    programs = memory()
+    output = compile_programs()
+    programs = memory(output)
     for temporaries, total, _ in programs.values():
         assert 8.5 < total < 15  # a quarter of the weights is 3.5 GiB, of the slots' cache 5.25
         assert temporaries < 1  # so nothing copies or gathers the cache
     for name in ("encode_frames", "prefill_into_slots"):
         assert programs[name][2] == 1  # the scanned layer of each tower
+    assert programs["prefill_into_slots"][0] < 0.5
+    (moved,) = re.findall(r"a step moves \S+ GB, (\S+) times the weights and the cache", output)
+    assert 1 <= float(moved) < 1.2
+    collectives = dict(re.findall(r"^(\w+) .*\n  collectives: (.*)", output, re.M))
+    # Devices exchange the parameters of the tower, 0.88 GiB, and the features; neither activations nor all patches.
+    vision = re.fullmatch(r"all-gather \d+ \((\S+) GiB\)", collectives["encode_frames"])
+    assert vision is not None and float(vision[1]) < 1, collectives
+    # Two sums of 11,776 tokens in each layer except the last, which computes only keys and values: 27 x 0.236 GiB.
+    prefill = re.search(r"all-reduce \d+ \((\S+) GiB\)", collectives["prefill_into_slots"])
+    assert prefill is not None and float(prefill[1]) < 6.5, collectives
+
+
+def test_a_decoding_step_reads_the_weights_and_the_cache_once() -> None:
+    """Where a chip has several key-value heads, and with weights in int8.
+
+    With heads as a dimension of the cache, chips with two of them moved six times as many bytes.
+    """
+    done = tpu.run("tests.tpu_decode", effort="0")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert len(figures) == 3
+    assert all(0.99 < case["moved"] < 1.05 and case["temporaries"] < 0.1 for case in figures.values()), figures
 
 
 # Each case takes a minute of CPU time.
@@ -45,5 +74,6 @@ FIRST_TARSIER = [
 def test_the_first_tarsier_fits(model: str, topology: str, tensor: int, slots: int, arrays: float) -> None:
     """Prompts of 8 frames of 601 tokens."""
     flags = {"model": model, "topology": topology, "tensor": tensor, "slots": slots, "tokens": 5632}
-    for temporaries, total, _ in memory(*(f"--{name}={value}" for name, value in flags.items())).values():
+    output = compile_programs(*(f"--{name}={value}" for name, value in flags.items()))
+    for temporaries, total, _ in memory(output).values():
         assert arrays < total and temporaries < 2.5

@@ -12,7 +12,9 @@ Qwen2-VL-7B if that is not a local directory.
 """
 
 import dataclasses
+import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -81,8 +83,11 @@ class Footprint:
 
 def topology_devices(name: str, num_slices: int = 1) -> list[Any]:
     """Returns the devices of TPU slices such as "v5e:2x4", known to the compiler only. Raises InputError."""
+    size = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
+    # The compiler assumes hosts of four chips, which a slice of one or two is not.
+    host = {"chips_per_host_bounds": (*size, 1, 1)[:3]} if math.prod(size) < 4 else {}
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu", num_slices=num_slices).devices)
+        return list(topologies.get_topology_desc(name, platform="tpu", num_slices=num_slices, **host).devices)
     except Exception as e:  # the compiler's plugin documents no type
         raise InputError(
             f"Topology {name!r} does not exist ({str(e).splitlines()[0]}). One that exists: v5e:16x16."
@@ -174,12 +179,12 @@ def _wires(f: Footprint) -> str:
     if f.transfers is None:
         return "collectives: this JAX cannot print the programs of this kind of chip"
     within, between = ([t for t in f.transfers if t.between_slices == slow] for slow in (False, True))
-    dcn = f"\nbetween slices: {_by_kind(between)}" if between else ""
-    return f"collectives: {_by_kind(within)}; {f.kernels} splash kernels{dcn}"
+    dcn = f"\nbetween slices: {by_kind(between)}" if between else ""
+    return f"collectives: {by_kind(within)}; {f.kernels} splash kernels{dcn}"
 
 
-def _by_kind(transfers: list[Transfer]) -> str:
-    """Returns the number and the GiB per chip and step of each kind."""
+def by_kind(transfers: list[Transfer]) -> str:
+    """Returns the number and the GiB per chip and run of each kind."""
     sizes = {kind: [t.bytes for t in transfers if t.kind == kind] for kind in sorted({t.kind for t in transfers})}
     return ", ".join(f"{kind} {len(sizes[kind])} ({sum(sizes[kind]) / GIB:.3f} GiB)" for kind in sizes) or "none"
 

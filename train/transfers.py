@@ -35,7 +35,7 @@ class Transfer:
 
 def read_transfers(hlo: str) -> list[Transfer]:
     """Returns the transfers of a program. A loop without a constant number of iterations counts once."""
-    computations = _computations(hlo)
+    computations = read_computations(hlo)
     runs = _runs(computations)
     return [
         dataclasses.replace(transfer, bytes=transfer.bytes * runs[name])
@@ -45,7 +45,7 @@ def read_transfers(hlo: str) -> list[Transfer]:
     ]
 
 
-def _computations(hlo: str) -> dict[str, list[str]]:
+def read_computations(hlo: str) -> dict[str, list[str]]:
     """Returns the lines of each computation. The last one is the entry."""
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
@@ -72,12 +72,19 @@ def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str,
     # An asynchronous collective is written in the fusion that starts it, in those that it runs beside, and in the last.
     if re.match(r" *%async-collective-done", line):
         return
-    if loop := _LOOP.search(line):
-        condition, body = loop.groups()
-        bounds = re.findall(r" s32\[\].* constant\((\d+)\)", "\n".join(computations[condition]))
-        yield body, int(bounds[0]) if len(bounds) == 1 else 1
+    if _LOOP.search(line):
+        yield loop_count(line, computations)
     for called in _CALL.findall(line):
         yield from ((name, 1) for name in re.findall(r"%[\w.-]+", called))
+
+
+def loop_count(line: str, computations: dict[str, list[str]]) -> tuple[str, int]:
+    """Returns the body of a loop and its number of iterations; 1 if that is not constant."""
+    loop = _LOOP.search(line)
+    assert loop is not None
+    condition, body = loop.groups()
+    bounds = re.findall(r" s32\[\].* constant\((\d+)\)", "\n".join(computations[condition]))
+    return body, int(bounds[0]) if len(bounds) == 1 else 1
 
 
 def _transfer(line: str, computation: str) -> Iterator[Transfer]:
@@ -85,9 +92,9 @@ def _transfer(line: str, computation: str) -> Iterator[Transfer]:
     if "async_collective_fusion" in computation:
         return
     if found := _BETWEEN_SLICES.search(line):
-        yield Transfer(found["kind"].lower().replace("_", "-"), _bytes(found["shape"]), between_slices=True)
+        yield Transfer(found["kind"].lower().replace("_", "-"), array_bytes(found["shape"]), between_slices=True)
     if found := _COLLECTIVE.search(line):
-        kind, size = found["kind"], _bytes(found["shape"])
+        kind, size = found["kind"], array_bytes(found["shape"])
         n = _group_size(line)
         if "all-reduce-scatter" in computation:  # a fusion that keeps one part of the sum
             kind, size = "reduce-scatter", size // n
@@ -106,7 +113,7 @@ def _group_size(line: str) -> int:
     return int(size or first.count(",") + 1)
 
 
-def _bytes(shape: str) -> int:
+def array_bytes(shape: str) -> int:
     """Returns the bytes of the arrays of a shape such as "(bf16[2,128]{1,0}, f32[])"."""
     return sum(
         int(bits or 8) * math.prod(int(size) for size in sizes.split(",") if size) // 8

@@ -199,8 +199,7 @@ def start_engine(
     devices = local_mesh(mesh)
     parameters, processor = tarsier_jax.load(model, resolve_dtype(dtype), devices, int8, adapter)
     processor = processor.replace(**options)
-    groups = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
-    config = fit_config(processor, slots, new_tokens, groups, prompt_tokens)
+    config = fit_config(processor, slots, new_tokens, devices, prompt_tokens)
     return Engine(parameters, processor, dataclasses.replace(config, reuse_prefixes=reuse_prefixes))
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from jax.sharding import AbstractMesh, Mesh
+
 from tarsier_jax.config import VisionConfig
 from tarsier_jax.errors import InputError
 from tarsier_jax.models.vision_layers import saturating_patches
@@ -32,6 +34,7 @@ class EngineConfig:
         buckets: Shapes of the packed rows. They differ in the size of their vision bins, which one or a few frames of
             a bucket fill.
         groups: Number of groups of slots and rows, one per data-parallel part of the mesh.
+        devices: Number of devices of a group, the tensor axis of the mesh. Each runs bins of its own.
         reuse_prefixes: Whether a prompt that begins with the content of a free slot continues there.
 
     Raises:
@@ -43,6 +46,7 @@ class EngineConfig:
     new_tokens: int
     buckets: tuple[RowShape, ...]
     groups: int = 1
+    devices: int = 1
     reuse_prefixes: bool = False
 
     def __post_init__(self) -> None:
@@ -75,10 +79,13 @@ class EngineConfig:
         return tuple(sorted({min(tokens, self.prompt_tokens) for tokens in _CHUNKS}))
 
     def step(self, bucket: int) -> int:
-        """Returns the number of bins of this bucket that run at a time, a divisor of the number of its bins."""
+        """Returns the number of bins of this bucket that run at a time, a divisor of the number of its bins.
+
+        It is a multiple of the number of devices if that divides the number of bins: otherwise devices run empty bins.
+        """
         row = self.buckets[bucket]
-        limit = _bins_at_once(row.bins, row.patches)
-        return max(n for n in range(1, min(limit, row.bins) + 1) if row.bins % n == 0)
+        limit = min(_bins_at_once(row.bins, row.patches, self.devices), row.bins)
+        return max((n for n in range(1, limit + 1) if row.bins % n == 0), key=lambda n: (n % self.devices == 0, n))
 
     def num_features(self, vision: VisionConfig) -> int:
         """Returns the visual tokens of the largest row."""
@@ -91,9 +98,16 @@ class EngineConfig:
 
 
 def fit_config(
-    processor: Processor, slots: int, new_tokens: int, groups: int = 1, prompt_tokens: int | None = None
+    processor: Processor,
+    slots: int,
+    new_tokens: int,
+    mesh: Mesh | AbstractMesh | None = None,
+    prompt_tokens: int | None = None,
 ) -> EngineConfig:
     """Returns a config for the largest prompt of the processor's options: n_frames of the largest frame, and text."""
+    groups, devices = 1, 1
+    if mesh is not None:
+        groups, devices = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     options, vision = processor.options, processor.config.vision
     frame, smallest = processor.largest_frame, vision.smallest_frame
     num_frames = temporal_patches(options.n_frames, vision.temporal_patch_size, processor.double_frames)
@@ -106,25 +120,25 @@ def fit_config(
     rows = tuple(
         RowShape(
             tokens=tokens,
-            bins=_num_bins(patches / size, size),
+            bins=_num_bins(patches / size, size, devices),
             patches=size,
             frames=min(size // smallest, _MAX_FRAMES_PER_BIN),
             samples=max(1, slots // groups // 2),  # a row need not wait until all slots are free
         )
         for size in sizes
     )
-    return EngineConfig(slots, prompt_tokens, new_tokens, rows, groups)
+    return EngineConfig(slots, prompt_tokens, new_tokens, rows, groups, devices)
 
 
-def _num_bins(needed: float, patches: int) -> int:
-    """Returns a number of bins, at least `needed`, that equal calls of the vision tower run."""
-    calls = math.ceil(needed / _bins_at_once(int(needed), patches))
-    return calls * math.ceil(needed / calls)
+def _num_bins(needed: float, patches: int, devices: int) -> int:
+    """Returns a number of bins, at least `needed`, of equal calls of the vision tower, equally many per device."""
+    calls = math.ceil(needed / _bins_at_once(int(needed), patches, devices))
+    return calls * _round_up(needed / calls, devices)
 
 
-def _bins_at_once(bins: int, patches: int) -> int:
+def _bins_at_once(bins: int, patches: int, devices: int) -> int:
     """Returns the largest number of bins per call of the vision tower, for rows of `bins` bins of `patches` patches."""
-    return max(bins // _STEPS, saturating_patches() // patches, 1)
+    return devices * max(bins // _STEPS // devices, saturating_patches() // patches, 1)
 
 
 def _round_up(x: float, step: int) -> int:

@@ -137,6 +137,8 @@ def encode_frames(
 
     def one(i: Int[Array, ""], features: Array) -> Array:
         bins = (lax.dynamic_slice_in_dim(x, i * step, step, axis=1) for x in (patches, frame_hw))
+        # Otherwise XLA splits the slices as the vision tower does, and gathers all patches before it slices them.
+        bins = (constrain(x, BATCH, *(None,) * (x.ndim - 1)) for x in bins)
         new = _encode_bins(model, *bins).astype(features.dtype)
         return lax.dynamic_update_slice_in_dim(features, new, i * merged, axis=1)
 
@@ -278,7 +280,7 @@ def _run_rows(model: Tarsier, rows: Batch, features: Float[Array, "G features D"
 
     def run(segment_ids: Array | None) -> KVCache:
         empty = model.decoder.empty_cache(x.shape[0], size)
-        return model.decoder.with_cache(x, rows.position_ids, empty, segment_ids)[1]
+        return model.decoder.fill_cache(x, rows.position_ids, empty, segment_ids)[1]
 
     if not prefers_lengths(model.config.attention):
         return run(rows.segment_ids)

@@ -1,5 +1,7 @@
 """The decoder of Qwen2 and LLaMA, with multimodal RoPE and grouped queries, as in Qwen2-VL."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +12,12 @@ from jaxtyping import Float, Int
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.models.attention import attend
 from tarsier_jax.models.cache import KVCache
-from tarsier_jax.models.layers import Embedding, Linear, RMSNorm, apply_layers, stack_layers
+from tarsier_jax.models.layers import Embedding, Linear, RMSNorm, apply_layers, layer_at, stack_layers
 from tarsier_jax.models.rope import mrope_tables, rotate
 from tarsier_jax.sharding import BATCH, HEADS, constrain
 from tarsier_jax.typing import Array
+
+_MLP_TOKENS = 4096  # of a row, that the MLP runs at once in prefill; enough that products do not wait for the weights
 
 
 class Attention(nnx.Module):
@@ -50,9 +54,8 @@ class Attention(nnx.Module):
             extend: Whether the tokens follow those in the cache.
         """
         B, T, _ = x.shape
-        q, k, v = (f(x).reshape(B, T, -1, self.head_dim) for f in (self.q, self.k, self.v))  # [B, T, N or K, H]
-        q, k, v = (constrain(y, BATCH, None, HEADS, None) for y in (q, k, v))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(self._split_heads(self.q(x)), cos, sin)  # [B, T, N, H]
+        k, v = self.keys_values(x, cos, sin)
         if cache is not None and extend:
             cache = cache.append(layer, k, v)
             starts = cache.lengths
@@ -61,6 +64,16 @@ class Attention(nnx.Module):
             cache = cache.fill(layer, k, v) if cache is not None else None
             out = attend(q, k, v, causal=True, segment_ids=segment_ids, implementation=self.implementation)
         return self.o(out.reshape(B, T, -1)), cache
+
+    def keys_values(
+        self, x: Float[Array, "B T D"], cos: Array, sin: Array
+    ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Returns the rotated keys, and the values. The arguments are those of the call."""
+        k, v = (self._split_heads(f(x)) for f in (self.k, self.v))
+        return rotate(k, cos, sin), v
+
+    def _split_heads(self, x: Array) -> Array:
+        return constrain(x.reshape(*x.shape[:2], -1, self.head_dim), BATCH, None, HEADS, None)
 
 
 class Mlp(nnx.Module):
@@ -101,7 +114,26 @@ class DecoderLayer(nnx.Module):
             out, cache = self.attn(self.input_norm(x), cos, sin, segment_ids, cache, layer, extend)
             x = x + out
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_norm(x)), cache
+            return x + mlp_in_parts(lambda x: self.mlp(self.post_norm(x)), x, cache), cache
+
+
+def mlp_in_parts(
+    mlp: Callable[[Array], Array], x: Float[Array, "B T D"], cache: KVCache | None
+) -> Float[Array, "B T D"]:
+    """Returns `mlp(x)`, with a cache for a part of the tokens at a time: its hidden values are the largest temporaries.
+
+    The parts are not the iterations of a loop, into which XLA would copy the weights of the layer.
+    """
+    T = x.shape[1]
+    if cache is None or T <= _MLP_TOKENS:
+        return mlp(x)
+    parts = math.gcd(T, 2 ** math.ceil(math.log2(T / _MLP_TOKENS)))
+    outputs = []
+    for part in jnp.split(x, parts, axis=1):
+        if outputs:  # one after the other
+            part, outputs[-1] = jax.lax.optimization_barrier((part, outputs[-1]))
+        outputs.append(mlp(part))
+    return jnp.concatenate(outputs, axis=1)
 
 
 class Decoder(nnx.Module):
@@ -121,26 +153,44 @@ class Decoder(nnx.Module):
         self, x: Float[Array, "B T D"], position_ids: Int[Array, "B T 3"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """Returns the hidden states after the last norm. Tokens attend to earlier tokens of their segment."""
-        return self._apply(x, position_ids, segment_ids, None)[0]
+        return self.norm(self._run_layers(x, self._tables(position_ids), segment_ids, None)[0])
 
     def empty_cache(self, batch: int, size: int) -> KVCache:
         """Returns an empty cache of `batch` rows with `size` positions each, in the form that the layers need."""
         stacked = not isinstance(self.layers, nnx.List)
         return KVCache.empty(self.config.text, batch, size, self.config.dtype, stacked)
 
-    def with_cache(
+    def fill_cache(
         self,
         x: Float[Array, "B T D"],
         position_ids: Int[Array, "B T 3"],
         cache: KVCache,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Returns the hidden states after the last norm, and the cache with the tokens' keys and values.
+        """Returns the hidden states before the last layer, and the cache with the tokens' keys and values.
 
-        The tokens are the first of their rows and attend to earlier tokens of their segment. The caller sets the
+        The tokens are the first of their rows and attend to earlier tokens of their segment. The last layer computes
+        only keys and values: `finish` runs it for the few tokens whose outputs are necessary. The caller sets the
         lengths of the cache.
         """
-        return self._apply(x, position_ids, segment_ids, cache)
+        tables, index = self._tables(position_ids), self.config.text.num_layers - 1
+        x, cache = self._run_layers(x, tables, segment_ids, cache, num_layers=index)
+        layer = layer_at(self.layers, index)
+        return x, cache.fill(index, *layer.attn.keys_values(layer.input_norm(x), *tables))
+
+    def finish(
+        self, x: Float[Array, "B 1 D"], position_ids: Int[Array, "B 1 3"], cache: KVCache
+    ) -> Float[Array, "B 1 D"]:
+        """Returns the hidden states after the last norm of one token per row, from those before the last layer.
+
+        Args:
+            x: Results of `fill_cache`.
+            position_ids: Those of the tokens.
+            cache: The cache of `fill_cache`, whose lengths are the numbers of earlier tokens.
+        """
+        index = self.config.text.num_layers - 1
+        x, _ = layer_at(self.layers, index)(x, *self._tables(position_ids), None, cache, index, extend=True)
+        return self.norm(x)
 
     def extend_cache(
         self, x: Float[Array, "B T D"], position_ids: Int[Array, "B T 3"], cache: KVCache
@@ -149,24 +199,34 @@ class Decoder(nnx.Module):
 
         A token attends to the cache and to the new tokens up to itself. The caller sets the lengths of the cache.
         """
-        return self._apply(x, position_ids, None, cache, extend=True)
+        x, cache = self._run_layers(x, self._tables(position_ids), None, cache, extend=True)
+        return self.norm(x), cache
 
-    def _apply(
-        self, x: Array, position_ids: Array, segment_ids: Array | None, cache: Any, extend: bool = False
-    ) -> tuple[Array, Any]:
+    def _tables(self, position_ids: Array) -> tuple[Array, Array]:
         text = self.config.text
-        cos, sin = mrope_tables(position_ids, text.head_dim, text.rope_theta, text.mrope_section)
+        return mrope_tables(position_ids, text.head_dim, text.rope_theta, text.mrope_section)
+
+    def _run_layers(
+        self,
+        x: Array,
+        tables: tuple[Array, Array],
+        segment_ids: Array | None,
+        cache: Any,
+        extend: bool = False,
+        num_layers: int | None = None,
+    ) -> tuple[Array, Any]:
+        """Returns the hidden states after the first `num_layers` layers, by default all, and the cache."""
 
         # The cache is part of the carry: as a scanned input and output it would be copied at every layer.
         def block(carry: tuple, layer: DecoderLayer) -> tuple:
             x, cache, i = carry
-            x, cache = layer(x, cos, sin, segment_ids, cache, i, extend)
+            x, cache = layer(x, *tables, segment_ids, cache, i, extend)
             return constrain(x, BATCH, None, None), cache, i + 1
 
         # An int: the indices of unstacked layers are constants.
         carry = (constrain(x, BATCH, None, None), cache, 0)
-        x, cache, _ = apply_layers(block, carry, self.layers, self.config.remat)
-        return self.norm(x), cache
+        x, cache, _ = apply_layers(block, carry, self.layers, self.config.remat, num_layers)
+        return x, cache
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns the logits of the next token, in float32."""

@@ -4,17 +4,23 @@ Weights keep PyTorch's layout, [out, in]: tensors are loaded and exported withou
 reads rows that are contiguous in memory.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tarsier_jax.typing import Array
 
 _normal = nnx.initializers.normal(0.02)
+
+
+def dot_general(x: Array, weight: Array, dimensions: Any) -> Array:
+    """Returns `jax.lax.dot_general` of both, in x's dtype."""
+    return jax.lax.dot_general(x, weight.astype(x.dtype), dimensions)
 
 
 class Linear(nnx.Module):
@@ -32,13 +38,13 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(_normal(rngs.params(), (*out, d_in), param_dtype))
         self.bias = nnx.Param(jnp.zeros(out, param_dtype)) if bias else None
         self.dtype = dtype
-        self.dot_general: Callable[..., Array] = jax.lax.dot_general
+        self.dot_general: Callable[..., Array] = dot_general
         self.lora: LowRank | None = None
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "..."]:
         dimensions = (((x.ndim - 1,), (self.weight.ndim - 1,)), ((), ()))
-        x, weight = x.astype(self.dtype), self.weight[...].astype(self.dtype)
-        y = self.dot_general(x, weight, dimensions)
+        x = x.astype(self.dtype)
+        y = self.dot_general(x, self.weight[...], dimensions)
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
         return y if self.lora is None else y + self.lora(x)
 
@@ -130,8 +136,17 @@ def first_layers(layers: Any, n: int) -> Any:
 _MAX_UNROLLED = 12  # layers
 
 
-def apply_layers(body: Callable[[Any, Any], Any], carry: Any, layers: Any, remat: str) -> Any:
-    """Computes carry = body(carry, layer) for each layer in turn, and returns the last carry.
+def layer_at(layers: Any, index: int | Int[Array, ""]) -> Any:
+    """Returns one of the layers, stacked or unstacked; `index` must be an int if they are unstacked."""
+    if isinstance(layers, nnx.List):
+        return layers[operator.index(index)]
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), layers)
+
+
+def apply_layers(
+    body: Callable[[Any, Any], Any], carry: Any, layers: Any, remat: str, num_layers: int | None = None
+) -> Any:
+    """Computes carry = body(carry, layer) for the first layers in turn, by default all, and returns the last carry.
 
     Stacked layers are scanned: one layer is compiled for any depth, and TPUs read its slice in place. On CPUs and GPUs,
     XLA copies the slice before each matrix product, which doubles the memory traffic that bounds decoding. Inference on
@@ -140,11 +155,14 @@ def apply_layers(body: Callable[[Any, Any], Any], carry: Any, layers: Any, remat
     """
     body = rematerialise(body, remat)
     if isinstance(layers, nnx.List):
-        for layer in layers:
+        for layer in layers[:num_layers]:
             carry = body(carry, layer)
         return carry
     depth = jax.tree.leaves(layers)[0].shape[0]
     unroll = remat == "none" and depth <= _MAX_UNROLLED
+    if num_layers is not None:  # a slice of the stack would be a copy
+        body_at = lambda i, carry: body(carry, layer_at(layers, i))  # noqa: E731
+        return jax.lax.fori_loop(0, num_layers, body_at, carry, unroll=unroll)
     return jax.lax.scan(lambda carry, layer: (body(carry, layer), None), carry, layers, unroll=unroll)[0]
 
 

@@ -68,9 +68,13 @@ class Tarsier(nnx.Module):
         """Returns the logits after each row's last token, and a cache of `cache_size` positions per row."""
         B, _ = batch.input_ids.shape
         cache = self.decoder.empty_cache(B, cache_size)
-        x, cache = self.decoder.with_cache(self.embed(batch), batch.position_ids, cache)
-        last = jnp.take_along_axis(x, (batch.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
-        return self.decoder.logits(last)[:, 0], dataclasses.replace(cache, lengths=jnp.asarray(batch.lengths))
+        x, cache = self.decoder.fill_cache(self.embed(batch), batch.position_ids, cache)
+        lengths = jnp.asarray(batch.lengths)
+        x, position_ids = (
+            jnp.take_along_axis(y, (lengths - 1)[:, None, None], axis=1) for y in (x, jnp.asarray(batch.position_ids))
+        )
+        x = self.decoder.finish(x, position_ids, dataclasses.replace(cache, lengths=lengths - 1))
+        return self.decoder.logits(x)[:, 0], dataclasses.replace(cache, lengths=lengths)
 
     def extend(
         self,

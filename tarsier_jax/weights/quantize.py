@@ -1,8 +1,9 @@
 """Weights in int8 with qwix: half the memory of bfloat16, and half the memory traffic per decoded token.
 
-Only weights are quantized: symmetric, one scale per output channel, rounded to nearest. Products are computed in the
-model's dtype. Only the decoder's layers are quantized, 6.5 of the 7B's 8.3 billion parameters. Embedding and head
-decide over tokens, and the vision tower is small and runs once per clip.
+Only weights are quantized: symmetric, one scale per output channel, rounded to nearest. bfloat16 represents the
+integers exactly. Products are accumulated in float32, and scaled before they are rounded to the model's dtype. Only the
+decoder's layers are quantized, 6.5 of the 7B's 8.3 billion parameters. Embedding and head decide over tokens, and the
+vision tower is small and runs once per clip.
 """
 
 import functools
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.models.layers import Linear
 from tarsier_jax.models.tarsier import Tarsier
-from tarsier_jax.sharding import parameter_path
+from tarsier_jax.sharding import HEADS, current_mesh, parameter_path, parameter_spec
+from tarsier_jax.typing import Array
 
 _QUANTIZED = re.compile(r"decoder/layers/(attn|mlp)/\w+/weight")
 
@@ -69,9 +72,41 @@ def _quantize(values: jax.sharding.Sharding) -> Any:
 
 def use_quantized(model: Tarsier) -> Tarsier:
     """Makes the stacked layers multiply by their quantized weights, and returns the model."""
-    import qwix
-
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear) and _QUANTIZED.fullmatch(parameter_path((*path, "weight"))):
-            module.dot_general = qwix.dot_general
+        name = parameter_path((*path, "weight"))
+        if isinstance(module, Linear) and _QUANTIZED.fullmatch(name):
+            module.dot_general = _multiply_split if parameter_spec(name)[-1] == HEADS else _multiply
     return model
+
+
+def _multiply(x: Float[Array, "*batch D"], weight: Any, dimensions: Any) -> Float[Array, "*batch out"]:
+    """Returns x W^T for a qwix.QArray W, in x's dtype; see `models.layers.dot_general`."""
+    return _scaled_product(x, weight.qvalue, weight.scale[:, 0], jnp.float32)
+
+
+def _multiply_split(x: Float[Array, "*batch D"], weight: Any, dimensions: Any) -> Float[Array, "*batch out"]:
+    """Returns the same if the tensor axis splits D. Devices exchange their sums in x's dtype, as they do otherwise."""
+    mesh = current_mesh()
+    dtype = jnp.float32 if mesh is None or mesh.shape[HEADS] == 1 else x.dtype
+    return _scaled_product(x, weight.qvalue, weight.scale[:, 0], dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scaled_product(x: Array, values: Array, scales: Array, dtype: Any) -> Array:
+    """Returns x V^T * scales in x's dtype, with sums in `dtype`; x is (*batch, D), V (out, D), scales (out,)."""
+    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+    y = jax.lax.dot_general(x, values.astype(x.dtype), dimensions, preferred_element_type=dtype)
+    return (y.astype(jnp.float32) * scales).astype(x.dtype)
+
+
+def _forward(x: Array, values: Array, scales: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _scaled_product(x, values, scales, dtype), (values, scales)
+
+
+def _backward(_: Any, weight: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    values, scales = weight
+    gradient = (gradient.astype(jnp.float32) * scales).astype(gradient.dtype)
+    return jnp.dot(gradient, values.astype(gradient.dtype)), None, None
+
+
+_scaled_product.defvjp(_forward, _backward)

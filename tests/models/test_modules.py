@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tarsier_jax.models.qwen2_vit
+from tarsier_jax.models import decoder
 from tarsier_jax.models.qwen2_vit import patch_coordinates
 from tarsier_jax.models.rope import mrope_tables, vision_tables
 from tarsier_jax.models.tarsier import Tarsier, unstack
@@ -129,3 +130,18 @@ def test_decoder_layer(models: tuple[Any, Tarsier]) -> None:
     cos, sin = mrope_tables(ids, text.head_dim, text.rope_theta, text.mrope_section)
     output, _ = ours.decoder.layers[1](x, cos, sin, None, None, jnp.int32(1))
     np.testing.assert_allclose(output, expected.numpy(), atol=ATOL, rtol=0)
+
+
+def test_the_mlp_runs_in_parts(models: tuple[Any, Tarsier], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In prefill only, where its hidden values are the largest temporaries."""
+    monkeypatch.setattr(decoder, "_MLP_TOKENS", 8)
+    ours, sizes = models[1].decoder, []
+    x = random(2, 24, ours.config.text.hidden_size)
+
+    def mlp(x: Any) -> Any:
+        sizes.append(x.shape[1])
+        return ours.layers[0].mlp(x)
+
+    outputs = [decoder.mlp_in_parts(mlp, jnp.asarray(x), cache) for cache in (ours.empty_cache(2, 24), None)]
+    assert sizes == [6, 6, 6, 6, 24]
+    np.testing.assert_allclose(*outputs, atol=ATOL, rtol=0)

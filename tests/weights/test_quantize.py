@@ -15,9 +15,11 @@ from flax import nnx
 
 from tarsier_jax.errors import InputError
 from tarsier_jax.families import load_config
+from tarsier_jax.models.layers import Linear
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.sharding import parameter_path
 from tarsier_jax.weights import convert_hf, load_weights
+from tarsier_jax.weights.quantize import use_quantized
 from tests import reference
 
 
@@ -60,6 +62,25 @@ def test_logits_are_those_of_the_rounded_weights(checkpoint: Path) -> None:
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     plain = np.asarray(forward(load(checkpoint, int8=False), batch))[valid]
     assert np.abs(plain - expected).max() > 1e-3  # the tolerance is narrow
+
+
+def test_products_are_scaled_before_they_are_rounded() -> None:
+    """In bfloat16, the result is the exact product, rounded once, and so is the gradient of x, scaled before it."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    linear = Linear(512, 96, bias=False, dtype="bfloat16", param_dtype="float32", rngs=nnx.Rngs(0))
+    model = nnx.Dict(decoder=nnx.Dict(layers=nnx.Dict(attn=nnx.Dict(q=linear))))
+    use_quantized(model)  # pyright: ignore[reportArgumentType]
+    weight = qwix.quantize(linear.weight[...], "int8", channelwise_axes=[0])
+    linear.weight = nnx.Param(weight)
+    x, g = (jax.random.normal(key, (64, n), "bfloat16") for key, n in zip(keys, (512, 96), strict=False))
+    y, pull = jax.vjp(jax.jit(linear), x)
+    values, scale = np.asarray(weight.qvalue, np.float64), np.asarray(weight.scale, np.float64)
+    exact = np.asarray(x, np.float64) @ (values * scale).T
+    half = 2.0**-8  # of the last of eight digits
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=1.01 * half, atol=1e-5)
+    scaled = np.asarray(jax.numpy.asarray(np.asarray(g, np.float32) * np.asarray(weight.scale)[:, 0], "bfloat16"))
+    expected = np.asarray(scaled, np.float64) @ values
+    np.testing.assert_allclose(np.asarray(pull(g)[0], np.float64), expected, rtol=1.01 * half, atol=1e-4)
 
 
 def test_half_of_bfloat16(checkpoint: Path) -> None:

@@ -34,8 +34,9 @@ def answers(engine: Engine) -> list[list[int]]:
 
 def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
-    model, processor = tarsier_jax.load(EMBEDDED, dtype="float32", mesh=make_mesh(data=2, fsdp=2, tensor=2))
-    config = fit_config(processor, 8, TOKENS, groups=4)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    model, processor = tarsier_jax.load(EMBEDDED, dtype="float32", mesh=mesh)
+    config = fit_config(processor, 8, TOKENS, mesh)
     config = dataclasses.replace(
         config, buckets=config.buckets[::5], reuse_prefixes=True
     )  # two kinds of six, as each is compiled

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 import tarsier_jax
 import tarsier_jax.api
@@ -224,7 +225,7 @@ def test_the_report(loaded: tuple[Tarsier, Processor], examples: list[Example]) 
 
 def test_sizes_that_do_not_fit(loaded: tuple[Tarsier, Processor], examples: list[Example]) -> None:
     with pytest.raises(InputError, match="5 slots cannot be split into 2 groups"):
-        fit_config(loaded[1], 5, TOKENS, groups=2)
+        fit_config(loaded[1], 5, TOKENS, AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor")))
 
 
 def _greedy(examples: list[Example]) -> list[Request]:
