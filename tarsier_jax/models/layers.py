@@ -109,21 +109,26 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs)
     return nnx.vmap(make)(rngs.split(n))
 
 
+def layer_at(layers: Any, index: int | Int[Array, ""]) -> Any:
+    """Returns one of the layers, stacked or unstacked; `index` must be an int if they are unstacked."""
+    if isinstance(layers, nnx.List):
+        return layers[operator.index(index)]
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), layers)
+
+
+_layer_program = jax.jit(layer_at)  # with a traced index: one program for all layers
+
+
 def unstack_layers(layers: nnx.Module) -> nnx.List:
     """Returns the layers one by one, each with its own arrays. Deletes the arrays of `layers` one after the other."""
     graph, state = nnx.split(layers)
     leaves, structure = jax.tree.flatten(state)
     parts = []
     for leaf in leaves:
-        parts.append([_layer_of(leaf, i) for i in range(leaf.shape[0])])
+        parts.append([_layer_program(leaf, i) for i in range(leaf.shape[0])])
         jax.block_until_ready(parts[-1])
         leaf.delete()
     return nnx.List([nnx.merge(graph, jax.tree.unflatten(structure, layer)) for layer in zip(*parts, strict=True)])
-
-
-@jax.jit
-def _layer_of(x: Array, i: Array | int) -> Array:  # an argument i does not compile a program per layer
-    return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
 def first_layers(layers: Any, n: int) -> Any:
@@ -134,13 +139,6 @@ def first_layers(layers: Any, n: int) -> Any:
 
 
 _MAX_UNROLLED = 12  # layers
-
-
-def layer_at(layers: Any, index: int | Int[Array, ""]) -> Any:
-    """Returns one of the layers, stacked or unstacked; `index` must be an int if they are unstacked."""
-    if isinstance(layers, nnx.List):
-        return layers[operator.index(index)]
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), layers)
 
 
 def apply_layers(
