@@ -34,7 +34,7 @@ from train.optimizer import Params
 from train.record import last_start
 from train.run import TrainRun, training_processor
 from train.state import StateSpec, TrainState, build_model
-from train.workdir import list_without_cache, saved_steps
+from train.workdir import saved_steps
 
 
 def export_trained(run: TrainRun, state: TrainState) -> Path | epath.Path:
@@ -116,7 +116,6 @@ def _read_start(workdir: epath.Path) -> dict[str, Any]:
     """Returns `last_start` of a local or gs:// workdir, which a run may be writing. Raises InputError."""
     if not is_remote(workdir):
         return last_start(Path(workdir))
-    list_without_cache()
     with last_upload(str(workdir), "runs.jsonl") as directory:
         return last_start(directory)
 

@@ -71,7 +71,6 @@ def open_workdir(workdir: str) -> Iterator[tuple[Path, RunStore | None]]:
 
 @contextlib.contextmanager
 def _open_store(url: str) -> Iterator[tuple[Path, RunStore]]:
-    list_without_cache()
     process = jax.process_index()
     with open_mirror(f"{url}/process_{process}" if process else url) as mirror:
         directory = mirror.directory.resolve()
@@ -83,15 +82,14 @@ def _open_store(url: str) -> Iterator[tuple[Path, RunStore]]:
         yield directory, RunStore(url, mirror.try_upload)
 
 
-def list_without_cache() -> None:
-    """Turns off gcsfs's cache of listings, which does not see the changes of other processes and of TensorStore."""
-    conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-
-
 def checkpoint_directory(root: str | os.PathLike[str]) -> epath.Path:
     """Returns the directory of the checkpoints in a local or gs:// workdir."""
     directory = epath.Path(root) / _CHECKPOINTS
-    return directory if is_remote(directory) else directory.resolve()
+    if not is_remote(directory):
+        return directory.resolve()
+    # The cache of listings of gcsfs lacks the changes of other processes and of TensorStore.
+    conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    return directory
 
 
 def saved_steps(root: str | os.PathLike[str]) -> list[int]:
