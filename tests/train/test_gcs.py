@@ -4,19 +4,20 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
 
 import tarsier_jax
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.mirror import last_upload, mirrored
+from tarsier_jax.weights import resolve
 from tests.gcs import gcs_server
+from tests.train.programs import weights
 from tests.train.test_checkpoints import a_state, assert_restored, shapes
 from tests.train.test_loop import debug_config
 from tests.train.test_processes import both
@@ -25,10 +26,12 @@ from train.best import BestCheckpoint, read_best
 from train.checkpoints import Checkpoints, DataProgress, load_parameters
 from train.debug_data import write_debug_data
 from train.export import main, parse
-from train.loop import train
+from train.loop import _Loop
+from train.model_export import export_trained
+from train.run import open_run
 from train.sft import sft_objective
-from train.state import TrainState
-from train.workdir import open_workdir, saved_steps
+from train.state import TrainState, init_state
+from train.workdir import RunStore, open_workdir, saved_steps
 
 URL = "gs://bucket/run"
 
@@ -103,35 +106,43 @@ def lines_in(file: Path) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_a_run_and_its_exports(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = []
-
-    def save(self: ocp.CheckpointManager, step: int, *args: Any, **kwargs: Any) -> Any:
-        with last_upload(URL, "metrics.jsonl") as directory:
-            steps.append((step, [line["step"] for line in lines_in(directory / "metrics.jsonl")]))
-        return original(self, step, *args, **kwargs)
-
-    original = ocp.CheckpointManager.save
-    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
-    for num_train_steps in (2, 3):  # the second run resumes, and replaces the model
-        with open_workdir(URL) as (directory, run_store):
-            config = debug_config(num_train_steps=num_train_steps, save_every=1, eval_every=0)
-            config = write_debug_data(config, directory)
-            train(config, directory, sft_objective(config), run_store)
-            assert not (directory / "model").exists() and not (directory / "checkpoints").exists()
-    assert steps == [(1, [1]), (2, [1, 2]), (3, [1, 2, 3])]  # the logs are uploaded before each checkpoint
-    assert [json.loads(line)["step"] for line in store.cat_file(f"{URL}/metrics.jsonl").splitlines()] == [1, 2, 3]
-    out = tmp_path / "exported"
-    for arguments in ([URL], [URL, "--step", "3", "--output", str(out)]):
+def test_exports(store: Any, tmp_path: Path) -> None:
+    with open_workdir(URL) as (directory, run_store):
+        config = write_debug_data(debug_config(), directory)
+        run = open_run(config, directory, sft_objective(config), run_store)
+        checkpoints, state = Checkpoints(run.root, keep=1), init_state(run.spec, run.model_directory)
+        checkpoints.save(1, state, open_numbers(), DataProgress())
+        for _ in range(2):  # the second one replaces the first
+            assert str(export_trained(run, state)) == f"{URL}/model"
+        checkpoints.close()
+        assert not (directory / "model").exists() and not (directory / "checkpoints").exists()
+    for arguments in ([URL], [URL, "--step", "1", "--output", str(tmp_path / "local" / "model")]):
+        (tmp_path / "local").mkdir(exist_ok=True)
         assert main(parse(arguments)) == 0
-    exports = [tarsier_jax.load(path, dtype="float32")[0] for path in (f"{URL}/model", f"{URL}/model-3", str(out))]
-    ours, *others = (nnx.state(model) for model in exports)
-    for other in others:
-        jax.tree.map(np.testing.assert_array_equal, ours, other)
-    with pytest.raises(CheckpointError, match=f"{URL}/model-3 exists already"):
+    ours = weights(tmp_path / "local")
+    for name in ("model", "model-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").symlink_to(resolve(f"{URL}/{name}"))
+        jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / name), ours)
+    model, _ = tarsier_jax.load(f"{URL}/model", dtype="float32")
+    np.testing.assert_array_equal(model.decoder.embed.weight[...], ours["decoder.embed.weight"])
+    with pytest.raises(CheckpointError, match=f"{URL}/model-1 exists already"):
         main(parse([URL]))
     with pytest.raises(InputError, match=r"gs://bucket/none lacks runs\.jsonl"):
         main(parse(["gs://bucket/none"]))
+
+
+def test_logs_are_uploaded_before_a_checkpoint() -> None:
+    """Another machine that resumes from the checkpoint needs the logs up to it."""
+    calls: list[str] = []
+    store = RunStore(URL, lambda: calls.append("upload"))
+    checkpoints = SimpleNamespace(save=lambda *_: calls.append("save"))
+    loop: Any = SimpleNamespace(
+        run=SimpleNamespace(store=store), checkpoints=checkpoints, step=1, state=None, rows=None
+    )
+    loop._check_pending = loop._progress = lambda: None
+    _Loop._save(loop)
+    assert calls == ["upload", "save"]
 
 
 def test_a_workdir_of_an_earlier_version(store: Any) -> None:
