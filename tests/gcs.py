@@ -32,6 +32,7 @@ def gcs_server() -> Iterator[Any]:
         patch.setenv("NO_GCE_CHECK", "true")  # no credentials from a machine of Google
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gcsfs does not ask for the kind of the bucket
         pytest.importorskip("gcsfs")
+        patch.setattr("http.server.HTTPServer.request_queue_size", 512)  # a client waits seconds if the queue is full
         # Clients that do not read an answer to its end, and objects that do not exist, are no errors.
         patch.setattr("socketserver.BaseServer.handle_error", lambda *_: None)
         logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
