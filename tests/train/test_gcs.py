@@ -107,27 +107,28 @@ def lines_in(file: Path) -> list[Any]:
 
 @pytest.mark.slow
 def test_exports(store: Any, tmp_path: Path) -> None:
-    with open_workdir(URL) as (directory, run_store):
+    url = "gs://bucket/exported"
+    with open_workdir(url) as (directory, run_store):
         config = write_debug_data(debug_config(), directory)
         run = open_run(config, directory, sft_objective(config), run_store)
         checkpoints, state = Checkpoints(run.root, keep=1), init_state(run.spec, run.model_directory)
         checkpoints.save(1, state, open_numbers(), DataProgress())
         for _ in range(2):  # the second one replaces the first
-            assert str(export_trained(run, state)) == f"{URL}/model"
+            assert str(export_trained(run, state)) == f"{url}/model"
         checkpoints.close()
         assert not (directory / "model").exists() and not (directory / "checkpoints").exists()
-    for arguments in ([URL], [URL, "--step", "1", "--output", str(tmp_path / "local" / "model")]):
+    for arguments in ([url], [url, "--step", "1", "--output", str(tmp_path / "local" / "model")]):
         (tmp_path / "local").mkdir(exist_ok=True)
         assert main(parse(arguments)) == 0
     ours = weights(tmp_path / "local")
     for name in ("model", "model-1"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model").symlink_to(resolve(f"{URL}/{name}"))
+        (tmp_path / name / "model").symlink_to(resolve(f"{url}/{name}"))
         jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / name), ours)
-    model, _ = tarsier_jax.load(f"{URL}/model", dtype="float32")
+    model, _ = tarsier_jax.load(f"{url}/model", dtype="float32")
     np.testing.assert_array_equal(model.decoder.embed.weight[...], ours["decoder.embed.weight"])
-    with pytest.raises(CheckpointError, match=f"{URL}/model-1 exists already"):
-        main(parse([URL]))
+    with pytest.raises(CheckpointError, match=f"{url}/model-1 exists already"):
+        main(parse([url]))
     with pytest.raises(InputError, match=r"gs://bucket/none lacks runs\.jsonl"):
         main(parse(["gs://bucket/none"]))
 
