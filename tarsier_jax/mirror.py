@@ -27,6 +27,11 @@ _EVERY = 30.0  # seconds between two uploads
 _PART = ".part-"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
+
+class OtherRunError(InputError):
+    """Another run has written the URL."""
+
+
 # Path of a file in the directory -> names of its objects; of JSON lines in parts, also their size and digest.
 Files = dict[str, dict[str, Any]]
 
@@ -168,16 +173,23 @@ class Mirror:
 
     def _upload_until(self, ended: threading.Event) -> None:
         while not ended.wait(_EVERY):
-            self.try_upload()
+            with contextlib.suppress(OtherRunError):  # raised again at the end
+                self.try_upload()
 
     def try_upload(self) -> None:
-        """Uploads the changes. A failure is warned about; the thread of `uploads` repeats the upload later."""
+        """Uploads the changes. A failure is warned about; the thread of `uploads` repeats the upload later.
+
+        Raises:
+            OtherRunError: another run has written the URL.
+        """
         try:
             self.upload()
         except FileNotFoundError:
             pass  # the run removed a checkpoint meanwhile
         except (InputError, OSError) as error:
             warn(f"{self._url} is not up to date. The upload is tried again. ({error})")
+            if isinstance(error, OtherRunError):
+                raise
 
     def upload(self, is_last: bool = False) -> None:
         """Uploads the changes. At the end (`is_last`), files of JSON lines become one object each.
@@ -189,7 +201,7 @@ class Mirror:
             with self._lock, store_errors(self._url, "written"):
                 self._upload(is_last)
         except InputError as error:
-            raise InputError(f"{error} The files are in {self.directory}; the same command uploads them.") from None
+            raise type(error)(f"{error} The files are in {self.directory}; the same command uploads them.") from None
 
     def _upload(self, is_last: bool) -> None:
         paths = {path.relative_to(self.directory).as_posix(): path for path in _complete_files(self.directory)}
@@ -253,7 +265,9 @@ class Mirror:
 
     def _check_writer(self) -> None:
         if self._read_manifest()[0] not in self._writers:
-            raise InputError(f"{self._url} was written by another run meanwhile. Choose another URL for one of them.")
+            raise OtherRunError(
+                f"{self._url} was written by another run meanwhile. Choose another URL for one of them."
+            )
 
     def _read_manifest(self) -> tuple[str, Files]:
         """Returns an identifier of the last upload, and its files."""

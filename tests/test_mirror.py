@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.mirror import MANIFEST, Mirror, last_upload, mirrored, output_file
+from tarsier_jax.mirror import MANIFEST, Mirror, OtherRunError, last_upload, mirrored, output_file
 from tests.gcs import gcs_server
 
 URL = "memory://b/run"
@@ -238,9 +238,13 @@ def test_a_second_run_is_noticed(store: Any, machine: Path, monkeypatch: pytest.
         pass
     with pytest.raises(InputError, match="written by another run meanwhile"), mirrored(URL) as directory:
         append(directory, 1)
+        former = Mirror(URL, directory)
+        former.download()
         move_to("two", machine, monkeypatch)
         with mirrored(URL) as other:
             append(other, 2)
+        with pytest.warns(UserWarning, match="is not up to date"), pytest.raises(OtherRunError):
+            former.try_upload()
     assert store.cat("/b/run/lines.jsonl") == b"2\n"
 
 

@@ -31,7 +31,8 @@ class RunStore:
 
     Attributes:
         url: The workdir.
-        upload: Uploads the changes in the mirror of this process. A failure causes a warning.
+        upload: Uploads the changes in the mirror of this process. A failure causes a warning, except that another run
+            has written the workdir, which is an InputError.
     """
 
     url: str
