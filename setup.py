@@ -90,6 +90,7 @@ setup(
             *INT8,
             *RAY,
             *S3,
+            *GCS,
             *SENTENCEPIECE,
             *CHAT,
             *SERVE,
@@ -99,6 +100,7 @@ setup(
             "moto[s3]>=5.2",  # an S3 server on this machine, with the next two
             "flask>=3",
             "flask-cors>=6",
+            "gcp-storage-emulator>=2026.7",  # a Google Cloud Storage server on this machine
             "datasets>=3",  # writes saved datasets
             "peft>=0.18",  # the reference of LoRA
             "gguf>=0.10",  # reads the weights of SmolLM2, which the Makefile installs

@@ -25,7 +25,7 @@ def is_url(text: str) -> bool:
     return text.startswith("data:") or _SCHEME.match(text) is not None
 
 
-def is_remote(path: str | Path) -> bool:
+def is_remote(path: str | os.PathLike[str]) -> bool:
     """Returns whether a path is a URL of an object store, which `tarsier_jax.storage` reads."""
     return _STORES.match(str(path)) is not None
 

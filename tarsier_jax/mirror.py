@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +28,11 @@ _PART = ".part-"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 _URLS: dict[Path, str] = {}  # directory of each mirror of this process -> its URL
+
+
+class OtherRunError(InputError):
+    """Another run has written the URL."""
+
 
 # Path of a file in the directory -> names of its objects; of JSON lines in parts, also their size and digest.
 Files = dict[str, dict[str, Any]]
@@ -98,9 +103,11 @@ def _upload_directory(url: str, directory: Path) -> None:
             fs.put([str(directory / name) for name in part], [f"{root}/{name}" for name in part], callback=progress)
 
 
-def destination(path: Path) -> str:
+def destination(path: str | os.PathLike[str]) -> str:
     """Returns the URL that a path in a mirror is uploaded to, or another path as it is. For messages."""
-    resolved = path.resolve()
+    if is_remote(path):
+        return str(path)
+    resolved = Path(path).resolve()
     for directory, url in _URLS.items():
         if resolved.is_relative_to(directory):
             return "/".join([url, *resolved.relative_to(directory).parts])
@@ -117,6 +124,13 @@ def _local_root(url: str) -> Path:
 
 @contextlib.contextmanager
 def mirrored(url: str, name: str = "") -> Iterator[Path]:
+    """Yields the directory of `open_mirror`."""
+    with open_mirror(url, name) as mirror:
+        yield mirror.directory
+
+
+@contextlib.contextmanager
+def open_mirror(url: str, name: str = "") -> Iterator["Mirror"]:
     """Yields a local directory with the content of `url`, whose changes are uploaded until the end of the block.
 
     The directory is in the cache of this machine and is kept: after a crash, a run on the same machine uploads the
@@ -136,21 +150,38 @@ def mirrored(url: str, name: str = "") -> Iterator[Path]:
         mirror = Mirror(url, directory, name)
         mirror.download()
         with mirror.uploads():
-            yield directory
+            yield mirror
         mirror.upload(is_last=True)
         print(f"{directory} is uploaded to {url}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def last_upload(url: str, *names: str) -> Iterator[Path]:
+    """Yields a temporary directory with some files of the last upload to `url`, which a run may be writing.
+
+    Raises:
+        InputError: the store cannot be read, or the upload lacks a file.
+    """
+    with tempfile.TemporaryDirectory(prefix="tarsier_jax-") as directory:
+        Mirror(url, Path(directory)).fetch(names)
+        yield Path(directory)
+
+
 class Mirror:
-    """A directory, or the files in it whose names begin with `name`, and its copy in an object store."""
+    """A directory, or the files in it whose names begin with `name`, and its copy in an object store.
+
+    Attributes:
+        directory: The directory on this machine.
+    """
 
     def __init__(self, url: str, directory: Path, name: str = ""):
         self._name, self._manifest = name, f".{name}{MANIFEST}" if name else MANIFEST
-        self._url, self._directory = url.rstrip("/"), directory
+        self._url, self.directory = url.rstrip("/"), directory
         self._fs, self._root = open_store(self._url)
         self._record = directory / MANIFEST  # the identifier of the last upload or download, and the stamps
         self._writers, self._files = {""}, Files()  # identifiers of this run's uploads
         self._stamps: dict[str, tuple[int, int]] = {}  # size and time of each uploaded file
+        self._lock = threading.Lock()  # one upload at a time
 
     def download(self) -> None:
         """Makes the directory equal to the store, unless the store is unchanged since this machine wrote it."""
@@ -161,21 +192,30 @@ class Mirror:
         if record.get("writer") == writer:
             self._stamps = {name: (size, time) for name, (size, time) in record["stamps"].items()}
             return
-        shutil.rmtree(self._directory, ignore_errors=True)
-        self._directory.mkdir(parents=True)
-        for name, file in self._files.items():
-            path = self._directory / name
-            if ".." in path.parts or not path.is_relative_to(self._directory):
-                raise InputError(
-                    f"{self._url}/{self._manifest} names a file outside of the directory: {name}. Remove it."
-                )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as out, store_errors(f"{self._url}/{name}"):
-                for piece in file["objects"]:
-                    with self._fs.open(self._object(piece), "rb") as content:
-                        shutil.copyfileobj(content, out, 1 << 20)
-            self._stamps[name] = _stamp(path)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(parents=True)
+        for name in self._files:
+            self._download_file(name)
+            self._stamps[name] = _stamp(self.directory / name)
         self._write_record(writer)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Downloads some files of the last upload, and changes nothing in the store."""
+        _, self._files = self._read_manifest()
+        for name in names:
+            if name not in self._files:
+                raise InputError(f"{self._url} lacks {name}. Check the URL.")
+            self._download_file(name)
+
+    def _download_file(self, name: str) -> None:
+        path = self.directory / name
+        if ".." in path.parts or not path.is_relative_to(self.directory):
+            raise InputError(f"{self._url}/{self._manifest} names a file outside of the directory: {name}. Remove it.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as out, store_errors(f"{self._url}/{name}"):
+            for piece in self._files[name]["objects"]:
+                with self._fs.open(self._object(piece), "rb") as content:
+                    shutil.copyfileobj(content, out, 1 << 20)
 
     @contextlib.contextmanager
     def uploads(self) -> Iterator[None]:
@@ -196,12 +236,23 @@ class Mirror:
 
     def _upload_until(self, ended: threading.Event) -> None:
         while not ended.wait(_EVERY):
-            try:
-                self.upload()
-            except FileNotFoundError:
-                continue  # the run removed a checkpoint meanwhile
-            except (InputError, OSError) as error:
-                warn(f"{self._url} is not up to date. The upload is tried again. ({error})")
+            with contextlib.suppress(OtherRunError):  # raised again at the end
+                self.try_upload()
+
+    def try_upload(self) -> None:
+        """Uploads the changes. A failure is warned about; the thread of `uploads` repeats the upload later.
+
+        Raises:
+            OtherRunError: another run has written the URL.
+        """
+        try:
+            self.upload()
+        except FileNotFoundError:
+            pass  # the run removed a checkpoint meanwhile
+        except (InputError, OSError) as error:
+            warn(f"{self._url} is not up to date. The upload is tried again. ({error})")
+            if isinstance(error, OtherRunError):
+                raise
 
     def upload(self, is_last: bool = False) -> None:
         """Uploads the changes. At the end (`is_last`), files of JSON lines become one object each.
@@ -210,13 +261,13 @@ class Mirror:
             InputError: the store cannot be written. The files remain in the directory on this machine.
         """
         try:
-            with store_errors(self._url, "written"):
+            with self._lock, store_errors(self._url, "written"):
                 self._upload(is_last)
         except InputError as error:
-            raise InputError(f"{error} The files are in {self._directory}; the same command uploads them.") from None
+            raise type(error)(f"{error} The files are in {self.directory}; the same command uploads them.") from None
 
     def _upload(self, is_last: bool) -> None:
-        paths = {path.relative_to(self._directory).as_posix(): path for path in _complete_files(self._directory)}
+        paths = {path.relative_to(self.directory).as_posix(): path for path in _complete_files(self.directory)}
         stamps = {name: _stamp(path) for name, path in paths.items()}
         if stamps == self._stamps and not is_last:
             return
@@ -239,7 +290,7 @@ class Mirror:
         """Uploads whole files. Links preserve them, since the run may remove a checkpoint during its upload."""
         if not targets:
             return
-        with tempfile.TemporaryDirectory(prefix=".upload-", dir=self._directory) as links:
+        with tempfile.TemporaryDirectory(prefix=".upload-", dir=self.directory) as links:
             sources = [os.path.join(links, str(i)) for i in range(len(targets))]
             for path, link in zip(targets.values(), sources, strict=True):
                 os.link(path, link)
@@ -277,7 +328,9 @@ class Mirror:
 
     def _check_writer(self) -> None:
         if self._read_manifest()[0] not in self._writers:
-            raise InputError(f"{self._url} was written by another run meanwhile. Choose another URL for one of them.")
+            raise OtherRunError(
+                f"{self._url} was written by another run meanwhile. Choose another URL for one of them."
+            )
 
     def _read_manifest(self) -> tuple[str, Files]:
         """Returns an identifier of the last upload, and its files."""
@@ -289,12 +342,13 @@ class Mirror:
         return "", {}
 
     def _remove_orphans(self) -> None:
-        """Removes the parts of an upload that was cut short."""
+        """Removes the parts of an upload that was cut short, except those of other mirrors in the directory."""
         used = {self._object(name) for name in _objects(self._files)}
         with store_errors(self._url, "written"):
-            names = {name: os.path.basename(name) for name in self._fs.find(self._root)}
-            parts = [name for name, base in names.items() if base.startswith(self._name) and _PART in base]
-            if orphans := [name for name in parts if name not in used]:
+            names = self._fs.find(self._root)
+            others = tuple(_prefixes(names, self._object(self._name)))
+            parts = [name for name in names if name.startswith(self._object(self._name)) and _PART in name]
+            if orphans := [name for name in parts if name not in used and not name.startswith(others)]:
                 self._fs.rm(orphans)
 
     def _write_record(self, writer: str) -> None:
@@ -310,6 +364,21 @@ def _complete_files(directory: Path) -> Iterator[Path]:
     for parent, names, files in os.walk(directory):
         names[:] = [name for name in names if not name.startswith(".") and _UNFINISHED not in name]
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _prefixes(names: Iterable[str], prefix: str) -> Iterator[str]:
+    """Yields the prefixes of the names of other mirrors, from their manifests: a directory, or one with a name.
+
+    Args:
+        names: Names of objects.
+        prefix: That of the own mirror, with which the others begin.
+    """
+    for name in names:
+        if name.endswith(MANIFEST):
+            directory, _, hidden = name.removesuffix(MANIFEST).rpartition("/")
+            other = f"{directory}/{hidden.removeprefix('.')}"
+            if other != prefix and other.startswith(prefix):
+                yield other
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Outputs in object stores: fsspec's memory, and a local S3 server."""
+"""Outputs in object stores: fsspec's memory, and a Google Cloud Storage server on this machine."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.mirror import MANIFEST, Mirror, mirrored, output_file
+from tarsier_jax.mirror import MANIFEST, Mirror, OtherRunError, last_upload, mirrored, output_file
+from tests.gcs import gcs_server
 
 URL = "memory://b/run"
 
@@ -33,7 +34,16 @@ def move_to(name: str, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_machine_resumes(store: Any, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with mirrored(URL) as directory:
+    assert_another_machine_resumes(store, URL, machine, monkeypatch)
+
+
+def test_another_machine_resumes_from_gcs(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with gcs_server() as store:
+        assert_another_machine_resumes(store, "gs://bucket/run", machine, monkeypatch)
+
+
+def assert_another_machine_resumes(store: Any, url: str, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mirrored(url) as directory:
         assert contents(directory) == {}
         append(directory, 1, 2)
         (directory / "run.json").write_text("{}")
@@ -42,15 +52,15 @@ def test_another_machine_resumes(store: Any, machine: Path, monkeypatch: pytest.
         (directory / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
         (directory / "checkpoints" / "6.orbax-checkpoint-tmp" / "state").write_text("si")
     expected = {"lines.jsonl": "1\n2\n", "run.json": "{}", "checkpoints/5/state": "five"}
-    assert {name: store.cat(f"/b/run/{name}").decode() for name in expected} == expected
-    assert len(store.find("/b/run")) == 4  # with the manifest
+    assert {name: store.cat_file(f"{url}/{name}").decode() for name in expected} == expected
+    assert len(store.find(url)) == 4  # with the manifest
     move_to("two", machine, monkeypatch)
-    with mirrored(URL) as directory:
+    with mirrored(url) as directory:
         assert contents(directory) == expected
         append(directory, 3)
         (directory / "checkpoints" / "5" / "state").unlink()
-    assert store.cat("/b/run/lines.jsonl") == b"1\n2\n3\n"
-    assert not store.exists("/b/run/checkpoints/5/state")
+    assert store.cat_file(f"{url}/lines.jsonl") == b"1\n2\n3\n"
+    assert not store.exists(f"{url}/checkpoints/5/state")
 
 
 def test_files_of_several_runs(store: Any, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +93,26 @@ def test_lines_are_uploaded_in_parts(store: Any, tmp_path: Path) -> None:
     assert contents(tmp_path / "other") == {"lines.jsonl": "1\n4\n"}
     mirror.upload(is_last=True)
     assert [name for name in store.find("/b/run") if MANIFEST not in name] == ["/b/run/lines.jsonl"]
+
+
+def test_parts_of_other_mirrors_stay(store: Any, tmp_path: Path) -> None:
+    """Those of a directory below, and of a file beside; the parts of an upload that was cut short are removed."""
+    others = [Mirror(f"{URL}/process_1", tmp_path / "below"), Mirror(URL, tmp_path / "beside", "lines.jsonl")]
+    for other in others:
+        other.download()
+        append(other.directory, 1)
+        other.upload()
+    store.pipe("/b/run/metrics.jsonl.part-1", b"1\n")
+    Mirror(URL, tmp_path / "directory").download()
+    assert {name.partition(".part-")[0] for name in store.find("/b/run") if ".part-" in name} == {
+        "/b/run/process_1/lines.jsonl",
+        "/b/run/lines.jsonl",
+    }
+    others[1].download()
+    with last_upload(f"{URL}/process_1", "lines.jsonl") as directory:
+        assert contents(directory) == {"lines.jsonl": "1\n"}
+    with pytest.raises(InputError, match=r"process_1 lacks a\.json"), last_upload(f"{URL}/process_1", "a.json"):
+        pass
 
 
 def test_a_crash_on_the_same_machine_loses_nothing(store: Any) -> None:
@@ -199,9 +229,13 @@ def test_a_second_run_is_noticed(store: Any, machine: Path, monkeypatch: pytest.
         pass
     with pytest.raises(InputError, match="written by another run meanwhile"), mirrored(URL) as directory:
         append(directory, 1)
+        former = Mirror(URL, directory)
+        former.download()
         move_to("two", machine, monkeypatch)
         with mirrored(URL) as other:
             append(other, 2)
+        with pytest.warns(UserWarning, match="is not up to date"), pytest.raises(OtherRunError):
+            former.try_upload()
     assert store.cat("/b/run/lines.jsonl") == b"2\n"
 
 

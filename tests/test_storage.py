@@ -1,4 +1,4 @@
-"""Content in object stores: fsspec's memory, and a local S3 server."""
+"""Content in object stores: fsspec's memory, and servers of S3 and Google Cloud Storage on this machine."""
 
 import os
 import shutil
@@ -22,6 +22,7 @@ from tarsier_jax.processing.video import open_clip
 from tarsier_jax.storage import fetch, local_copy
 from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP, resolve
 from tests.eval.judges.servers import serve
+from tests.gcs import gcs_server
 from tests.hub import Hub
 from train.data import AnnotationFile
 from train.data.annotations import describe_files, with_root
@@ -140,6 +141,17 @@ def test_a_checkpoint_on_an_s3_server(bucket: Any) -> None:
         assert (directory / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_checkpoint_on_a_gcs_server() -> None:
+    source = resolve(EMBEDDED)
+    with gcs_server() as store:
+        store.put(f"{source}/", "bucket/micro/", recursive=True)
+        directory = resolve("gs://bucket/micro")
+        with pytest.raises(CheckpointError, match="gs://bucket/none does not exist"):
+            resolve("gs://bucket/none")
+    for file in source.iterdir():
+        assert (directory / file.name).read_bytes() == file.read_bytes()
+
+
 def test_a_clip(bucket: Any) -> None:
     bucket.put(str(EMBEDDED_CLIP), "bucket/clips/a.mp4")
     clip, local = open_clip("s3://bucket/clips/a.mp4"), open_clip(EMBEDDED_CLIP)
@@ -231,6 +243,7 @@ def test_errors_of_a_store(bucket: Any, store: Any, monkeypatch: pytest.MonkeyPa
         resolve("s3://bucket/none")
     with pytest.raises(InputError, match=r"gs://b/a needs a package .* pip install -e '\.\[gcs\]'"):
         monkeypatch.setitem(sys.modules, "gcsfs", None)
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)
         local_copy("gs://b/a")
     store.pipe("/b/a", b"1")
     for name in ("XDG_CACHE_HOME", "HOME"):

@@ -77,7 +77,7 @@ def test_flags_of_local_paths(monkeypatch: pytest.MonkeyPatch) -> None:
             flags |= {f"{package}.{name} {each.dest}" for each in actions if each.type is local_path}
     judges = {f"{name} judge_cache" for name in ("eval.judges.__main__", "eval.run", "eval.score", "train.pairs")}
     server = {"infer.serve.__main__ api_key_file", "infer.serve.__main__ media_root"}
-    assert flags == judges | server | {"train.export workdir"}
+    assert flags == judges | server
 
 
 def test_conversions(store: Any, call: Any, machine: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,15 @@
-"""The best checkpoint of a run, by a metric of its evaluations: WORKDIR/best.json."""
+"""The best checkpoint of a run, by a metric of its evaluations: WORKDIR/best.json, also in a gs:// workdir."""
 
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
+from etils import epath
+
 from tarsier_jax.errors import CheckpointError
-from tarsier_jax.files import atomic_write
+from tarsier_jax.files import atomic_write, is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +38,13 @@ class BestCheckpoint:
         return self.value < other.value if self.metric.endswith("loss") else self.value > other.value
 
 
-def read_best(workdir: Path) -> BestCheckpoint | None:
-    """Returns the record of a workdir; None if there is none.
+def read_best(root: str | os.PathLike[str]) -> BestCheckpoint | None:
+    """Returns the record of a local or gs:// workdir; None if there is none.
 
     Raises:
         CheckpointError: the file is damaged.
     """
-    file = workdir / "best.json"
+    file = epath.Path(root) / "best.json"
     if not file.exists():
         return None
     try:
@@ -52,6 +55,10 @@ def read_best(workdir: Path) -> BestCheckpoint | None:
         ) from None
 
 
-def write_best(workdir: Path, best: BestCheckpoint) -> None:
-    with atomic_write(workdir / "best.json") as partial:
-        partial.write_text(json.dumps(dataclasses.asdict(best)), encoding="utf-8")
+def write_best(root: str | os.PathLike[str], best: BestCheckpoint) -> None:
+    file, text = epath.Path(root) / "best.json", json.dumps(dataclasses.asdict(best))
+    if is_remote(file):
+        file.write_text(text)  # an object appears when it is complete
+        return
+    with atomic_write(Path(file)) as partial:
+        partial.write_text(text, encoding="utf-8")

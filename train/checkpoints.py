@@ -4,12 +4,13 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
+import os
 import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -21,19 +22,25 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tarsier_jax.errors import CheckpointError
-from tarsier_jax.files import is_disk_full
+from tarsier_jax.files import is_disk_full, is_remote
+from tarsier_jax.storage import store_errors
 from train.best import BestCheckpoint, read_best, write_best
 from train.checks import first_difference
 from train.data.loading import RowLoader
 from train.optimizer import Params
 from train.processes import on_any
 from train.state import TrainState
+from train.workdir import checkpoint_directory
 
-_DIRECTORY = "checkpoints"
 # Counts under their names in checkpoints of earlier versions.
 _FORMER_COUNTS = {"num_truncated": "cut", "num_bad": "bad", "num_drawn": "seen"}
 # Parts of errors that do not come from the checkpoint's content.
-_PASSING = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "out of memory")
+_PASSING = (
+    *("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+    "out of memory",
+)
+# Packages whose errors are about the network or the credentials. A missing object is a FileNotFoundError.
+_CLIENTS = ("gcsfs", "google", "aiohttp", "requests")
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -84,12 +91,17 @@ class _NewestAndBest:
 
 
 class Checkpoints:
-    """The checkpoints in WORKDIR/checkpoints, of which the newest `keep` and the best one stay."""
+    """The checkpoints in WORKDIR/checkpoints, of which the newest `keep` and the best one stay.
 
-    def __init__(self, workdir: Path, keep: int):
+    Args:
+        root: A local or gs:// workdir.
+        keep: Number of newest checkpoints that stay.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], keep: int):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every phase of every save
-        self.directory = (workdir / _DIRECTORY).resolve()
-        self._best = read_best(workdir)
+        self.directory = checkpoint_directory(root)
+        self._best = read_best(root)
         self._policy = _NewestAndBest(keep, self._best.step if self._best else None)
         options = ocp.CheckpointManagerOptions(preservation_policy=self._policy, cleanup_tmp_directories=True)
         with _clear_errors(self.directory):
@@ -124,7 +136,7 @@ class Checkpoints:
             return
         tree = _tree(state)
         nbytes = sum(x.nbytes for x in jax.tree.leaves(tree))
-        free = shutil.disk_usage(self.directory).free
+        free = math.inf if is_remote(self.directory) else shutil.disk_usage(self.directory).free
         if free < nbytes:
             raise CheckpointError(
                 f"A checkpoint needs {nbytes / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free on the disk of "
@@ -178,7 +190,7 @@ class Checkpoints:
             _Damage: the checkpoint is damaged.
             CheckpointError: it is of another model or optimizer, or cannot be read at the moment.
         """
-        directory = epath.Path(self.directory / str(step))
+        directory = self.directory / str(step)
         # The items are read by their handlers, not by the manager, which waits for all processes after each item: it
         # would never return if one of them found damage.
         record, state, rows, damage = {}, {}, [], None
@@ -192,8 +204,7 @@ class Checkpoints:
             raise
         except Exception as e:  # Orbax and grain raise any type
             damage = _first_line(e)
-            passing = isinstance(e, MemoryError) or (isinstance(e, OSError) and not isinstance(e, _MISSING))
-            if passing or any(text in str(e) for text in _PASSING):
+            if _is_passing(e):
                 raise CheckpointError(
                     f"{directory} cannot be read ({damage}). Remove the cause and start again."
                 ) from None
@@ -247,12 +258,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def saved_steps(workdir: Path) -> list[int]:
-    """Returns the steps of the complete checkpoints in order. Reads only, so a run may be writing others."""
-    return sorted(int(path.name) for path in (workdir / _DIRECTORY).glob("*") if path.name.isdigit())
-
-
-def load_parameters(workdir: Path, step: int, dtype: str) -> Params:
+def load_parameters(root: str | os.PathLike[str], step: int, dtype: str) -> Params:
     """Returns the parameters of a checkpoint, trained and frozen, on one device.
 
     Each one is read, verified and cast alone. Memory needs the model in `dtype`, and one parameter as it was saved.
@@ -260,7 +266,7 @@ def load_parameters(workdir: Path, step: int, dtype: str) -> Params:
     Raises:
         CheckpointError: the checkpoint is damaged, or was written by a version that did not record its arrays.
     """
-    directory = epath.Path((workdir / _DIRECTORY / str(step)).resolve())
+    directory = checkpoint_directory(root) / str(step)
     try:
         arrays = _unseal(ocp.JsonCheckpointHandler().restore(directory / "progress")).get("state")
         if arrays is None:
@@ -273,6 +279,8 @@ def load_parameters(workdir: Path, step: int, dtype: str) -> Params:
     except CheckpointError:
         raise
     except Exception as e:  # Orbax raises any type
+        if _is_passing(e):
+            raise CheckpointError(f"{directory} cannot be read ({_first_line(e)}). Remove the cause.") from None
         raise CheckpointError(f"{directory} is damaged ({_first_line(e)}). Choose another step.") from None
 
 
@@ -407,12 +415,24 @@ def _checksum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
+def _is_passing(error: Exception) -> bool:
+    """Returns whether the cause of an error is not the content of the checkpoint."""
+    if isinstance(error, OSError) and not isinstance(error, _MISSING):
+        return True
+    is_client = type(error).__module__.partition(".")[0] in _CLIENTS
+    return is_client or isinstance(error, MemoryError) or any(text in str(error) for text in _PASSING)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or repr(error)
 
 
 @contextmanager
-def _clear_errors(directory: Path) -> Iterator[None]:
+def _clear_errors(directory: epath.Path) -> Iterator[None]:
+    if is_remote(directory):
+        with store_errors(str(directory), "written"):
+            yield
+        return
     try:
         yield
     except Exception as e:

@@ -61,13 +61,17 @@ TINY_TARSIER1 = UntrainedModel(
 MODELS = {"random": TINY, "random_tarsier1": TINY_TARSIER1}
 
 
-def write_debug_data(config: TrainConfig, workdir: Path) -> TrainConfig:
-    """Returns the configuration with files in the workdir in place of the keys of `MODELS` and of `RANDOM`."""
+def write_debug_data(config: TrainConfig, workdir: Path, is_shared: bool = True) -> TrainConfig:
+    """Returns the configuration with files in the workdir in place of the keys of `MODELS` and of `RANDOM`.
+
+    Args:
+        is_shared: Whether all processes have the same workdir, see `write_once`.
+    """
     if untrained := MODELS.get(config.model):
         write = functools.partial(write_untrained, untrained=untrained)
-        config = dataclasses.replace(config, model=str(write_once(workdir / "random_model", write)))
+        config = dataclasses.replace(config, model=str(write_once(workdir / "random_model", write, is_shared)))
     if config.data.train == RANDOM:
-        directory = write_once(workdir / "random_clips", write_debug_clips)
+        directory = write_once(workdir / "random_clips", write_debug_clips, is_shared)
         files = str(directory / "annotations.jsonl")
         data = dataclasses.replace(config.data, train=files, eval=files, media_root=str(directory))
         config = dataclasses.replace(config, data=data)

@@ -29,8 +29,9 @@ from train.data.samples import prepare_pair
 from train.debug_data import write_debug_data
 from train.loop import train
 from train.losses import dpo_loss
-from train.main import define_run_flags, open_workdir, read_run
+from train.main import define_run_flags, read_run
 from train.run import Objective, TrainRun
+from train.workdir import open_workdir
 
 
 def dpo_objective(config: TrainConfig) -> Objective:
@@ -80,7 +81,7 @@ def dpo_objective(config: TrainConfig) -> Objective:
         objective = Objective("reference", loss, chosen, load_with_key)
         with output_file(reference.name) as path:
             reference.open(run, path)
-            # Process 0 has the lock for all, as in `train.main.open_workdir`; runs with other workdirs may share the
+            # Process 0 has the lock for all, as in `train.workdir.open_workdir`; runs with other workdirs may share the
             # file.
             with locked(path) if jax.process_index() == 0 else contextlib.nullcontext():
                 write_reference(dataclasses.replace(run, objective=objective), reference, pairs)
@@ -109,9 +110,9 @@ def mask_shared(pair: Sequence[Example]) -> list[Example]:
 
 def main() -> int:
     config, path = read_run(define_run_flags())
-    with open_workdir(path) as workdir:
-        config = write_debug_data(config, workdir)
-        return train(config, workdir, dpo_objective(config)).exit_status
+    with open_workdir(path) as (workdir, store):
+        config = write_debug_data(config, workdir, is_shared=store is None)
+        return train(config, workdir, dpo_objective(config), store).exit_status
 
 
 if __name__ == "__main__":

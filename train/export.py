@@ -11,22 +11,27 @@ import sys
 
 import jax
 
-from tarsier_jax.files import local_path, source_text
+from tarsier_jax.files import path_text, source_text
 from tarsier_jax.mirror import new_output
 from tarsier_jax.programs import prepare_process, run
 from train.model_export import export_checkpoint
+from train.workdir import check_workdir
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("workdir", type=local_path, help="directory of a run of train.sft or train.dpo")
+    parser.add_argument("workdir", type=_workdir, help="directory of a run of train.sft or train.dpo, local or gs://")
     parser.add_argument("--step", default="latest", help="a number, latest (default), or best (by config.best_metric)")
     parser.add_argument(
         "--output", type=source_text, help="directory to write (default: model-STEP or adapter-STEP in it)"
     )
     return parser.parse_args(argv)
+
+
+def _workdir(text: str) -> str:
+    return path_text(text, check_workdir)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ from train.run import Objective, TrainRun, open_run
 from train.state import TrainState, complete_state, init_state, make_train_step
 from train.throughput import Meter, Work, work_of
 from train.validation import Evaluation
+from train.workdir import RunStore
 from train.writers import check_services
 
 _TRACED = 3  # steps of a profile
@@ -66,8 +67,12 @@ class Summary:
         return 128 + self.stop_signal if self.stop_signal else 0
 
 
-def train(config: TrainConfig, workdir: Path, objective: Objective) -> Summary:
+def train(config: TrainConfig, workdir: Path, objective: Objective, store: RunStore | None = None) -> Summary:
     """Trains from the start, or from the workdir's last checkpoint, to config.num_train_steps.
+
+    Args:
+        workdir: Local directory of the run, see `train.workdir.open_workdir`.
+        store: The store of a gs:// workdir.
 
     Raises:
         TarsierError: the configuration, the data or the disk cannot be used.
@@ -78,7 +83,7 @@ def train(config: TrainConfig, workdir: Path, objective: Objective) -> Summary:
             "config.data.eval or config.benchmark.name."
         )
     check_services(config.writers)
-    run = open_run(config, workdir, objective)
+    run = open_run(config, workdir, objective, store)
     with jax.set_mesh(run.spec.mesh):
         if run.objective.before:
             run.objective.before(run)
@@ -96,7 +101,7 @@ def _evaluates(config: TrainConfig) -> bool:
 class _Loop:
     def __init__(self, run: TrainRun):
         self.run, self.config, self.workdir = run, run.config, run.workdir
-        self.checkpoints = Checkpoints(run.workdir, run.config.max_to_keep)
+        self.checkpoints = Checkpoints(run.root, run.config.max_to_keep)
         data = run.config.data
         lines = mix_files(data.train, run.config.seed, repeat=True, shuffle=data.shuffle)
         self.rows = run.rows(lines, data.global_batch_size, run.config.grad_accum_steps)
@@ -258,6 +263,8 @@ class _Loop:
 
     def _save(self) -> None:
         self._check_pending()  # raises before a state that is not finite is saved
+        if self.run.store:
+            self.run.store.upload()  # another machine that resumes from this checkpoint finds the logs up to it
         self.checkpoints.save(self.step, self.state, self.rows, self._progress())
 
     def _progress(self) -> DataProgress:

@@ -1,18 +1,13 @@
-"""Helpers of the training programs: flags, processes, and the lock of the workdir."""
-
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+"""Helpers of the training programs: flags and processes."""
 
 import jax
 from absl import flags
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.files import check_source, is_remote, locked
-from tarsier_jax.mirror import output_directory
+from tarsier_jax.files import check_source, is_remote
 from tarsier_jax.programs import prepare_process
 from train.config import TrainConfig, define_flags, read_flags
-from train.processes import shared_failure
+from train.workdir import is_direct
 
 
 def define_run_flags() -> flags.FlagValues:
@@ -39,26 +34,12 @@ def read_run(values: flags.FlagValues) -> tuple[TrainConfig, str]:
     if values.distributed or values.coordinator:
         _join(values.coordinator, values.num_processes, values.process_id)
     workdir = check_source("--workdir", values.workdir)
-    if is_remote(workdir) and jax.process_count() > 1:
+    if is_remote(workdir) and not is_direct(workdir) and jax.process_count() > 1:
         raise InputError(
-            f"--workdir {workdir} is in an object store, which a run of several processes cannot write. Choose a "
-            "directory on a file system that all hosts share, such as a mounted store."
+            f"--workdir {workdir} is in an object store that a run of several processes cannot write. Choose a gs:// "
+            "URL, or a directory on a file system that all hosts share, such as a mounted store."
         )
     return config, workdir
-
-
-@contextlib.contextmanager
-def open_workdir(workdir: str) -> Iterator[Path]:
-    """Yields the directory of the run. Refuses a second run in it, and ends all processes when any fails.
-
-    Raises:
-        InputError: another run writes the workdir, or it is in an object store that cannot be used.
-    """
-    with shared_failure(), output_directory(workdir) as directory:
-        directory = directory.resolve()
-        # Process 0 has the lock for all, since all processes of a run write the workdir.
-        with locked(directory, inside=True) if jax.process_index() == 0 else contextlib.nullcontext():
-            yield directory
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -1,10 +1,13 @@
 """Export of a run's model: a converted directory, which all programs load, or an adapter of LoRA."""
 
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,15 +16,17 @@ from ml_collections import ConfigDict
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.families import load_config
+from tarsier_jax.files import is_remote
+from tarsier_jax.mirror import last_upload
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.programs import resolve_dtype
 from tarsier_jax.sharding import parameter_path
 from tarsier_jax.weights import resolve
 from tarsier_jax.weights.adapter import write_adapter
 from tarsier_jax.weights.names import abstract_state
-from tarsier_jax.weights.orbax import write_converted
+from tarsier_jax.weights.orbax import remove_converted, write_converted
 from train.best import read_best
-from train.checkpoints import load_parameters, saved_steps
+from train.checkpoints import load_parameters
 from train.checks import first_difference
 from train.config import TrainConfig, read_config
 from train.lora import lora_matrices
@@ -29,9 +34,10 @@ from train.optimizer import Params
 from train.record import last_start
 from train.run import TrainRun, training_processor
 from train.state import StateSpec, TrainState, build_model
+from train.workdir import saved_steps
 
 
-def export_trained(run: TrainRun, state: TrainState) -> Path:
+def export_trained(run: TrainRun, state: TrainState) -> Path | epath.Path:
     """Writes WORKDIR/model, a converted directory in the model's dtype, or with LoRA WORKDIR/adapter.
 
     An earlier one is replaced.
@@ -41,9 +47,9 @@ def export_trained(run: TrainRun, state: TrainState) -> Path:
     """
     if run.config.lora.rank:
         return _export_adapter(run, state)
-    out = run.workdir / "model"
+    out = run.root / "model"
     if jax.process_index() == 0:
-        shutil.rmtree(out, ignore_errors=True)  # of an earlier, shorter run
+        remove_converted(out)  # of an earlier, shorter run
     write_converted(out, trained_model(run.spec, state), run.model_directory, run.processor.chat_template)
     return out
 
@@ -70,13 +76,16 @@ def trained_model(spec: StateSpec, state: TrainState) -> Tarsier:
     return build_model(spec.graph, cast(state), dtype)
 
 
-def export_checkpoint(workdir: Path, step: str = "latest", output: Path | None = None) -> Path:
+def export_checkpoint(
+    workdir: str | os.PathLike[str], step: str = "latest", output: str | os.PathLike[str] | None = None
+) -> epath.Path:
     """Writes a checkpoint of a run as a converted directory in the dtype of the run, or with LoRA as an adapter.
 
     Args:
-        workdir: Directory of the run.
+        workdir: Directory of the run, local or gs://.
         step: A number, "latest" or "best".
-        output: The directory to write; None for WORKDIR/model-STEP, or WORKDIR/adapter-STEP.
+        output: The directory to write; None for WORKDIR/model-STEP, or WORKDIR/adapter-STEP. An adapter cannot be
+            written to gs://.
 
     Returns:
         The directory.
@@ -86,21 +95,32 @@ def export_checkpoint(workdir: Path, step: str = "latest", output: Path | None =
         CheckpointError: the checkpoint is damaged, or of another model than the run's; `output` exists; the disk is
             full.
     """
-    start, number = last_start(workdir), find_step(workdir, step)
+    workdir = epath.Path(workdir)
+    start, number = _read_start(workdir), find_step(workdir, step)
     config = read_config(ConfigDict(start["config"]))
     source = resolve(config.model)
     if config.lora.rank:
-        out = output or workdir / f"adapter-{number}"
-        _write_adapter(out, load_parameters(workdir, number, "float32"), load_config(source), config)
+        out = epath.Path(output or workdir / f"adapter-{number}")
+        if is_remote(out):
+            raise InputError(f"The adapter cannot be written to {out}. Pass a local directory as --output.")
+        _write_adapter(Path(out), load_parameters(workdir, number, "float32"), load_config(source), config)
         return out
     dtype = resolve_dtype(config.dtype, start.get("platform"))
-    out = output or workdir / f"model-{number}"
+    out = epath.Path(output or workdir / f"model-{number}")
     model, template = _load(workdir, number, config, source, dtype)
     write_converted(out, model, source, template)
     return out
 
 
-def find_step(workdir: Path, step: str) -> int:
+def _read_start(workdir: epath.Path) -> dict[str, Any]:
+    """Returns `last_start` of a local or gs:// workdir, which a run may be writing. Raises InputError."""
+    if not is_remote(workdir):
+        return last_start(Path(workdir))
+    with last_upload(str(workdir), "runs.jsonl") as directory:
+        return last_start(directory)
+
+
+def find_step(workdir: epath.Path, step: str) -> int:
     """Returns the step of a checkpoint, for a number, "latest" or "best". Raises InputError."""
     steps = saved_steps(workdir)
     if not steps:
@@ -118,7 +138,7 @@ def find_step(workdir: Path, step: str) -> int:
     return int(step)
 
 
-def _load(workdir: Path, step: int, config: TrainConfig, source: Path, dtype: str) -> tuple[Tarsier, str]:
+def _load(workdir: epath.Path, step: int, config: TrainConfig, source: Path, dtype: str) -> tuple[Tarsier, str]:
     """Returns the model of a checkpoint, and the chat template of the run."""
     model_config = load_config(source)
     template = training_processor(source, model_config, config).chat_template
@@ -128,7 +148,7 @@ def _load(workdir: Path, step: int, config: TrainConfig, source: Path, dtype: st
     return build_model(graph, params, dtype), template
 
 
-def _check_shapes(params: Params, abstract: nnx.State, workdir: Path, step: int) -> None:
+def _check_shapes(params: Params, abstract: nnx.State, workdir: epath.Path, step: int) -> None:
     """Raises CheckpointError if the parameters are not those of the model."""
     shapes = {parameter_path(path): leaf.shape for path, leaf in nnx.to_flat_state(abstract)}
     theirs = {path: x.shape for path, x in params.items()}

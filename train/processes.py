@@ -66,12 +66,15 @@ def from_first(digest: Callable[[], bytes]) -> bytes:
     return multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8)).tobytes()
 
 
-def write_once(directory: Path, write: Callable[[Path], object]) -> Path:
+def write_once(directory: Path, write: Callable[[Path], object], is_shared: bool = True) -> Path:
     """Returns `directory`, which process 0 fills with `write` unless it exists.
 
     The other processes do not wait here: they read it after `open_run` has compared their settings with process 0's.
+
+    Args:
+        is_shared: Whether all processes have the same directory; otherwise each one fills its own.
     """
-    if jax.process_index() == 0 and not directory.exists():
+    if (jax.process_index() == 0 or not is_shared) and not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with new_directory(directory, 0) as partial:
             write(partial)

@@ -1,6 +1,7 @@
 """The records of a workdir: run.json, which must stay as it is, and runs.jsonl, with a line per start."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,23 +14,28 @@ from tarsier_jax.errors import InputError
 from tarsier_jax.files import atomic_write
 from tarsier_jax.versions import versions
 from train.config import FORMER_KEYS
+from train.workdir import saved_steps
 
 # Names of settings in run.json that earlier versions wrote without a section.
 _WITHOUT_SECTION = {"rows": "data.rows", "lookahead": "data.lookahead", "freeze": "optimizer.freeze"}
 
 
-def read_run_metadata(workdir: Path) -> dict[str, Any]:
-    """Returns the facts in run.json that must not change; none if the workdir has no checkpoints.
+def read_run_metadata(workdir: Path, root: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Returns the facts in run.json that must not change; none if the run has no checkpoints.
+
+    Args:
+        workdir: Directory of run.json.
+        root: Directory or gs:// URL that contains the checkpoints; None for `workdir`.
 
     Raises:
         InputError: the file is damaged.
     """
     file = workdir / "run.json"
-    return _read(file) if _has_checkpoints(workdir) and file.exists() else {}
+    return _read(file) if file.exists() and saved_steps(root or workdir) else {}
 
 
-def check_run_metadata(workdir: Path, facts: Mapping[str, Any]) -> None:
-    """Writes the facts that must not change to run.json, or compares them where the workdir has checkpoints.
+def check_run_metadata(workdir: Path, facts: Mapping[str, Any], root: str | os.PathLike[str] | None = None) -> None:
+    """Writes the facts that must not change to run.json, or compares them where the run has checkpoints in `root`.
 
     Facts that the file does not have, from an earlier version, are added to it.
 
@@ -38,12 +44,12 @@ def check_run_metadata(workdir: Path, facts: Mapping[str, Any]) -> None:
     """
     file = workdir / "run.json"
     facts = json.loads(json.dumps(facts))
-    former = read_run_metadata(workdir)
+    former = read_run_metadata(workdir, root)
     for key, value in facts.items():
         if key in former and former[key] != value:
             raise InputError(
-                f"{workdir} belongs to another run: {key} was {former[key]!r} and is now {value!r}. Choose another "
-                "--workdir, or use the same configuration and data as before."
+                f"{root or workdir} belongs to another run: {key} was {former[key]!r} and is now {value!r}. Choose "
+                "another --workdir, or use the same configuration and data as before."
             )
     with atomic_write(file) as partial:
         partial.write_text(json.dumps(facts, indent=2), encoding="utf-8")
@@ -104,10 +110,6 @@ def _read(file: Path) -> dict[str, Any]:
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings of an earlier version under the keys of this one."""
     return {FORMER_KEYS.get(key, key): value for key, value in settings.items()}
-
-
-def _has_checkpoints(workdir: Path) -> bool:
-    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
 def _last_start(file: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from tarsier_jax.config import ModelConfig
@@ -30,6 +31,7 @@ from train.mesh import build_mesh, check_rows, find_local_rows
 from train.processes import check_same_settings, from_first
 from train.record import check_run_metadata, flatten, read_run_metadata, record_start
 from train.state import LossFunction, StateSpec, make_state_spec
+from train.workdir import RunStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +67,13 @@ class TrainRun:
 
     Attributes:
         config: Configuration, with the sizes of the bins and the number of steps set.
-        workdir: Directory of checkpoints and logs.
+        workdir: Local directory of logs, and of the checkpoints if `store` is None.
         model_directory: Starting checkpoint.
         processor: The checkpoint's processor with the run's options.
         spec: Shapes, shardings and update of the state.
         objective: SFT or DPO.
         changes: Settings that differ from those of the previous start, as text.
+        store: The gs:// workdir, if the run has one.
     """
 
     config: TrainConfig
@@ -80,6 +83,12 @@ class TrainRun:
     spec: StateSpec
     objective: Objective
     changes: tuple[str, ...] = ()
+    store: RunStore | None = None
+
+    @property
+    def root(self) -> epath.Path:
+        """Directory of the checkpoints and of the trained model, local or gs://."""
+        return epath.Path(self.store.url if self.store else self.workdir)
 
     def rows(self, lines: grain.MapDataset, num_rows: int, parts: int = 1) -> RowLoader:
         """Returns the loader of this process's rows.
@@ -110,7 +119,7 @@ class TrainRun:
         )
 
 
-def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainRun:
+def open_run(config: TrainConfig, workdir: Path, objective: Objective, store: RunStore | None = None) -> TrainRun:
     """Checks everything that can be checked before the first batch.
 
     Raises:
@@ -120,7 +129,8 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"--workdir {workdir} cannot be made ({e.strerror}). Choose another one.") from None
-    check_same_settings("configuration", {"--workdir": str(workdir), **_common(config)})
+    root = store.url if store else str(workdir)
+    check_same_settings("configuration", {"--workdir": root, **_common(config)})
     if not config.model:
         raise InputError("config.model is empty. Set --config.model=DIRECTORY or a hub id.")
     mesh = build_mesh(config.mesh)
@@ -132,7 +142,7 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
     config = dataclasses.replace(config, data=packing)
     model_config = run_config(model_config, config, mesh.devices.flat[0])
     processor = training_processor(directory, model_config, config)
-    pace = {"lines_per_row": _lines_per_row(config, workdir, objective, processor)} if config.num_epochs else {}
+    pace = {"lines_per_row": _lines_per_row(config, workdir, root, objective, processor)} if config.num_epochs else {}
     if pace:
         steps = steps_of_epochs(config, config.num_epochs, **pace, num_lines=num_lines(config.data.train))
         config = dataclasses.replace(config, num_train_steps=steps)
@@ -146,16 +156,16 @@ def open_run(config: TrainConfig, workdir: Path, objective: Objective) -> TrainR
     check_same_settings("data", {**facts, "data.eval": describe_files(config.data.eval) if config.data.eval else []})
     changes = []
     if jax.process_index() == 0:
-        check_run_metadata(workdir, facts)
+        check_run_metadata(workdir, facts, root)
         changes = record_start(workdir, recorded)
-    return TrainRun(config, workdir, directory, processor, spec, objective, tuple(changes))
+    return TrainRun(config, workdir, directory, processor, spec, objective, tuple(changes), store)
 
 
-def _lines_per_row(config: TrainConfig, workdir: Path, objective: Objective, processor: Processor) -> float:
+def _lines_per_row(config: TrainConfig, workdir: Path, root: str, objective: Objective, processor: Processor) -> float:
     """Returns the lines of annotations that a row takes: of run.json on resume, else measured by process 0."""
     value = 0.0
     if jax.process_index() == 0:
-        recorded = read_run_metadata(workdir).get("lines_per_row")
+        recorded = read_run_metadata(workdir, root).get("lines_per_row")
         value = _measure_lines_per_row(config, objective, processor) if recorded is None else float(recorded)
     if jax.process_count() > 1:
         content = np.frombuffer(np.float64(value).tobytes(), np.uint8)  # JAX would round it to float32

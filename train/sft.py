@@ -17,8 +17,9 @@ from train.data.samples import Prepare, prepare
 from train.debug_data import write_debug_data
 from train.loop import train
 from train.losses import sft_loss
-from train.main import define_run_flags, open_workdir, read_run
+from train.main import define_run_flags, read_run
 from train.run import Objective
+from train.workdir import open_workdir
 
 
 def sft_objective(config: TrainConfig, prepare: Prepare = prepare) -> Objective:
@@ -39,9 +40,9 @@ def sft_objective(config: TrainConfig, prepare: Prepare = prepare) -> Objective:
 
 def main() -> int:
     config, path = read_run(define_run_flags())
-    with open_workdir(path) as workdir:
-        config = write_debug_data(config, workdir)
-        return train(config, workdir, sft_objective(config)).exit_status
+    with open_workdir(path) as (workdir, store):
+        config = write_debug_data(config, workdir, is_shared=store is None)
+        return train(config, workdir, sft_objective(config), store).exit_status
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -26,10 +28,11 @@ from jax.sharding import Mesh
 from tarsier_jax.config import ModelConfig
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.families import load_config
-from tarsier_jax.files import hidden, new_directory
+from tarsier_jax.files import hidden, is_remote, new_directory
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.templates import save_chat_template
 from tarsier_jax.sharding import parameter_path
+from tarsier_jax.storage import store_errors
 from tarsier_jax.weights.load import Change, build, shardings_for
 from tarsier_jax.weights.match import Checkpoint, open_checkpoint
 from tarsier_jax.weights.names import Parameter, abstract_state
@@ -102,13 +105,17 @@ def convert_hf(source: Path, out: Path, progress: ProgressCallback | None = None
     return checkpoint
 
 
-def write_converted(out: Path, model: Tarsier, source: Path, chat_template: str) -> None:
+def write_converted(out: Path | epath.Path, model: Tarsier, source: Path, chat_template: str) -> None:
     """Writes a trained model as a converted directory, with the other files of the original checkpoint.
 
     All processes must call it; each writes the shards of its own devices.
 
+    Args:
+        out: A local path or a gs:// URL. The latter is complete when it has the manifest.
+
     Raises:
         CheckpointError: `out` exists, or the disk is full.
+        InputError: the store cannot be written.
     """
     if is_converted(source):
         manifest = read_manifest(source)
@@ -116,17 +123,43 @@ def write_converted(out: Path, model: Tarsier, source: Path, chat_template: str)
         checkpoint = open_checkpoint(source, load_config(source))
         manifest = Manifest(checkpoint.layout, checkpoint.tied_head)
     nbytes = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
-    with contextlib.ExitStack() as stack:
-        partial = (
-            stack.enter_context(new_directory(out, nbytes)) if jax.process_index() == 0 else hidden(out, "partial")
-        )
+    with _new_output(out, nbytes) as partial:
         _wait_for_all(f"{out} is there")
         save_checkpoint(partial / PARAMS, model)
         if jax.process_index() == 0:
-            copy_assets(source, partial)
-            save_chat_template(partial, chat_template)
+            with tempfile.TemporaryDirectory() as name:
+                copy_assets(source, Path(name))
+                save_chat_template(Path(name), chat_template)
+                for file in Path(name).iterdir():
+                    (partial / file.name).write_bytes(file.read_bytes())
             (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2), encoding="utf-8")
     _wait_for_all(f"{out} is whole")
+
+
+@contextlib.contextmanager
+def _new_output(out: Path | epath.Path, nbytes: int) -> Iterator[epath.Path]:
+    """Yields the directory that all processes write, which becomes `out`. Objects in gs:// cannot be renamed."""
+    if is_remote(out):
+        if jax.process_index() == 0:
+            with store_errors(str(out)):
+                is_whole = (epath.Path(out) / MANIFEST).exists()
+            if is_whole:
+                raise CheckpointError(f"{out} exists already. Remove it, or choose another name.")
+            remove_converted(out)  # of an interrupted run
+        with store_errors(str(out), "written"):
+            yield epath.Path(out)
+    elif jax.process_index() == 0:
+        with new_directory(Path(out), nbytes) as partial:
+            yield epath.Path(partial)
+    else:
+        yield epath.Path(hidden(Path(out), "partial"))
+
+
+def remove_converted(directory: Path | epath.Path) -> None:
+    """Removes a converted directory, the manifest first. A directory that does not exist is no error."""
+    with store_errors(str(directory), "written"):
+        (epath.Path(directory) / MANIFEST).unlink(missing_ok=True)
+        epath.Path(directory).rmtree(missing_ok=True)
 
 
 def _wait_for_all(moment: str) -> None:
@@ -237,16 +270,19 @@ def _save_streaming(path: Path, checkpoint: Checkpoint, progress: ProgressCallba
     _save(path, leaves, type_handler_registry=registry)
 
 
-def save_checkpoint(path: Path, model: Tarsier) -> None:
+def save_checkpoint(path: Path | epath.Path, model: Tarsier) -> None:
     """Saves the parameters of a model with stacked layers; each process writes its own shards."""
     _save(path, {p: leaf[...] for p, leaf in nnx.to_flat_state(nnx.state(model))})
 
 
-def _save(path: Path, leaves: dict[tuple[Any, ...], Any], **options: Any) -> None:
+def _save(path: Path | epath.Path, leaves: dict[tuple[Any, ...], Any], **options: Any) -> None:
     # One file per chunk instead of OCDBT's database: conversion and export address arrays by name.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, **options)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(nnx.traversals.unflatten_mapping(leaves)))
+        checkpointer.save(
+            path if is_remote(path) else path.resolve(),
+            args=ocp.args.PyTreeSave(nnx.traversals.unflatten_mapping(leaves)),
+        )
 
 
 def load_checkpoint(

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,20 @@ MUON = "--config.optimizer.muon_params=('decoder/layers/mlp/.*',)"
 SETTINGS = ("--config.optimizer.peak_lr=1e-3", MUON, "--config.save_every=3", "--config.eval_every=0")
 
 
-def start(workdir: Path, *flags: str, devices: int = 1, program: str = "sft", recipe: str = "recap_7b") -> Any:
+def start(
+    workdir: Path | str,
+    *flags: str,
+    devices: int = 1,
+    program: str = "sft",
+    recipe: str = "recap_7b",
+    environment: Mapping[str, str] | None = None,
+) -> Any:
     """Starts the debug size of a recipe; returns the process."""
     command = [sys.executable, "-m", f"train.{program}", f"--config=configs/{recipe}.py:debug", f"--workdir={workdir}"]
     # Optimising a program takes as long as 20 of its steps on one device, and longer than those on eight.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" if devices > 1 else ""
     flags_of_xla = f"--xla_force_host_platform_device_count={devices} {quick}"
-    environment = {"XLA_FLAGS": flags_of_xla, "JAX_PLATFORMS": "cpu"}
+    environment = {"XLA_FLAGS": flags_of_xla, "JAX_PLATFORMS": "cpu", **(environment or {})}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [*command, *SETTINGS, *flags], env={**os.environ, **environment}, stdout=pipe, stderr=pipe, text=True

@@ -15,8 +15,9 @@ import pytest
 from tarsier_jax.errors import CheckpointError
 from tests.train.texts import former_state, next_number, open_numbers
 from train.best import BestCheckpoint, read_best
-from train.checkpoints import Checkpoints, DataProgress, _read_counts, load_parameters, saved_steps
+from train.checkpoints import Checkpoints, DataProgress, _read_counts, load_parameters
 from train.state import TrainState
+from train.workdir import saved_steps
 
 
 def a_state(step: int, dtype: str = "float32") -> TrainState:

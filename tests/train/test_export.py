@@ -16,13 +16,14 @@ from tests.train.test_checkpoints import flip_all
 from tests.train.test_loop import debug_config
 from tests.train.texts import open_numbers
 from train.best import BestCheckpoint
-from train.checkpoints import Checkpoints, DataProgress, load_parameters, saved_steps
+from train.checkpoints import Checkpoints, DataProgress, load_parameters
 from train.debug_data import write_debug_data
 from train.export import main, parse
 from train.model_export import export_checkpoint, export_trained
 from train.run import open_run
 from train.sft import sft_objective
 from train.state import init_state
+from train.workdir import saved_steps
 
 STEP, BEST = 3, 1
 
@@ -62,7 +63,7 @@ def test_the_export_is_the_model_that_the_run_wrote(workdir: Path) -> None:
     after = weights(workdir)
     assert before.keys() == after.keys()
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    assert is_converted(out)
+    assert is_converted(Path(out))
 
 
 @pytest.mark.slow

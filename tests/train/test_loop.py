@@ -21,12 +21,13 @@ from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.weights import convert_to_hf
 from tests.train.texts import open_numbers
 from train.best import BestCheckpoint, read_best
-from train.checkpoints import Checkpoints, DataProgress, saved_steps
+from train.checkpoints import Checkpoints, DataProgress
 from train.config import TrainConfig, read_config
 from train.debug_data import write_debug_clips, write_debug_data
 from train.loop import NonFiniteLoss, Summary, Terminator, train
 from train.sft import sft_objective
 from train.state import TrainState
+from train.workdir import saved_steps
 
 
 def debug_config(**over: Any) -> TrainConfig:

@@ -19,14 +19,14 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(*flags: str) -> tuple[Any, Path]:
         trained: list[Any] = []
 
-        def train(config: Any, workdir: Path, _: object) -> Any:
+        def train(config: Any, workdir: Path, *_: object) -> Any:
             trained.append((config, workdir))
             with pytest.raises(InputError, match="Another run"), locked(workdir, inside=True):
                 pass
             raise KeyboardInterrupt
 
         monkeypatch.setattr("sys.argv", ["sft", f"--config={CONFIG}:debug", *flags])
-        monkeypatch.setattr(sft, "write_debug_data", lambda config, _: config)
+        monkeypatch.setattr(sft, "write_debug_data", lambda config, *_, **__: config)
         monkeypatch.setattr(sft, "train", train)
         with pytest.raises(KeyboardInterrupt):
             sft.main()
@@ -51,7 +51,7 @@ def test_a_workdir_in_a_store(run: Any, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert run("--workdir=memory://bucket/run")[1].is_relative_to(tmp_path / "tarsier_jax" / "mirrors")
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    with pytest.raises(InputError, match="which a run of several processes cannot write"):
+    with pytest.raises(InputError, match=r"store that a run of several processes cannot write\. Choose a gs://"):
         run("--workdir=memory://bucket/run")
 
 

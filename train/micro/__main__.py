@@ -25,26 +25,27 @@ from tarsier_jax.programs import run
 from train.config import TrainConfig
 from train.debug_data import write_debug_data
 from train.loop import train
-from train.main import define_run_flags, open_workdir, read_run
+from train.main import define_run_flags, read_run
 from train.micro.checkpoint import MICRO
 from train.micro.curriculum import write_shapes
 from train.micro.samples import prepare_line
 from train.processes import write_once
 from train.sft import sft_objective
 from train.untrained import write_untrained
+from train.workdir import open_workdir
 
 # Parameters of glibc's mallopt, and a size above that of all arrays.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _NEVER = 2**30  # bytes
 
 
-def write_inputs(config: TrainConfig, workdir: Path) -> TrainConfig:
+def write_inputs(config: TrainConfig, workdir: Path, is_shared: bool = True) -> TrainConfig:
     """Returns the configuration with files in the workdir where its model or its data is empty."""
     if not config.model:
         write = functools.partial(write_untrained, untrained=MICRO)
-        config = dataclasses.replace(config, model=str(write_once(workdir / "untrained_model", write)))
+        config = dataclasses.replace(config, model=str(write_once(workdir / "untrained_model", write, is_shared)))
     if not config.data.train:
-        shapes = write_once(workdir / "shapes", write_shapes)
+        shapes = write_once(workdir / "shapes", write_shapes, is_shared)
         files = {"train": str(shapes / "train.jsonl"), "eval": str(shapes / "held_out.jsonl")}
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, **files))
     return config
@@ -63,7 +64,7 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def print_scores(model: Path, clips: int) -> None:
+def print_scores(model: str, clips: int) -> None:
     """Prints the scores of a checkpoint on the benchmarks of moving shapes."""
     engines = Engines(lambda: tarsier_jax.load(model))
     with tempfile.TemporaryDirectory() as output:
@@ -80,11 +81,12 @@ def main() -> int:
     )
     keep_freed_memory()
     config, path = read_run(values)
-    with open_workdir(path) as workdir:
-        config = write_inputs(write_debug_data(config, workdir), workdir)
-        summary = train(config, workdir, sft_objective(config, prepare_line))
+    with open_workdir(path) as (workdir, store):
+        is_shared = store is None
+        config = write_inputs(write_debug_data(config, workdir, is_shared), workdir, is_shared)
+        summary = train(config, workdir, sft_objective(config, prepare_line), store)
         if values.score_clips and not summary.stop_signal and jax.process_index() == 0:
-            print_scores(workdir / "model", values.score_clips)
+            print_scores(f"{store.url if store else workdir}/model", values.score_clips)
     return summary.exit_status
 
 
