@@ -138,8 +138,8 @@ def test_the_url_of_a_path(machine: Path) -> None:
 
 
 def test_an_exported_model(store: Any, call: Any, machine: Path, monkeypatch: Any, capsys: Any) -> None:
-    def export_checkpoint(workdir: Path, step: str, output: Path | None) -> Path:
-        path = output or workdir / "model-3"
+    def export_checkpoint(workdir: str, step: str, output: Path | None) -> Path:
+        path = Path(output or f"{workdir}/model-3")
         path.mkdir()
         (path / "config.json").write_text("{}")
         return path
