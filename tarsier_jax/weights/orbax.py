@@ -5,7 +5,6 @@ files that came with the weights (config, tokenizer, processor), and a manifest,
 last.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -18,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 from flax import nnx
@@ -35,14 +33,11 @@ from tarsier_jax.sharding import parameter_path
 from tarsier_jax.storage import store_errors
 from tarsier_jax.weights.load import Change, build, shardings_for
 from tarsier_jax.weights.match import Checkpoint, open_checkpoint
-from tarsier_jax.weights.names import Parameter, abstract_state
-from tarsier_jax.weights.safetensors import Tensor
+from tarsier_jax.weights.names import abstract_state
 
 MANIFEST = "tarsier_jax.json"
 PARAMS = "params"
 _FORMAT = 1
-_PIECE = 16 * 2**20  # maximum bytes per chunk
-_PENDING = 2  # chunks that are written while the next one is read
 _ASSETS = {".json", ".txt", ".jinja", ".model"}
 
 ProgressCallback = Callable[[int, int], None]  # bytes done, total bytes
@@ -96,9 +91,11 @@ def convert_hf(source: Path, out: Path, progress: ProgressCallback | None = None
     Raises:
         CheckpointError: the source does not fit (see `open_checkpoint`), `out` exists, or the disk is full.
     """
+    from tarsier_jax.weights.streaming import save_streaming
+
     checkpoint = open_checkpoint(source, load_config(source))
     with new_directory(out, checkpoint.nbytes) as partial:
-        _save_streaming(partial / PARAMS, checkpoint, progress)
+        save_streaming(partial / PARAMS, checkpoint, progress)
         copy_assets(source, partial)
         manifest = Manifest(checkpoint.layout, checkpoint.tied_head)
         (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2), encoding="utf-8")
@@ -174,108 +171,15 @@ def copy_assets(source: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Streamed:
-    """A leaf that Orbax saves chunk by chunk, without a complete copy in memory.
-
-    Attributes:
-        parameter: The parameter.
-        tensors: Its tensors on disk, one per layer.
-        wrote: Called with the number of bytes of each chunk after it is written.
-    """
-
-    parameter: Parameter
-    tensors: tuple[Tensor, ...]
-    wrote: Callable[[int], None]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.parameter.shape
-
-    @property
-    def chunk(self) -> tuple[int, ...]:
-        """Shape of a chunk: complete rows of one layer, as many as divide it evenly and stay below _PIECE."""
-        rows, *rest = self.shape[1:] if self.parameter.stacked else self.shape
-        most = max(1, _PIECE // (math.prod(rest) * self.tensors[0].dtype.itemsize))
-        height = next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
-        return (*((1,) if self.parameter.stacked else ()), height, *rest)
-
-    def pieces(self) -> Iterator[tuple[Any, np.ndarray]]:
-        """Yields (index, values) of every chunk."""
-        size, height = math.prod(self.chunk), self.chunk[1 if self.parameter.stacked else 0]
-        for layer, tensor in enumerate(self.tensors):
-            for i in range(tensor.size // size):
-                rows = slice(i * height, (i + 1) * height)
-                index = (slice(layer, layer + 1), rows) if self.parameter.stacked else (rows,)
-                yield index, tensor.read(i * size, (i + 1) * size).reshape(self.chunk)
-
-
-class _StreamedHandler(ocp.type_handlers.TypeHandler):
-    """Writes streamed leaves in the format of a jax.Array, which Orbax restores as usual."""
-
-    def typestr(self) -> str:
-        return "jax.Array"
-
-    async def metadata(self, infos: Any) -> Any:
-        raise TypeError("streamed leaves are saved only")
-
-    async def deserialize(self, infos: Any, args: Any = None) -> Any:
-        raise TypeError("streamed leaves are saved only")
-
-    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
-        for value, info in zip(values, infos, strict=True):
-            await info.await_path_creation()
-            store = _create_array(Path(info.parent_dir) / info.name, value.shape, value.chunk, value.tensors[0].dtype)
-            pending: collections.deque[Any] = collections.deque()
-            for index, piece in value.pieces():
-                pending.append(store[index].write(piece, can_reference_source_data_indefinitely=True))
-                if len(pending) > _PENDING:
-                    pending.popleft().result()
-                value.wrote(piece.nbytes)
-            for writing in pending:
-                writing.result()
-        return []
-
-
-def _create_array(path: Path, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:
-    metadata = {
-        "shape": shape,
-        "data_type": dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-    }
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(path)},
-        "metadata": metadata,
-        "context": {"file_io_sync": False},  # `new_directory` syncs once at the end
-        "store_data_equal_to_fill_value": True,  # Orbax reports an absent chunk of zeros as lost
-    }
-    return ts.open(spec, create=True, delete_existing=True).result()
-
-
-def _save_streaming(path: Path, checkpoint: Checkpoint, progress: ProgressCallback | None) -> None:
-    done = 0
-
-    def wrote(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, checkpoint.nbytes)
-
-    leaves = {parameter.path: _Streamed(parameter, tensors, wrote) for parameter, tensors in checkpoint.sources}
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (_Streamed, _StreamedHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    _save(path, leaves, type_handler_registry=registry)
-
-
 def save_checkpoint(path: Path | epath.Path, model: Tarsier) -> None:
     """Saves the parameters of a model with stacked layers; each process writes its own shards."""
-    _save(path, {p: leaf[...] for p, leaf in nnx.to_flat_state(nnx.state(model))})
+    save_leaves(path, {p: leaf[...] for p, leaf in nnx.to_flat_state(nnx.state(model))})
 
 
-def _save(path: Path | epath.Path, leaves: dict[tuple[Any, ...], Any], **options: Any) -> None:
+def save_leaves(path: Path | epath.Path, leaves: dict[tuple[Any, ...], Any], **options: Any) -> None:
+    """Saves leaves in Orbax's format. `options` are those of its PyTreeCheckpointHandler."""
+    import orbax.checkpoint as ocp  # takes a third of a second, and Hugging Face directories need none of it
+
     # One file per chunk instead of OCDBT's database: conversion and export address arrays by name.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, **options)
     with ocp.Checkpointer(handler) as checkpointer:
@@ -295,6 +199,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: the checkpoint is damaged, or does not fit the directory's config.json.
     """
+    import orbax.checkpoint as ocp
+
     read_manifest(directory)
     graph, state = abstract_state(config)
     shardings, dtype = shardings_for(state, mesh), jax.numpy.dtype(config.param_dtype)
