@@ -2,7 +2,7 @@
 
 Two processes train in gs:// on a server on this machine, each with a cache of its own, as on two machines. Both are
 killed during a save and resume, are killed again, and one process with an empty cache finishes the run. The losses and
-the model equal those of an uninterrupted run of one process in a local workdir.
+the model agree with those of an uninterrupted run of one process in a local workdir.
 """
 
 import signal
