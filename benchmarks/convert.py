@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
 CHILD = """
 import logging, re, sys, time
 from pathlib import Path
-from tarsier_jax.weights import convert_hf
+from tarsier_jax.weights.streaming import convert_hf
 logging.getLogger("absl").setLevel(logging.ERROR)
 # The kernel's peak of this program; getrusage would include the parent's.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])

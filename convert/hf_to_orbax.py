@@ -11,7 +11,8 @@ from convert.progress import Progress
 from tarsier_jax.files import source_text
 from tarsier_jax.mirror import new_output
 from tarsier_jax.programs import run
-from tarsier_jax.weights import convert_hf, resolve
+from tarsier_jax.weights import resolve
+from tarsier_jax.weights.streaming import convert_hf
 
 
 def _convert(source: str, out: str) -> None:

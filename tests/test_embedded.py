@@ -23,7 +23,8 @@ from infer.engine import Completion, Engine, Frontend, fit_config
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.video import open_clip
-from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP, convert_hf, convert_to_hf, resolve
+from tarsier_jax.weights import EMBEDDED, EMBEDDED_CLIP, convert_to_hf, resolve
+from tarsier_jax.weights.streaming import convert_hf
 
 pytestmark = pytest.mark.slow
 

@@ -17,13 +17,12 @@ from tarsier_jax.weights.export import convert_to_hf, export_hf, hf_tensors
 from tarsier_jax.weights.kinds import check_kind
 from tarsier_jax.weights.load import Change, load_hf
 from tarsier_jax.weights.match import open_checkpoint
-from tarsier_jax.weights.orbax import convert_hf, is_converted, load_checkpoint, open_array, save_checkpoint
+from tarsier_jax.weights.orbax import is_converted, load_checkpoint, open_array, save_checkpoint
 from tarsier_jax.weights.quantize import check_qwix, quantize_parameter, use_quantized
 
 __all__ = [
     "EMBEDDED",
     "EMBEDDED_CLIP",
-    "convert_hf",
     "convert_to_hf",
     "export_hf",
     "hf_tensors",

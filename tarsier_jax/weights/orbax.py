@@ -32,7 +32,7 @@ from tarsier_jax.processing.templates import save_chat_template
 from tarsier_jax.sharding import parameter_path
 from tarsier_jax.storage import store_errors
 from tarsier_jax.weights.load import Change, build, shardings_for
-from tarsier_jax.weights.match import Checkpoint, open_checkpoint
+from tarsier_jax.weights.match import open_checkpoint
 from tarsier_jax.weights.names import abstract_state
 
 MANIFEST = "tarsier_jax.json"
@@ -81,25 +81,6 @@ def read_manifest(directory: Path) -> Manifest:
     if manifest.format != _FORMAT:
         raise CheckpointError(f"{directory} has format {manifest.format}; this version reads {_FORMAT}. Update it.")
     return manifest
-
-
-def convert_hf(source: Path, out: Path, progress: ProgressCallback | None = None) -> Checkpoint:
-    """Writes the converted form of a Hugging Face directory to `out`, which appears only when it is complete.
-
-    Memory stays near four chunks for every size of the model and of its tensors.
-
-    Raises:
-        CheckpointError: the source does not fit (see `open_checkpoint`), `out` exists, or the disk is full.
-    """
-    from tarsier_jax.weights.streaming import save_streaming
-
-    checkpoint = open_checkpoint(source, load_config(source))
-    with new_directory(out, checkpoint.nbytes) as partial:
-        save_streaming(partial / PARAMS, checkpoint, progress)
-        copy_assets(source, partial)
-        manifest = Manifest(checkpoint.layout, checkpoint.tied_head)
-        (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2), encoding="utf-8")
-    return checkpoint
 
 
 def write_converted(out: Path | epath.Path, model: Tarsier, source: Path, chat_template: str) -> None:

@@ -1,7 +1,8 @@
-"""Saves tensors of a Hugging Face directory in Orbax's format, without a complete copy of any in memory."""
+"""Converts Hugging Face directories to Orbax's format, without a complete copy of any tensor in memory."""
 
 import collections
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +13,32 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from tarsier_jax.weights.match import Checkpoint
+from tarsier_jax.families import load_config
+from tarsier_jax.files import new_directory
+from tarsier_jax.weights.match import Checkpoint, open_checkpoint
 from tarsier_jax.weights.names import Parameter
-from tarsier_jax.weights.orbax import ProgressCallback, save_leaves
+from tarsier_jax.weights.orbax import MANIFEST, PARAMS, Manifest, ProgressCallback, copy_assets, save_leaves
 from tarsier_jax.weights.safetensors import Tensor
 
 _PIECE = 16 * 2**20  # maximum bytes per chunk
 _PENDING = 2  # chunks that are written while the next one is read
+
+
+def convert_hf(source: Path, out: Path, progress: ProgressCallback | None = None) -> Checkpoint:
+    """Writes the converted form of a Hugging Face directory to `out`, which appears only when it is complete.
+
+    Memory stays near four chunks for every size of the model and of its tensors.
+
+    Raises:
+        CheckpointError: the source does not fit (see `open_checkpoint`), `out` exists, or the disk is full.
+    """
+    checkpoint = open_checkpoint(source, load_config(source))
+    with new_directory(out, checkpoint.nbytes) as partial:
+        _save_streaming(partial / PARAMS, checkpoint, progress)
+        copy_assets(source, partial)
+        manifest = Manifest(checkpoint.layout, checkpoint.tied_head)
+        (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2), encoding="utf-8")
+    return checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +121,7 @@ def _create_array(path: Path, shape: tuple[int, ...], chunk: tuple[int, ...], dt
     return ts.open(spec, create=True, delete_existing=True).result()
 
 
-def save_streaming(path: Path, checkpoint: Checkpoint, progress: ProgressCallback | None) -> None:
+def _save_streaming(path: Path, checkpoint: Checkpoint, progress: ProgressCallback | None) -> None:
     """Saves the parameters of a checkpoint chunk by chunk, and reports the bytes to `progress`."""
     done = 0
 

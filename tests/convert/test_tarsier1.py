@@ -12,7 +12,7 @@ from convert.backends import load_reference
 from convert.references import PixelShuffle
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.families import load_config
-from tarsier_jax.weights import convert_hf
+from tarsier_jax.weights.streaming import convert_hf
 from tests import tarsier1
 
 

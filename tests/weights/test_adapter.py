@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from tarsier_jax.errors import CheckpointError
 from tarsier_jax.families import load_config
 from tarsier_jax.sharding import parameter_path
-from tarsier_jax.weights import convert_hf, load_weights
+from tarsier_jax.weights import load_weights
 from tarsier_jax.weights.adapter import read_adapter
+from tarsier_jax.weights.streaming import convert_hf
 from tests import reference
 from tests.weights.conftest import renamed
 

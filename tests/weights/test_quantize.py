@@ -18,8 +18,9 @@ from tarsier_jax.families import load_config
 from tarsier_jax.models.layers import Linear
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.sharding import parameter_path
-from tarsier_jax.weights import convert_hf, load_weights
+from tarsier_jax.weights import load_weights
 from tarsier_jax.weights.quantize import use_quantized
+from tarsier_jax.weights.streaming import convert_hf
 from tests import reference
 
 

@@ -21,8 +21,9 @@ from tarsier_jax.families import load_config
 from tarsier_jax.families.qwen2_vl import LAYOUTS
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.chat import BARE_CHATML, load_chat_template, render_template
-from tarsier_jax.weights import convert_hf, convert_to_hf, export_hf, hf_tensors, load_weights, save_checkpoint
+from tarsier_jax.weights import convert_to_hf, export_hf, hf_tensors, load_weights, save_checkpoint, streaming
 from tarsier_jax.weights import orbax as orbax_module
+from tarsier_jax.weights.streaming import convert_hf
 from tests import reference
 from tests.weights.conftest import Write, bits
 
@@ -174,7 +175,7 @@ def test_a_full_disk_leaves_nothing(write: Write, tmp_path: Path, monkeypatch: p
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(orbax_module, "copy_assets", no_space)
+    monkeypatch.setattr(streaming, "copy_assets", no_space)
     with pytest.raises(CheckpointError, match=r"The disk filled up while .*orbax was written"):
         convert_hf(source, tmp_path / "orbax")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
@@ -184,7 +185,7 @@ def test_a_full_disk_leaves_nothing(write: Write, tmp_path: Path, monkeypatch: p
 def test_a_killed_conversion_is_never_taken_for_whole(write: Write, tmp_path: Path) -> None:
     source = write()
     code = (
-        "import sys, time; from pathlib import Path; from tarsier_jax.weights import convert_hf\n"
+        "import sys, time; from pathlib import Path; from tarsier_jax.weights.streaming import convert_hf\n"
         "def wait(done, total): print('wrote', flush=True); time.sleep(60)\n"
         "convert_hf(Path(sys.argv[1]), Path(sys.argv[2]), wait)"
     )

@@ -13,8 +13,9 @@ from tarsier_jax.errors import CheckpointError
 from tarsier_jax.families import load_config, parse_config
 from tarsier_jax.models.tarsier import Tarsier1
 from tarsier_jax.sharding import parameter_path, parameter_spec
-from tarsier_jax.weights import convert_hf, convert_to_hf, export_hf
+from tarsier_jax.weights import convert_to_hf, export_hf
 from tarsier_jax.weights.names import abstract_state, parameters
+from tarsier_jax.weights.streaming import convert_hf
 from tests import tarsier1
 from tests.reference import load_ours
 from tests.weights.conftest import bits

@@ -16,8 +16,8 @@ from tokenizers import AddedToken
 from configs.dpo_7b import get_config
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
-from tarsier_jax.weights import convert_hf
 from tarsier_jax.weights.digest import digest_weights
+from tarsier_jax.weights.streaming import convert_hf
 from tests import reference
 from train.config import TrainConfig, read_config
 from train.data.reference_logprobs import ReferenceFile, fingerprint
