@@ -1,7 +1,6 @@
 """Runs of `python -m train.sft` as a user starts them, on simulated devices."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from tests.devices import simulated_devices
+
 # A learning rate that moves the loss, both optimizers, and a checkpoint every third step.
 MUON = "--config.optimizer.muon_params=('decoder/layers/mlp/.*',)"
 SETTINGS = ("--config.optimizer.peak_lr=1e-3", MUON, "--config.save_every=3", "--config.eval_every=0")
@@ -19,14 +20,9 @@ SETTINGS = ("--config.optimizer.peak_lr=1e-3", MUON, "--config.save_every=3", "-
 def start(workdir: Path, *flags: str, devices: int = 1, program: str = "sft", recipe: str = "recap_7b") -> Any:
     """Starts the debug size of a recipe; returns the process."""
     command = [sys.executable, "-m", f"train.{program}", f"--config=configs/{recipe}.py:debug", f"--workdir={workdir}"]
-    # Optimising a program takes as long as 20 of its steps on one device, and longer than those on eight.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" if devices > 1 else ""
-    flags_of_xla = f"--xla_force_host_platform_device_count={devices} {quick}"
-    environment = {"XLA_FLAGS": flags_of_xla, "JAX_PLATFORMS": "cpu"}
+    environment = simulated_devices(devices) if devices > 1 else None
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [*command, *SETTINGS, *flags], env={**os.environ, **environment}, stdout=pipe, stderr=pipe, text=True
-    )
+    return subprocess.Popen([*command, *SETTINGS, *flags], env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def free_port() -> int:
