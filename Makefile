@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 # Sessions of tests share compiled programs; `make clean` removes them.
 test test-fast: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/xla
-# Compiling takes most of the time of small programs. `make test` runs the programs that users run.
+# Compiling takes most of the time of small programs. The processes that `make test` starts compile as users' do.
 test-fast: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 
 .PHONY: demo web test test-fast wheel lint types lock clean

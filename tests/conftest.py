@@ -33,6 +33,8 @@ install_import_hook(["tarsier_jax.models", "tarsier_jax.generation"], "tests.typ
 from tarsier_jax.files import warn
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Tests run a program for moments. The programs that they start as processes compile as users' programs do.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,20 +1,19 @@
 """The head and the vision tower over a tensor axis of two devices equal those of one device, with small transfers."""
 
 import json
-import os
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
+from tests.devices import simulated_devices
+
 
 @pytest.fixture(scope="module")
 def comparisons() -> dict[str, Any]:
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {quick}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.tensor"]
-    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=simulated_devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -21,6 +21,7 @@ from infer import caption, describe
 from infer.bulk.inputs import find_items
 from tarsier_jax.errors import CheckpointError, InputError
 from tarsier_jax.files import locked
+from tests.devices import quick_compilation
 
 FLAGS = ("--max_new_tokens", "8", "--slots", "4", "--n_frames", "4", "--workers", "0")
 
@@ -165,7 +166,7 @@ def test_processes_that_find_each_other(clips: Path, one_frame_size: Path, tmp_p
     started = []
     for rank in "01":
         ranks = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
-        started.append(subprocess.Popen(command, env={**os.environ, **mpi, **ranks}, stderr=subprocess.PIPE))
+        started.append(subprocess.Popen(command, env={**quick_compilation(), **mpi, **ranks}, stderr=subprocess.PIPE))
     for process in started:
         _, told = process.communicate(timeout=300)
         assert process.returncode == 0, told.decode()
@@ -238,11 +239,11 @@ def test_killed_at_random_moments(clips: Path, one_frame_size: Path, tmp_path: P
     wait = random.Random(0)
     for _ in range(3):
         before = output.stat().st_size if output.exists() else 0
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=quick_compilation()) as process:
             while process.poll() is None and (not output.exists() or output.stat().st_size == before):
                 time.sleep(0.02)
             time.sleep(wait.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)
-    assert subprocess.run(command, stderr=subprocess.DEVNULL, env=os.environ, check=False).returncode == 0
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, env=quick_compilation(), check=False).returncode == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert sorted(line["idx"] for line in lines) == list(range(120))

@@ -1,7 +1,6 @@
 """`infer.describe` and `infer.caption` with the first Tarsier: their captions are the original's."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from infer import caption, describe
+from tests.devices import simulated_devices
 from tests.tarsier1 import GOLDENS, read_cases, write_checkpoint
 
 MEDIA = GOLDENS / "media"
@@ -79,7 +79,7 @@ def test_caption_a_list(checkpoint: Path, list_file: Path, tmp_path: Path, capsy
 def test_caption_over_four_devices(checkpoint: Path, list_file: Path, tmp_path: Path) -> None:
     flags = ["--model", checkpoint, "--input", list_file, "--output", tmp_path / "out.jsonl", *SIZES]
     command = [sys.executable, "-m", "infer.caption", *map(str, flags), "--mesh", "data=2,tensor=2"]
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    done = subprocess.run(command, env={**os.environ, **devices}, capture_output=True, text=True, check=False)
+    environment = {**simulated_devices(4), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "0 compilations after warm-up" in done.stderr, done.stderr
     check_lines(tmp_path / "out.jsonl")

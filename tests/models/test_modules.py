@@ -126,9 +126,9 @@ def test_decoder_layer(models: tuple[Any, Tarsier]) -> None:
     with torch.no_grad():
         tables = language_model.rotary_emb(torch.zeros(1), torch.from_numpy(ids).permute(2, 0, 1).long())
         causal = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
-        expected = language_model.layers[1](torch.from_numpy(x), attention_mask=causal, position_embeddings=tables)
+        expected = language_model.layers[-1](torch.from_numpy(x), attention_mask=causal, position_embeddings=tables)
     cos, sin = mrope_tables(ids, text.head_dim, text.rope_theta, text.mrope_section)
-    output, _ = ours.decoder.layers[1](x, cos, sin, None, None, jnp.int32(1))
+    output, _ = ours.decoder.layers[-1](x, cos, sin, None, None, jnp.int32(1))
     np.testing.assert_allclose(output, expected.numpy(), atol=ATOL, rtol=0)
 
 

@@ -86,6 +86,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, 
     return llama, AutoTokenizer.from_pretrained(files, gguf_file=GGUF), load_ours(directory)
 
 
+@torch.no_grad()
+def reference_answers(theirs: LlamaForCausalLM, prompts: list[np.ndarray]) -> list[list[int]]:
+    """The first NEW_TOKENS greedy tokens of each prompt, generated in one batch whose rows are padded on the left."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(prompt)) + prompt.tolist() for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return theirs.generate(ids, attention_mask=mask, **greedy)[:, length:].tolist()
+
+
 @pytest.mark.slow
 def test_greedy_answers(models: tuple[LlamaForCausalLM, Any, Tarsier]) -> None:
     theirs, tokenizer, ours = models
@@ -94,9 +104,7 @@ def test_greedy_answers(models: tuple[LlamaForCausalLM, Any, Tarsier]) -> None:
     examples = [tarsier1.make_example(ids, ids, frames, ours.config) for ids in prompts]
     options = SamplingOptions(max_new_tokens=NEW_TOKENS)
     answers = generate_batch(ours, make_batch(examples, ours.config, Buckets(tokens=(32,))), options, [])
-    for ids, answer in zip(prompts, answers, strict=True):
-        greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        expected = theirs.generate(torch.from_numpy(ids)[None], **greedy)[0, len(ids) :].tolist()
+    for expected, answer in zip(reference_answers(theirs, prompts), answers, strict=True):
         assert tokenizer.decode(answer.tokens) == tokenizer.decode(expected)
     texts = [tokenizer.decode(answer.tokens) for answer in answers]
     assert "Paris" in texts[0]

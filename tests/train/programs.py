@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from tests.devices import simulated_devices
+
 # A learning rate that moves the loss, both optimizers, and a checkpoint every third step.
 MUON = "--config.optimizer.muon_params=('decoder/layers/mlp/.*',)"
 SETTINGS = ("--config.optimizer.peak_lr=1e-3", MUON, "--config.save_every=3", "--config.eval_every=0")
@@ -27,14 +29,9 @@ def start(
 ) -> Any:
     """Starts the debug size of a recipe; returns the process."""
     command = [sys.executable, "-m", f"train.{program}", f"--config=configs/{recipe}.py:debug", f"--workdir={workdir}"]
-    # Optimising a program takes as long as 20 of its steps on one device, and longer than those on eight.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" if devices > 1 else ""
-    flags_of_xla = f"--xla_force_host_platform_device_count={devices} {quick}"
-    environment = {"XLA_FLAGS": flags_of_xla, "JAX_PLATFORMS": "cpu", **(environment or {})}
+    env = {**(simulated_devices(devices) if devices > 1 else os.environ), **(environment or {})}
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [*command, *SETTINGS, *flags], env={**os.environ, **environment}, stdout=pipe, stderr=pipe, text=True
-    )
+    return subprocess.Popen([*command, *SETTINGS, *flags], env=env, stdout=pipe, stderr=pipe, text=True)
 
 
 def free_port() -> int:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from tarsier_jax.sharding import make_mesh
 from tarsier_jax.weights import load_weights
 from tarsier_jax.weights.adapter import write_adapter
 from tests import reference
+from tests.devices import simulated_devices
 from tests.train.packs import make_examples, pack, step_batch
 from tests.train.test_parity import (
     DPO_SHAPE,
@@ -164,11 +164,8 @@ def test_base_in_int8(ten_steps: TenSteps) -> None:
 
 @pytest.mark.slow
 def test_over_eight_devices(ten_steps: TenSteps) -> None:
-    # Optimising the programs takes longer than running them.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {quick}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.train.lora_mesh", str(ten_steps.directory)]
-    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=simulated_devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,7 +1,6 @@
 """Weights in int8: values, logits, bytes, and sharding over a mesh."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from tarsier_jax.weights import load_weights
 from tarsier_jax.weights.quantize import use_quantized
 from tarsier_jax.weights.streaming import convert_hf
 from tests import reference
+from tests.devices import simulated_devices
 
 
 def load(directory: Path, int8: bool, dtype: str = "float32") -> Tarsier:
@@ -100,9 +100,8 @@ def test_converted_directories_give_the_same(checkpoint: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_over_eight_devices(checkpoint: Path) -> None:
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.weights.quantized", str(checkpoint)]
-    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=simulated_devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,7 +1,6 @@
 """Hugging Face -> Orbax -> Hugging Face restores every tensor, bit for bit."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from tarsier_jax.weights import convert_to_hf, export_hf, hf_tensors, load_weigh
 from tarsier_jax.weights import orbax as orbax_module
 from tarsier_jax.weights.streaming import convert_hf
 from tests import reference
+from tests.devices import simulated_devices
 from tests.weights.conftest import Write, bits
 
 
@@ -227,10 +227,9 @@ def test_sharded_loading(write: Write, tmp_path: Path) -> None:
     source = write()
     convert_hf(source, tmp_path / "orbax")
     code = Path(__file__).with_name("sharded.py")
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     for directory in (source, tmp_path / "orbax"):
         command = [sys.executable, "-m", f"tests.weights.{code.stem}", str(directory)]
-        done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=simulated_devices(8), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         ours = reference.load_ours(source)
         total = sum(float(np.abs(x).sum(dtype=np.float64)) for x in parameters(ours).values())

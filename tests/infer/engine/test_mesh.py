@@ -1,7 +1,6 @@
 """An engine laid out over eight devices answers as it does on one, and compiles nothing after its start."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -10,15 +9,15 @@ import pytest
 import tarsier_jax
 from infer.engine import Engine, fit_config
 from tarsier_jax.weights import EMBEDDED
+from tests.devices import simulated_devices
 from tests.infer.engine import mesh
 
 pytestmark = pytest.mark.slow
 
 
 def test_over_eight_devices() -> None:
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.infer.engine.mesh"]
-    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=simulated_devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     model, processor = tarsier_jax.load(EMBEDDED, dtype="float32")

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,14 +26,6 @@ from train.loop import train
 from train.lora import LoraConfig
 from train.run import open_run
 from train.untrained import write_untrained
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """The programs are small and run for moments: most of their time would go into optimising them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def debug_config(**over: Any) -> TrainConfig:

@@ -1,0 +1,17 @@
+"""The environments of programs that tests start with quick compilation."""
+
+import os
+
+# Optimising a small program takes longer than running it, and most of all one that is partitioned.
+QUICK_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def quick_compilation() -> dict[str, str]:
+    """Returns this process's environment without most of XLA's optimizations."""
+    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def simulated_devices(n: int) -> dict[str, str]:
+    """Returns this process's environment with `n` devices on the CPU and quick compilation."""
+    flags = f"--xla_force_host_platform_device_count={n} {QUICK_COMPILES}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
