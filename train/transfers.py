@@ -91,10 +91,10 @@ def _transfer(line: str, computation: str) -> Iterator[Transfer]:
     """Yields the transfer of an instruction, if it is one. Collectives within a slice send their data in a ring."""
     if "async_collective_fusion" in computation:
         return
-    if found := _BETWEEN_SLICES.search(line):
-        yield Transfer(found["kind"].lower().replace("_", "-"), array_bytes(found["shape"]), between_slices=True)
-    if found := _COLLECTIVE.search(line):
-        kind, size = found["kind"], array_bytes(found["shape"])
+    if match := _BETWEEN_SLICES.search(line):
+        yield Transfer(match["kind"].lower().replace("_", "-"), array_bytes(match["shape"]), between_slices=True)
+    if match := _COLLECTIVE.search(line):
+        kind, size = match["kind"], array_bytes(match["shape"])
         n = _group_size(line)
         if "all-reduce-scatter" in computation:  # a fusion that keeps one part of the sum
             kind, size = "reduce-scatter", size // n
