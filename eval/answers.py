@@ -5,6 +5,7 @@ Predictions are stored row by row in the original's format, so an interrupted ru
 """
 
 import contextlib
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -47,26 +48,30 @@ class Engines:
     def __init__(self, load: Callable[[], tuple[Tarsier, Processor]], slots: int = SLOTS):
         self._load, self._slots = functools.cache(load), slots
         self._engine: Engine | None = None
-        self._shape: tuple[int, int, int] | None = None
+        self._shape: tuple[int, int, int, bool] | None = None
 
     def fit(self, benchmark: Benchmark, rows: Sequence[AnnotatedSample]) -> Engine:
-        """Returns an engine for the frames, the prompts and the answers of a benchmark."""
+        """Returns an engine for the frames, the prompts and the answers of a benchmark.
+
+        It reuses prefixes if a video has several rows, which then are encoded once.
+        """
         longest = max(len(Prediction.of(row).prompt.encode()) for row in rows)
         extra_text = max(0, longest // _BYTES_PER_TOKEN - _USUAL_TEXT)
-        shape = (benchmark.n_frames, benchmark.max_new_tokens, extra_text)
+        videos = {Prediction.of(row).vid for row in rows}
+        shape = (benchmark.n_frames, benchmark.max_new_tokens, extra_text, len(videos) < len(rows))
         if self._engine is None or self._shape != shape:
             self._engine = None  # its memory must be free before the next engine is built
             self._engine, self._shape = self._build(*shape), shape
         return self._engine
 
-    def _build(self, n_frames: int, max_new_tokens: int, extra_text: int) -> Engine:
+    def _build(self, n_frames: int, max_new_tokens: int, extra_text: int, reuse_prefixes: bool) -> Engine:
         model, processor = self._load()
         processor, mesh = processor.replace(n_frames=n_frames), model_mesh(model)
         config = fit_config(processor, self._slots, max_new_tokens, mesh)
         if extra_text:
             prompt_tokens = min(config.prompt_tokens + extra_text, processor.options.max_seq_len)
             config = fit_config(processor, self._slots, max_new_tokens, mesh, prompt_tokens)
-        return Engine(model, processor, config)
+        return Engine(model, processor, dataclasses.replace(config, reuse_prefixes=reuse_prefixes))
 
 
 def answer_rows(

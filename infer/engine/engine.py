@@ -8,12 +8,14 @@ returns when they end.
     host   | pack n+1 | collect | pack n+2 | collect |
     device | encode n | prefill n | decode | encode n+1 | prefill n+1 | decode |
 
-A prompt that begins with the content of a free slot continues there with `extend_slots` (see `infer.engine.prefixes`).
+A prompt that begins with the content of a slot continues it with `extend_slots` (see `infer.engine.prefixes`): there if
+the slot is free, or in another slot while the answer to the first prompt is in progress.
 
 All shapes are in EngineConfig. They are compiled at the start, and nothing is compiled later.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +31,7 @@ from infer.engine.config import EngineConfig
 from infer.engine.prefetch import Prefetcher
 from infer.engine.prefixes import StoredPrefixes, content_ids
 from infer.engine.requests import Completion, Request, RequestError
-from infer.engine.scheduler import PrefillBatch, Scheduler, truncate
+from infer.engine.scheduler import PrefillBatch, Queued, Scheduler, truncate
 from infer.engine.stats import DeviceTimer, EngineStats
 from tarsier_jax.api import model_mesh, use_mesh_of
 from tarsier_jax.generation.decode import GeneratedTokens, trim_at_eos
@@ -50,6 +52,7 @@ from tarsier_jax.sharding import BATCH
 
 _STEPS = 16  # decoding steps between two checks for new requests and stop strings
 _STREAM_EVERY = 4  # decoding steps between two calls of on_tokens
+_NO_TOKENS = np.empty(0, np.int64)
 
 _T = TypeVar("_T")
 _Progress = tuple[jax.Array, jax.Array]  # which slots are done, and all tokens
@@ -78,17 +81,19 @@ class _Running:
 
 @dataclasses.dataclass(frozen=True)
 class _Continued:
-    """A request that continues a slot.
+    """A request whose prompt begins with the content of a slot.
 
     Attributes:
         request: The request.
-        group: Group of the slot.
-        slot: The slot, in the group.
-        start: Number of tokens of the prompt that are in the slot.
+        group: Group of the slots.
+        source: The slot with the content, in the group.
+        slot: The slot of the answer, which may be the same.
+        start: Number of tokens of the prompt that are in the source.
     """
 
     request: Request
     group: int
+    source: int
     slot: int
     start: int
 
@@ -131,30 +136,28 @@ class Engine:
         scheduler = Scheduler(self.config, self.processor)
         timer = DeviceTimer(self.stats)
         next_batch: tuple[PrefillBatch, Future[jax.Array]] | None = None  # packed, with the features of its frames
-        continued: list[_Continued] = []
         results: list[Completion | RequestError] = []
         try:
             while True:
+                self._extend(self._find_continued(scheduler, next_batch))
                 if next_batch is not None and self._has_free_slots(next_batch[0]):
                     self._prefill(*next_batch)
                     next_batch = None
-                self._extend(continued)
                 progress = self._decode(next_batch, source.ended) if self._running else None
                 if progress is not None:
                     timer.watch(progress)
                 yield from results
                 results = [*scheduler.draw(source, block=progress is None and next_batch is None)]
-                continued = self._find_continued(scheduler, next_batch)
                 if next_batch is None:
                     results += [_cancelled(request) for request in scheduler.drop_cancelled()]
                     is_idle = source.empty and (progress is None or scheduler.has_late)
-                    batch = scheduler.take(flush=source.ended or is_idle)
+                    batch = scheduler.take(source.ended or is_idle, lambda r: self._find_prefix(r) is not None)
                     if batch is not None:
                         next_batch = batch, self._encode(batch)
                         timer.watch(next_batch[1])
                 if progress is not None:
                     results += self._collect(progress)
-                elif next_batch is None and source.ended and not scheduler and not continued:
+                elif next_batch is None and source.ended and not scheduler:
                     yield from results
                     return
         finally:
@@ -191,7 +194,7 @@ class Engine:
             assignment.count[group] = len(prompts)
             for n, (request, start) in enumerate(prompts):
                 slot = self._free[group].pop(0)
-                self._prefixes.remove(self._index(group, slot))
+                self._store_prefix(group, slot, request)
                 self._running[group, slot] = _Running(request, now, len(request.example.input_ids))
                 _assign(assignment, (group, n), request, start, slot)
         self._count(batch)
@@ -217,26 +220,28 @@ class Engine:
         """Runs the other tokens of prompts whose beginnings are in slots."""
         for item in continued:
             request, length = item.request, len(item.request.example.input_ids) - 1  # decoding runs the last token
+            self._store_prefix(item.group, item.slot, request)
             self._running[item.group, item.slot] = _Running(request, time.perf_counter(), length + 1, item.start)
             assignment = SlotAssignment.none(self.config.groups, 1)
             assignment.count[item.group] = 1
             _assign(assignment, (item.group, 0), request, 0, item.slot)
             pieces = _pieces(item.start, length, self.config.chunks)
             for start, size in pieces:
-                self._run_extend(self._continuation(item, start, size), assignment)
+                source = item.source if start == item.start else item.slot
+                self._run_extend(self._continuation(item, source, start, size), assignment)
             self.stats.prompts += 1
             self.stats.tokens += self.config.groups * sum(size for _, size in pieces)
             self.stats.valid_tokens += length - item.start
             self.stats.reused_tokens += item.start
 
-    def _continuation(self, item: _Continued, start: int, size: int) -> Continuation:
+    def _continuation(self, item: _Continued, source: int, start: int, size: int) -> Continuation:
         """Returns up to `size` tokens of a prompt, from `start` on, without its last token."""
         example, group, new = item.request.example, item.group, self._no_continuation(size)
         length = len(example.input_ids)
         end = min(start + size, length - 1)
         new.input_ids[group, : end - start] = example.input_ids[start:end]
         new.position_ids[group, : end - start] = example.position_ids[:, start:end].T
-        new.start[group], new.num_new[group] = start, end - start
+        new.source[group], new.start[group], new.num_new[group] = source, start, end - start
         new.prompt[group, :length], new.prompt_length[group] = example.input_ids, length
         return new
 
@@ -289,7 +294,7 @@ class Engine:
             if done[index]:
                 del self._running[group, slot]
                 self._free[group].append(slot)  # the first one is the least recently used
-                self._store_prefix(index, running.request, tokens[index])
+                self._store_prefix(group, slot, running.request, tokens[index])
                 completions.append(self._complete(running, answer))
         return completions
 
@@ -337,7 +342,7 @@ class Engine:
                 self._run_extend(self._no_continuation(size), SlotAssignment.none(self.config.groups, 1)).result()
         jax.block_until_ready(self._state)
 
-    # Prefixes in free slots.
+    # Prefixes in slots.
 
     def _with_content(self, request: Request | RequestError) -> Request | RequestError:
         if isinstance(request, RequestError):
@@ -345,32 +350,42 @@ class Engine:
         return dataclasses.replace(request, content=content_ids(request.example, self.model.config))
 
     def _find_continued(self, scheduler: Scheduler, next_batch: tuple[PrefillBatch, Any] | None) -> list[_Continued]:
-        """Removes the requests that continue free slots from the scheduler, and takes these slots.
+        """Removes the requests that continue a slot from the scheduler, takes a slot for each, and returns them.
 
-        Enough slots remain free for the next batch, which otherwise could wait forever.
+        Those that continue a free slot are the first ones, because the others overwrite free slots. Enough slots remain
+        free for the next batch, which otherwise could wait forever. Only requests that arrived before those of the
+        batch take them.
         """
         continued: list[_Continued] = []
 
-        def find(request: Request) -> bool:
-            if request.content is None or (match := self._prefixes.find(request.content)) is None:
+        def find(queued: Queued, only_free: bool) -> bool:
+            free = [self._index(group, slot) for group, slots in enumerate(self._free) for slot in slots]
+            match = self._find_prefix(queued.request, free if only_free else None)
+            if match is None:
                 return False
-            index, start = match
-            group, slot = divmod(index, self.config.slots // self.config.groups)
-            if next_batch is not None and len(self._free[group]) <= len(next_batch[0].prompts[group]):
+            group, source = divmod(match[0], self.config.slots // self.config.groups)
+            slots = self._free[group]
+            is_later = next_batch is not None and queued.number > next_batch[0].first
+            if not slots or (is_later and len(slots) <= len(next_batch[0].prompts[group])):
                 return False
-            self._free[group].remove(slot)
-            self._prefixes.remove(index)
-            continued.append(_Continued(request, group, slot, start))
+            slot = source if source in slots else slots[0]
+            slots.remove(slot)
+            self._prefixes.remove(self._index(group, slot))
+            continued.append(_Continued(queued.request, group, source, slot, start=match[1]))
             return True
 
         if self.config.reuse_prefixes:
-            scheduler.take_where(find)
+            for only_free in (True, False):
+                scheduler.take_where(functools.partial(find, only_free=only_free))
         return continued
 
-    def _store_prefix(self, index: int, request: Request, tokens: np.ndarray) -> None:
-        """Stores the content of a slot whose answer has ended. Its last token was not run."""
+    def _find_prefix(self, request: Request, slots: Sequence[int] | None = None) -> tuple[int, int] | None:
+        return None if request.content is None else self._prefixes.find(request.content, slots)
+
+    def _store_prefix(self, group: int, slot: int, request: Request, tokens: np.ndarray = _NO_TOKENS) -> None:
+        """Stores the content of a slot: a prompt, and tokens of its answer. The last token of both was not run."""
         if request.content is not None:
-            self._prefixes.store(index, np.append(request.content, tokens[tokens >= 0])[:-1])
+            self._prefixes.store(self._index(group, slot), np.append(request.content, tokens[tokens >= 0])[:-1])
 
     # Slots and devices.
 

@@ -1,11 +1,12 @@
-"""Prefix reuse: the content of free slots, and the prompts that continue it.
+"""Prefix reuse: the content of slots, and the prompts that continue it.
 
 The keys and values of an answer and its prompt remain in their slot until another prompt takes it. A prompt that
-begins with the content of a free slot, such as the next turn of a conversation, continues there. Only its other tokens
-run, and its frames are not encoded again.
+begins with the content of a slot continues it: the next turn of a conversation, or another question about a video. Only
+its other tokens run, and its frames are not encoded again.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,8 +43,14 @@ def reusable_length(content: np.ndarray) -> int:
     return int(visual[-1]) + 1 if len(visual) else max(_SHORTEST, len(content) // 2)
 
 
+def visual_prefix(content: np.ndarray) -> bytes | None:
+    """Returns a digest of a prompt up to its last visual, or None for a text."""
+    visual = np.flatnonzero(content < 0)
+    return hashlib.sha256(content[: visual[-1] + 1].tobytes()).digest() if len(visual) else None
+
+
 class StoredPrefixes:
-    """The content ids of the tokens whose keys and values are in free slots."""
+    """The content ids of the tokens whose keys and values are in slots."""
 
     def __init__(self, slots: int, size: int):
         self._ids = np.full((slots, size), _UNKNOWN, np.int64)
@@ -58,15 +65,20 @@ class StoredPrefixes:
     def clear(self) -> None:
         self._ids[:] = _UNKNOWN
 
-    def find(self, content: np.ndarray) -> tuple[int, int] | None:
+    def find(self, content: np.ndarray, among: Sequence[int] | None = None) -> tuple[int, int] | None:
         """Returns the slot that shares the longest prefix with a prompt, and the number of shared tokens.
 
         The last token of the prompt is not counted: decoding runs it. None if no prefix has its `reusable_length`.
+
+        Args:
+            content: The `content_ids` of the prompt.
+            among: Slots; None for all.
         """
         required, prompt = reusable_length(content), content[:-1]
         if required > len(prompt):
             return None
-        slots = np.flatnonzero(self._ids[:, required - 1] == prompt[required - 1])
+        slots = np.arange(len(self._ids)) if among is None else np.array(among, int)
+        slots = slots[self._ids[slots, required - 1] == prompt[required - 1]]
         lengths = [_common_length(self._ids[slot, : len(prompt)], prompt) for slot in slots]
         if max(lengths, default=0) < required:
             return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from infer.engine.config import EngineConfig
 from infer.engine.prefetch import Prefetcher
+from infer.engine.prefixes import visual_prefix
 from infer.engine.requests import Request, RequestError
 from tarsier_jax.errors import InputError
 from tarsier_jax.processing.batch import Batch, Example, frame_sizes
@@ -27,12 +28,14 @@ class PrefillBatch:
         prompts: For each group, the requests in its row, with the index of their first token.
         step: Number of vision bins that the vision tower runs at a time.
         steps: Number of times that it runs, to cover all bins in use.
+        first: Position of the oldest request in the order of arrival.
     """
 
     batch: Batch
     prompts: list[list[tuple[Request, int]]]
     step: int
     steps: int
+    first: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +47,14 @@ class Queued:
         arrival: Time of arrival, of `time.monotonic`, in seconds.
         request: The request.
         example: Its prompt without the last token.
+        visuals: The `visual_prefix` of its prompt; None without visuals, or if the engine does not reuse prefixes.
     """
 
     number: int
     arrival: float
     request: Request
     example: Example
+    visuals: bytes | None = None
 
 
 class Scheduler:
@@ -89,15 +94,15 @@ class Scheduler:
 
     def drop_cancelled(self) -> list[Request]:
         """Removes and returns the requests that are cancelled."""
-        return self.take_where(lambda request: request.cancelled.is_set())
+        return self.take_where(lambda queued: queued.request.cancelled.is_set())
 
-    def take_where(self, accept: Callable[[Request], bool]) -> list[Request]:
+    def take_where(self, accept: Callable[[Queued], bool]) -> list[Request]:
         """Removes and returns the requests that `accept` accepts, in the order of arrival within a bucket."""
         accepted: list[Request] = []
         for k, queue in enumerate(self._queues):
             waiting = []
             for queued in queue:
-                if accept(queued.request):
+                if accept(queued):
                     accepted.append(queued.request)
                 else:
                     waiting.append(queued)
@@ -109,41 +114,58 @@ class Scheduler:
         """Whether a request has waited too long for a full prefill batch."""
         return bool(self) and time.monotonic() - min(q[0].arrival for q in self._queues if q) > _MAX_WAIT
 
-    def take(self, flush: bool) -> PrefillBatch | None:
+    def take(self, flush: bool, can_continue: Callable[[Request], bool] = lambda _: False) -> PrefillBatch | None:
         """Returns rows of the bucket for which most tokens wait, filled up with requests of other buckets.
+
+        Of several requests that begin with the same visuals, one is taken. The others wait, and continue its slot.
 
         Args:
             flush: Return rows that are not full too; otherwise None takes their place.
+            can_continue: Returns whether a request continues a slot; it is not taken.
         """
-        if not self:
+        queues = self._without_continued(can_continue)
+        if not any(queues):
             return None
-        bucket = max(range(len(self._queues)), key=self._waiting_tokens)
-        is_full = self._waiting_tokens(bucket) >= self._full or self._waiting_tokens() >= _MAX_WAITING * self._full
+        bucket = max(range(len(queues)), key=lambda k: _num_tokens(queues[k]))
+        is_full = _num_tokens(queues[bucket]) >= self._full or self._waiting_tokens() >= _MAX_WAITING * self._full
         if not flush and not is_full:
             return None
         self._num_batches += 1
         if self._num_batches % _OLDEST_EVERY == 0:
-            bucket = min((k for k, queue in enumerate(self._queues) if queue), key=lambda k: self._queues[k][0].number)
-        return self._pack(bucket)
+            bucket = min((k for k, queue in enumerate(queues) if queue), key=lambda k: queues[k][0].number)
+        return self._pack(bucket, queues)
 
-    def _pack(self, bucket: int) -> PrefillBatch:
+    def _without_continued(self, can_continue: Callable[[Request], bool]) -> list[list[Queued]]:
+        """Returns the queues without the requests that continue a slot, or will continue that of an earlier request."""
+        visuals: set[bytes] = set()
+        queues: list[list[Queued]] = []
+        for queue in self._queues:
+            queues.append([])
+            for queued in queue:
+                if queued.visuals in visuals or can_continue(queued.request):
+                    continue
+                if queued.visuals is not None:
+                    visuals.add(queued.visuals)
+                queues[-1].append(queued)
+        return queues
+
+    def _pack(self, bucket: int, queues: list[list[Queued]]) -> PrefillBatch:
         rows = self._new_rows(bucket)
         prompts: list[list[tuple[Request, int]]] = [[] for _ in rows]
-        others = [k for k in range(len(self._queues)) if k != bucket]
+        taken: set[int] = set()
+        others = [k for k in range(len(queues)) if k != bucket]
         for k in [bucket, *others]:
-            waiting = []
-            for queued in self._queues[k]:
+            for queued in queues[k]:
                 place = _add_to_row(rows, queued.example, may_be_first=k == bucket)
-                if place is None:
-                    waiting.append(queued)
-                else:
+                if place is not None:
                     row, start = place
                     prompts[row].append((queued.request, start))
-            self._queues[k] = waiting
+                    taken.add(queued.number)
+        self.take_where(lambda queued: queued.number in taken)
         batch, step = self._build(rows), self._config.step(bucket)
         length = next(length for length in self._config.lengths if length >= batch.lengths.max())
         bins = int(batch.frame_hw.any(axis=(2, 3)).sum(axis=1).max())  # the first ones are in use
-        return PrefillBatch(truncate(batch, length), prompts, step, -(-bins // step))
+        return PrefillBatch(truncate(batch, length), prompts, step, -(-bins // step), min(taken))
 
     def empty_batch(self, bucket: int) -> PrefillBatch:
         """Returns a prefill batch of a bucket without requests, of the greatest length."""
@@ -158,10 +180,9 @@ class Scheduler:
         """Tokens of a full prefill batch."""
         return self._config.buckets[0].tokens * self._config.groups
 
-    def _waiting_tokens(self, *buckets: int) -> int:
-        """Returns the number of waiting tokens of some buckets, by default of all."""
-        queues = (self._queues[bucket] for bucket in buckets or range(len(self._queues)))
-        return sum(len(queued.example.input_ids) for queue in queues for queued in queue)
+    def _waiting_tokens(self) -> int:
+        """Returns the number of waiting tokens."""
+        return sum(map(_num_tokens, self._queues))
 
     def _add(self, request: Request) -> None:
         """Raises InputError for a request that is too large for the engine."""
@@ -181,7 +202,8 @@ class Scheduler:
         )
         bucket = config.bucket_of(int(frame_sizes(example).prod(axis=1).max(initial=1)))
         Row(config.buckets[bucket], self._processor.config).add([example])  # raises if an empty row is too small
-        self._queues[bucket].append(Queued(self._num_arrived, time.monotonic(), request, example))
+        visuals = None if request.content is None else visual_prefix(request.content)
+        self._queues[bucket].append(Queued(self._num_arrived, time.monotonic(), request, example, visuals))
         self._num_arrived += 1
 
     def _build(self, rows: list[Row]) -> Batch:
@@ -194,6 +216,10 @@ def truncate(batch: Batch, length: int) -> Batch:
     names = ("input_ids", "labels", "position_ids", "segment_ids", "vision_token_index")
     arrays: dict[str, Any] = {name: getattr(batch, name)[:, :length] for name in names}
     return dataclasses.replace(batch, **arrays)
+
+
+def _num_tokens(queue: list[Queued]) -> int:
+    return sum(len(queued.example.input_ids) for queued in queue)
 
 
 def _add_to_row(rows: list[Row], example: Example, may_be_first: bool) -> tuple[int, int] | None:

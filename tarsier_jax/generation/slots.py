@@ -3,7 +3,8 @@
 Prompts are packed into rows, as in training, and their keys and values are copied into free slots. A row does not
 contain the last token of a prompt: it is the first token that `decode` runs in the slot. Prefill computes no logits.
 
-After an answer its slot remains filled. `extend_slots` continues it, for a prompt that begins with its content.
+After an answer its slot remains filled. `extend_slots` continues the content of a slot, there or in another slot, for a
+prompt that begins with it.
 
 Rows and slots form G groups, one per data-parallel part of the mesh. A prompt stays in its group.
 """
@@ -197,7 +198,8 @@ class Continuation:
     Attributes:
         input_ids: The tokens, padded.
         position_ids: Their M-RoPE ids.
-        start: Number of tokens of the slot that precede them; later ones are overwritten.
+        source: Slot in the group whose tokens precede them.
+        start: Number of these tokens; later ones in the slot of the prompt are overwritten.
         num_new: Number of tokens without padding.
         prompt: The entire prompt, padded.
         prompt_length: Number of tokens of the prompt.
@@ -205,6 +207,7 @@ class Continuation:
 
     input_ids: Int[HostOrDeviceArray, "G T"]
     position_ids: Int[HostOrDeviceArray, "G T 3"]
+    source: Int[HostOrDeviceArray, " G"]
     start: Int[HostOrDeviceArray, " G"]
     num_new: Int[HostOrDeviceArray, " G"]
     prompt: Int[HostOrDeviceArray, "G P"]
@@ -213,7 +216,7 @@ class Continuation:
     @classmethod
     def none(cls, groups: int, tokens: int, prompt_tokens: int) -> "Continuation":
         """Returns arrays of zeros for `tokens` tokens of prompts of up to `prompt_tokens`."""
-        shapes = (tokens,), (tokens, 3), (), (), (prompt_tokens,), ()
+        shapes = (tokens,), (tokens, 3), (), (), (), (prompt_tokens,), ()
         return cls(*(np.zeros((groups, *shape), np.int32) for shape in shapes))
 
 
@@ -221,14 +224,15 @@ class Continuation:
 def extend_slots(model: Tarsier, state: DecodeState, new: Continuation, prompts: SlotAssignment) -> DecodeState:
     """Runs further tokens of at most one prompt per group into its slot, and starts its answer there.
 
+    The slot receives the content of the source, which remains there. An answer may be in progress in the source.
+
     If a prompt needs several calls, the others must precede the next call of `decode_slots`.
     """
-    where = prompts.count, prompts.slot
-    k, v = _in_groups(_take_slot, where, state.cache)
+    k, v = _in_groups(_take_slot, (prompts.count, new.source[:, None]), state.cache)
     taken = dataclasses.replace(state.cache, k=k, v=v, lengths=new.start)
     x = model.decoder.embed(new.input_ids).astype(model.config.dtype)
     _, extended = model.extend(x, new.position_ids, taken, new.num_new)
-    k, v = _in_groups(_put_slot, where, state.cache, extended)
+    k, v = _in_groups(_put_slot, (prompts.count, prompts.slot), state.cache, extended)
     cache = dataclasses.replace(state.cache, k=k, v=v)
     G, V = new.prompt.shape[0], state.seen_tokens.shape[1]
     valid = jnp.arange(new.prompt.shape[1]) < new.prompt_length[:, None]

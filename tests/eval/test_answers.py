@@ -134,3 +134,5 @@ def test_an_engine_serves_benchmarks_of_one_shape(monkeypatch: pytest.MonkeyPatc
     longer = engines.fit(TVBENCH, [text_row(1, "Why? " * 300)])
     assert longer.config.prompt_tokens >= first.config.prompt_tokens + 300
     assert engines.fit(TVBENCH, rows) is not first
+    assert not first.config.reuse_prefixes
+    assert engines.fit(TVBENCH, [question_row(1), question_row(1)]).config.reuse_prefixes  # about one video

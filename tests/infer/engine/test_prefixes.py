@@ -1,5 +1,6 @@
 """Prompts that begin with the content of a free slot continue there, with the answers of complete prompts."""
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from eval.shapes.clips import draw_clips
 from infer.engine import Completion, Engine, Request
 from infer.engine.engine import _pieces
+from infer.engine.prefetch import Prefetcher
 from infer.engine.prefixes import StoredPrefixes, content_ids, reusable_length
+from infer.engine.scheduler import Scheduler
 from tarsier_jax.api import answer
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.programs import Compilations
@@ -71,6 +74,34 @@ def test_conversations_are_interleaved(engine: Engine) -> None:
         results = run(engine, a, b)
         assert turn == 0 or all(result.reused_tokens > 0 for result in results)
         a, b = (ask(reply(m, r.text), f"What about {turn}?") for m, r in zip((a, b), results, strict=True))
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_questions_about_a_video_encode_it_once(engine: Engine, options: SamplingOptions) -> None:
+    """They begin while the answer to the first one is in progress, and there are more questions than slots."""
+    videos = [clip.video for clip in draw_clips(options.seed + 7, 2)]
+    questions = [f"Question {i}?" for i in range(2 * ENGINE_SLOTS)]
+    patches = engine.stats.valid_patches
+    with Compilations() as compilations:
+        results = run(engine, *(ask([], q, video) for q in questions for video in videos), options=options)
+    encoded = sum(len(result.request.example.pixel_values) for result in results[:2])
+    assert engine.stats.valid_patches == patches + encoded and compilations.count == 0
+    assert [result.reused_tokens > 0 for result in results] == [False] * 2 + [True] * (len(results) - 2)
+
+
+def test_questions_about_a_video_are_not_in_one_prefill_batch(engine: Engine) -> None:
+    config = dataclasses.replace(engine.config, buckets=(dataclasses.replace(engine.config.buckets[0], samples=4),))
+    scheduler = Scheduler(config, engine.processor)
+    questions = [("Who?", CLIPS[0]), ("Where?", CLIPS[0]), ("Who?", CLIPS[1]), ("Why?", CLIPS[0])]
+    examples = [engine.processor({"messages": ask([], text, clip.video)}) for text, clip in questions]
+    contents = [content_ids(example, engine.model.config) for example in examples]
+    requests = [Request(i, e, GREEDY, content=c) for i, (e, c) in enumerate(zip(examples, contents, strict=True))]
+    source = Prefetcher(requests, 4)
+    while not source.ended:
+        scheduler.draw(source, block=True)
+    batches = [scheduler.take(True, lambda request: request.key == 3) for _ in range(3)]
+    keys = [[request.key for request, _ in batch.prompts[0]] for batch in batches if batch]
+    assert keys == [[0, 2], [1]]  # 3 continues a slot
 
 
 def test_another_video_is_not_continued(engine: Engine) -> None:
