@@ -364,9 +364,10 @@ class Engine:
             if match is None:
                 return False
             group, source = divmod(match[0], self.config.slots // self.config.groups)
-            slots = self._free[group]
-            is_later = next_batch is not None and queued.number > next_batch[0].first
-            if not slots or (is_later and len(slots) <= len(next_batch[0].prompts[group])):
+            slots, reserved = self._free[group], 0
+            if next_batch is not None and queued.number > next_batch[0].first:
+                reserved = len(next_batch[0].prompts[group])
+            if len(slots) <= reserved:
                 return False
             slot = source if source in slots else slots[0]
             slots.remove(slot)
