@@ -42,9 +42,11 @@ class Linear(nnx.Module):
         self.lora: LowRank | None = None
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "..."]:
-        dimensions = (((x.ndim - 1,), (self.weight.ndim - 1,)), ((), ()))
-        x = x.astype(self.dtype)
-        y = self.dot_general(x, self.weight[...], dimensions)
+        dimensions = (((1,), (self.weight.ndim - 1,)), ((), ()))
+        # With one dimension of rows, XLA's CPU backend computes the gradient of the weight without transposed copies.
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        y = self.dot_general(rows, self.weight[...], dimensions)
+        y = y.reshape(*x.shape[:-1], *y.shape[1:])
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
         return y if self.lora is None else y + self.lora(x)
 
