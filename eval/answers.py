@@ -55,9 +55,10 @@ class Engines:
 
         It reuses prefixes if a video has several rows, which then are encoded once.
         """
-        longest = max(len(Prediction.of(row).prompt.encode()) for row in rows)
+        predictions = [Prediction.of(row) for row in rows]
+        longest = max(len(prediction.prompt.encode()) for prediction in predictions)
         extra_text = max(0, longest // _BYTES_PER_TOKEN - _USUAL_TEXT)
-        videos = {Prediction.of(row).vid for row in rows}
+        videos = {prediction.vid for prediction in predictions}
         shape = (benchmark.n_frames, benchmark.max_new_tokens, extra_text, len(videos) < len(rows))
         if self._engine is None or self._shape != shape:
             self._engine = None  # its memory must be free before the next engine is built

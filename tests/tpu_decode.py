@@ -14,7 +14,7 @@ from tarsier_jax.config import TextConfig
 from tarsier_jax.sharding import make_mesh
 from train.aot import GIB, bytes_of, topology_devices
 
-LAYERS = 5  # the scan over fewer layers is unrolled
+LAYERS = 13  # the scan over fewer layers is unrolled (`models.layers.apply_layers`), which that over 28 is not
 # Slice, tensor-parallel devices, slots per data-parallel part, weights in int8.
 CASES = {
     "v5e, tensor 1, int8": ("v5e:1x1", 1, 6, True),

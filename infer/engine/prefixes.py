@@ -45,8 +45,7 @@ def reusable_length(content: np.ndarray) -> int:
 
 def visual_prefix(content: np.ndarray) -> bytes | None:
     """Returns a digest of a prompt up to its last visual, or None for a text."""
-    visual = np.flatnonzero(content < 0)
-    return hashlib.sha256(content[: visual[-1] + 1].tobytes()).digest() if len(visual) else None
+    return hashlib.sha256(content[: reusable_length(content)].tobytes()).digest() if (content < 0).any() else None
 
 
 class StoredPrefixes:
