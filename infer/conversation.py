@@ -276,6 +276,9 @@ class LocalModel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: Mapping[int, object]) -> Self:
+        return self  # a copy of a conversation has the same model
+
     def _prepare(self, prompt: _Prompt) -> Example:
         processor = self.processor.replace(**prompt.options)
         messages, _ = processor.read(_sample(prompt.messages))

@@ -108,7 +108,8 @@ def make_page(model: LocalModel, n_frames: int, sampling: SamplingOptions) -> "g
 
     private: dict[str, Any] = {"api_visibility": "private"}
     with gr.Blocks(title="Tarsier", analytics_enabled=False, delete_cache=(_KEPT_S // 4, _KEPT_S)) as page:
-        conversation = gr.State(new_conversation, time_to_live=_KEPT_S)
+        # Gradio copies a value per visitor. It calls a function after the page has loaded, too late for a fast visitor.
+        conversation = gr.State(new_conversation(), time_to_live=_KEPT_S)
         with gr.Row():
             with gr.Column(scale=1):
                 files = gr.File(
@@ -127,7 +128,7 @@ def make_page(model: LocalModel, n_frames: int, sampling: SamplingOptions) -> "g
                     send = gr.Button("Ask", variant="primary")
                     stop = gr.Button("Stop")
         gr.Examples([[[str(EMBEDDED_CLIP)]]], [files], label="Examples")
-        files.change(open_files, [files, conversation, count], [files, frames], **private)
+        opened = files.change(open_files, [files, conversation, count], [files, frames], **private)
         asked = gr.on(
             [send.click, text.submit],
             answer_question,
@@ -136,6 +137,8 @@ def make_page(model: LocalModel, n_frames: int, sampling: SamplingOptions) -> "g
             trigger_mode="once",
             **private,
         )
+        for event in (opened, asked):  # the time to live starts again
+            event.then(lambda used: used, conversation, conversation, queue=False, **private)
         stop.click(Conversation.cancel, conversation, queue=False, **private)
         gr.on(
             [restart.click, chat.clear],  # an answer in progress ends in the former conversation

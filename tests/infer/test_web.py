@@ -94,6 +94,17 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
             web.main(web.parse(["--port", str(sock.getsockname()[1])]))
 
 
+def test_visitors_have_conversations_of_their_own(model: Model) -> None:
+    """Before the events of a page's first load, too: a fast visitor opens a file earlier."""
+    from gradio.state_holder import SessionState
+
+    page = web.make_page(model, 4, SamplingOptions(48))
+    (key,) = [key for key, block in page.blocks.items() if isinstance(block, gradio.State)]
+    first, second = SessionState(page)[key], SessionState(page)[key]
+    web.open_files([str(EMBEDDED_CLIP)], first, 4)
+    assert first.files == [str(EMBEDDED_CLIP)] and second.files == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_page_in_a_browser(model: Model, tmp_path: Path) -> None:

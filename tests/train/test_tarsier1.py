@@ -64,7 +64,8 @@ def test_ten_steps_of_sft(tmp_path: Path, name: str) -> None:
         norm = torch_step(theirs, optimizer, step, loss)
         expected.append((float(loss.detach()), norm))
     assert expected[-1][0] < expected[1][0] - 0.1  # it learned something
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=0)
+    # The loss decreases to 0.015, where its rounding error, of the order of that of the logits, exceeds 1e-4 of it.
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
