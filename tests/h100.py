@@ -73,12 +73,12 @@ def unstacked(model: Tarsier, mesh: Mesh) -> Tarsier:
 
 
 def compiled_programs(mesh: Mesh) -> Iterator[tuple[str, Any, int]]:
-    """Yields the programs of the 7B with four layers and two vision blocks: 32 slots of 10,752 tokens.
+    """Yields the programs of the 7B with two vision blocks: 32 slots of 10,752 tokens.
 
     Yields:
         Name, compiled program, and the bytes that a decoding step must read.
     """
-    processor = tarsier2(TextConfig(num_layers=4))
+    processor = tarsier2(TextConfig())
     vision = dataclasses.replace(processor.config.vision, depth=2)
     dtypes = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
     config = dataclasses.replace(processor.config, vision=vision, attention="cudnn", **dtypes)

@@ -31,7 +31,7 @@ from infer.engine.config import EngineConfig
 from infer.engine.prefetch import Prefetcher
 from infer.engine.prefixes import StoredPrefixes, content_ids
 from infer.engine.requests import Completion, Request, RequestError
-from infer.engine.scheduler import PrefillBatch, Queued, Scheduler, truncate
+from infer.engine.scheduler import PrefillBatch, Queued, Scheduler, truncate, without_segments
 from infer.engine.stats import DeviceTimer, EngineStats
 from tarsier_jax.api import model_mesh, use_mesh_of
 from tarsier_jax.generation.decode import GeneratedTokens, trim_at_eos
@@ -109,7 +109,8 @@ class Engine:
         self.model, self.processor, self.config = model, processor, config
         self._mesh = model_mesh(model)
         # Attention that skips the keys from a row's length on does not profit from a shorter read length.
-        self._read_lengths = (config.size,) if prefers_lengths(model.config.attention) else config.read_lengths
+        self._prefers_lengths = prefers_lengths(model.config.attention)
+        self._read_lengths = (config.size,) if self._prefers_lengths else config.read_lengths
         self._eos = jnp.asarray(sorted(processor.eos_token_ids), jnp.int32)
         self._thread = ThreadPoolExecutor(1, "device")
         self._last_call: Future[Any] | None = None
@@ -198,7 +199,8 @@ class Engine:
                 self._running[group, slot] = _Running(request, now, len(request.example.input_ids))
                 _assign(assignment, (group, n), request, start, slot)
         self._count(batch)
-        self._run_prefill(batch.batch, features, assignment)
+        rows = without_segments(batch.batch) if self._prefers_lengths else batch.batch
+        self._run_prefill(rows, features, assignment)
 
     def _count(self, batch: PrefillBatch) -> None:
         self.stats.prompts += sum(map(len, batch.prompts))
@@ -334,8 +336,10 @@ class Engine:
         for _ in range(2):
             features = [self._encode(batch) for batch in batches]
             for length in self.config.lengths:
-                assignment = SlotAssignment.none(self.config.groups, samples)
-                self._run_prefill(truncate(batches[0].batch, length), features[0], assignment)
+                assignment, rows = SlotAssignment.none(self.config.groups, samples), truncate(batches[0].batch, length)
+                self._run_prefill(rows, features[0], assignment)
+                if self._prefers_lengths:
+                    self._run_prefill(without_segments(rows), features[0], assignment)
             for read_length in self._read_lengths:
                 self._run_decode(np.zeros(self.config.slots, bool), 1, 1, read_length).result()
             for size in self.config.chunks if self.config.reuse_prefixes else ():

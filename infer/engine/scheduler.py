@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from infer.engine.config import EngineConfig
 from infer.engine.prefetch import Prefetcher
 from infer.engine.prefixes import visual_prefix
@@ -216,6 +218,11 @@ def truncate(batch: Batch, length: int) -> Batch:
     names = ("input_ids", "labels", "position_ids", "segment_ids", "vision_token_index")
     arrays: dict[str, Any] = {name: getattr(batch, name)[:, :length] for name in names}
     return dataclasses.replace(batch, **arrays)
+
+
+def without_segments(batch: Batch) -> Batch:
+    """Returns packed rows without `segment_ids` if no row contains several prompts: a causal mask is enough."""
+    return batch if np.max(batch.segment_ids) > 1 else dataclasses.replace(batch, segment_ids=None)
 
 
 def _num_tokens(queue: list[Queued]) -> int:

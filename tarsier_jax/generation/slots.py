@@ -1,7 +1,7 @@
 """Slots: answers that start and end at different times share one cache of fixed size.
 
-Prompts are packed into rows, as in training, and their keys and values are copied into free slots. A row does not
-contain the last token of a prompt: it is the first token that `decode` runs in the slot. Prefill computes no logits.
+Prompts are packed into rows, as in training, and each layer copies their keys and values into free slots. A row does
+not contain the last token of a prompt: `decode` runs it first in the slot. Prefill computes no logits.
 
 After an answer its slot remains filled. `extend_slots` continues the content of a slot, there or in another slot, for a
 prompt that begins with it.
@@ -25,13 +25,13 @@ from jaxtyping import Bool, Float, Int, UInt
 from tarsier_jax.generation.decode import DecodeState, decode
 from tarsier_jax.generation.sampling import Sampling, SamplingOptions
 from tarsier_jax.models.attention import prefers_lengths
-from tarsier_jax.models.cache import KVCache
+from tarsier_jax.models.cache import KVCache, fold_heads
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.sharding import BATCH, HEADS, constrain, current_mesh, fit_spec
 from tarsier_jax.typing import Array, HostOrDeviceArray
 
-_COPIED = 1024  # positions of a prompt that are copied at once
+_COPIED = 2048  # positions of a prompt that are copied at once
 CACHE_AXES = (None, BATCH, None, HEADS)
 
 
@@ -162,14 +162,45 @@ def _encode_bins(
     )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedPrompts(KVCache):
+    """The cache of the slots, which the layers fill from rows of packed prompts.
+
+    The keys and values of a layer pass to the slots before the next layer runs: those of all layers of a row would be
+    the largest temporaries of prefill.
+
+    Attributes:
+        prompts: The places of the prompts in the rows, and their slots.
+    """
+
+    prompts: SlotAssignment = dataclasses.field(kw_only=True)
+
+    def fill(self, layer: int | Int[Array, ""], k: Float[Array, "R T K H"], v: Float[Array, "R T K H"]) -> KVCache:
+        """Copies the prompts of one layer from their rows to their slots.
+
+        Positions after a prompt are overwritten or never read.
+        """
+        array, index = self._locate(layer)
+        slots = dataclasses.replace(self, k=(self.k[array],), v=(self.v[array],))
+        block = min(_COPIED, self.size)
+        rows = tuple((jnp.pad(fold_heads(x, slots.k[0].dtype), ((0, 0), (0, block), (0, 0)))[None],) for x in (k, v))
+        prompts = self.prompts
+        where = jnp.full_like(prompts.count, index), prompts.count, prompts.row, prompts.start, prompts.slot
+        copy = functools.partial(_copy_prompts, block=block)
+        (k,), (v,) = _in_groups(copy, (*where, prompts.length), slots, rows)
+        return self._replace(array, k, v)
+
+
 @functools.partial(jax.jit, donate_argnames="state")
 def prefill_into_slots(
     model: Tarsier, state: DecodeState, rows: Batch, features: Float[Array, "G features D"], prompts: SlotAssignment
 ) -> DecodeState:
-    """Runs packed prompts and starts their answers in their slots."""
-    block = min(_COPIED, state.cache.size)
-    fresh = _run_rows(model, rows, features, rows.input_ids.shape[1] + block)
-    cache = _copy_prompts(state.cache, fresh, prompts, block)
+    """Runs packed prompts and starts their answers in their slots.
+
+    Rows of one prompt each need no `segment_ids`, as their attention is causal.
+    """
+    cache = _run_rows(model, rows, features, state.cache, prompts)
     return _start_answers(state, cache, prompts, _prompt_tokens(rows, prompts, state.seen_tokens.shape[1]))
 
 
@@ -232,7 +263,7 @@ def extend_slots(model: Tarsier, state: DecodeState, new: Continuation, prompts:
     taken = dataclasses.replace(state.cache, k=k, v=v, lengths=new.start)
     x = model.decoder.embed(new.input_ids).astype(model.config.dtype)
     _, extended = model.extend(x, new.position_ids, taken, new.num_new)
-    k, v = _in_groups(_put_slot, (prompts.count, prompts.slot), state.cache, extended)
+    k, v = _in_groups(_put_slot, (prompts.count, prompts.slot), state.cache, (extended.k, extended.v))
     cache = dataclasses.replace(state.cache, k=k, v=v)
     G, V = new.prompt.shape[0], state.seen_tokens.shape[1]
     valid = jnp.arange(new.prompt.shape[1]) < new.prompt_length[:, None]
@@ -278,18 +309,15 @@ def _start_answers(
     )
 
 
-def _run_rows(model: Tarsier, rows: Batch, features: Float[Array, "G features D"], size: int) -> KVCache:
-    """Returns a cache of `size` positions per row with the keys and values of packed prompts."""
+def _run_rows(
+    model: Tarsier, rows: Batch, features: Float[Array, "G features D"], slots: KVCache, prompts: SlotAssignment
+) -> KVCache:
+    """Returns the slots with the keys and values of packed prompts, without their lengths."""
     x = model.merge_vision_embeddings(rows, features)
+    cache = PackedPrompts(slots.k, slots.v, slots.lengths, slots.num_kv_heads, prompts=prompts)
 
-    def run(segment_ids: Array | None) -> KVCache:
-        empty = model.decoder.empty_cache(x.shape[0], size)
-        return model.decoder.fill_cache(x, rows.position_ids, empty, segment_ids)[1]
-
-    if not prefers_lengths(model.config.attention):
-        return run(rows.segment_ids)
-    # A causal mask is enough for rows of one prompt.
-    return lax.cond(jnp.max(rows.segment_ids) > 1, lambda: run(rows.segment_ids), lambda: run(None))
+    filled = model.decoder.fill_cache(x, rows.position_ids, cache, rows.segment_ids)[1]
+    return dataclasses.replace(slots, k=filled.k, v=filled.v)
 
 
 _OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -307,58 +335,50 @@ def _prompt_tokens(rows: Batch, prompts: SlotAssignment, vocab_size: int) -> Boo
     return seen_tokens.at[group[..., None], n[:, None], rows.input_ids[row]].max(inside)
 
 
-def _copy_prompts(cache: KVCache, fresh: KVCache, prompts: SlotAssignment, block: int) -> KVCache:
-    """Copies prompts from their rows to their slots, `block` positions at a time.
-
-    Positions after a prompt are overwritten or never read.
-    """
-    where = prompts.count, prompts.row, prompts.start, prompts.slot, prompts.length
-    k, v = _in_groups(functools.partial(_copy_in_group, block=block), where, cache, fresh)
-    return dataclasses.replace(cache, k=k, v=v)
-
-
-def _in_groups(function: Callable[..., Any], where: tuple[Array, ...], *caches: KVCache) -> tuple[Any, Any]:
+def _in_groups(function: Callable[..., Any], where: tuple[Array, ...], slots: KVCache, *others: Any) -> Any:
     """Returns keys and values that `function` computes for each group, on the devices of the group.
 
     Args:
-        function: Returns keys and values from those of each of `caches`, and `where`.
+        function: Returns keys and values from those of the slots, those of `others`, and `where`.
         where: Arrays whose first dimension is the group.
-        caches: Caches with the same groups.
+        slots: The slots.
+        others: Keys and values with the same groups.
     """
-    mesh, pairs = current_mesh(), [(cache.k, cache.v) for cache in caches]
+    mesh, pairs = current_mesh(), [(slots.k, slots.v), *others]
     if mesh is not None:
-        spec = _cache_spec(caches[0], mesh)
+        spec = _cache_spec(slots, mesh)
         specs = (*(spec for _ in pairs), *(P(BATCH) for _ in where))
         function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
     return function(*pairs, *where)
 
 
-def _copy_in_group(
-    cache: tuple[tuple[Float[Array, "layers B S KH"], ...], ...],
-    fresh: tuple[tuple[Float[Array, "layers R T KH"], ...], ...],
+def _copy_prompts(
+    slots: tuple[tuple[Float[Array, "layers B S KH"]], ...],
+    rows: tuple[tuple[Float[Array, "1 R T KH"]], ...],
+    layer: Int[Array, " 1"],
     count: Int[Array, " 1"],
     row: Int[Array, "1 prompts"],
     start: Int[Array, "1 prompts"],
     slot: Int[Array, "1 prompts"],
     length: Int[Array, "1 prompts"],
     block: int,
-) -> tuple[tuple[Float[Array, "layers B S KH"], ...], ...]:
-    size = cache[0][0].shape[2]
+) -> Any:
+    """Copies prompts of one layer, `block` positions at a time."""
+    size = slots[0][0].shape[2]
 
-    def copy_prompt(i: Int[Array, ""], cache: Any) -> Any:
-        def copy_block(j: Int[Array, ""], cache: Any) -> Any:
+    def copy_prompt(i: Int[Array, ""], slots: Any) -> Any:
+        def copy_block(j: Int[Array, ""], slots: Any) -> Any:
             offset = jnp.minimum(j * block, size - block)  # the last block may overlap the one before it
 
             def put(array: Array, new: Array) -> Array:
-                sizes = (new.shape[0], 1, block, new.shape[3])
-                piece = lax.dynamic_slice(new, (0, row[0, i], start[0, i] + offset, 0), sizes)
-                return lax.dynamic_update_slice(array, piece, (0, slot[0, i], offset, 0))
+                piece = lax.dynamic_slice(new, (0, row[0, i], start[0, i] + offset, 0), (1, 1, block, new.shape[3]))
+                return lax.dynamic_update_slice(array, piece, (layer[0], slot[0, i], offset, 0))
 
-            return jax.tree.map(put, cache, fresh)
+            return jax.tree.map(put, slots, rows)
 
-        return lax.fori_loop(0, -(-length[0, i] // block), copy_block, cache)
+        return lax.fori_loop(0, -(-length[0, i] // block), copy_block, slots)
 
-    return lax.fori_loop(0, count[0], copy_prompt, cache)
+    return lax.fori_loop(0, count[0], copy_prompt, slots)
 
 
 def _take_slot(cache: Any, count: Int[Array, " 1"], slot: Int[Array, "1 1"]) -> Any:

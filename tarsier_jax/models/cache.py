@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +53,12 @@ class KVCache:
 
     def fill(self, layer: int | Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "KVCache":
         """Writes the first T positions of one layer."""
+        array, index = self._locate(layer)
 
-        def write(array: Array, index: int | Array, x: Array) -> Array:
-            return jax.lax.dynamic_update_slice(array, _fold_heads(x, array)[None], (index, 0, 0, 0))
+        def write(old: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice(old, fold_heads(new, old.dtype)[None], (index, 0, 0, 0))
 
-        return self._update(layer, k, v, write)
+        return self._replace(array, write(self.k[array], k), write(self.v[array], v))
 
     def read(
         self, layer: int | Int[Array, ""]
@@ -75,20 +76,18 @@ class KVCache:
 
         Tokens beyond the size of the cache are dropped.
         """
+        array, index = self._locate(layer)
         rows = jnp.arange(k.shape[0])[:, None]
         positions = self.lengths[:, None] + jnp.arange(k.shape[1])
 
-        def write(array: Array, index: int | Array, x: Array) -> Array:
-            return array.at[index, rows, positions].set(_fold_heads(x, array))
+        def write(old: Array, new: Array) -> Array:
+            return old.at[index, rows, positions].set(fold_heads(new, old.dtype))
 
-        return self._update(layer, k, v, write)
+        return self._replace(array, write(self.k[array], k), write(self.v[array], v))
 
-    def _update(self, layer: int | Array, k: Array, v: Array, write: Callable[..., Array]) -> "KVCache":
-        """Replaces the array of a layer in the keys and in the values by `write(array, index, x)`."""
-        i, index = self._locate(layer)
-        keys, values = (
-            (*arrays[:i], write(arrays[i], index, x), *arrays[i + 1 :]) for arrays, x in ((self.k, k), (self.v, v))
-        )
+    def _replace(self, array: int, k: Array, v: Array) -> "KVCache":
+        """Returns the cache with one array of the keys and of the values replaced."""
+        keys, values = ((*old[:array], new, *old[array + 1 :]) for old, new in ((self.k, k), (self.v, v)))
         return dataclasses.replace(self, k=keys, v=values)
 
     def _locate(self, layer: int | Array) -> tuple[int, int | Array]:
@@ -99,6 +98,6 @@ class KVCache:
         return (0, layer) if len(self.k) == 1 else (operator.index(layer), 0)
 
 
-def _fold_heads(x: Float[Array, "B T K H"], array: Array) -> Float[Array, "B T KH"]:
-    """Returns `x` in the layout and dtype of the cache's arrays."""
-    return x.reshape(*x.shape[:2], -1).astype(array.dtype)
+def fold_heads(x: Float[Array, "B T K H"], dtype: Any) -> Float[Array, "B T KH"]:
+    """Returns `x` in the layout of the cache's arrays and their dtype."""
+    return x.reshape(*x.shape[:2], -1).astype(dtype)

@@ -1,6 +1,5 @@
 """The decoder of Qwen2 and LLaMA, with multimodal RoPE and grouped queries, as in Qwen2-VL."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from tarsier_jax.models.rope import mrope_tables, rotate
 from tarsier_jax.sharding import BATCH, HEADS, constrain
 from tarsier_jax.typing import Array
 
-_MLP_TOKENS = 4096  # of a row, that the MLP runs at once in prefill; enough that products do not wait for the weights
+_MLP_TOKENS = 2048  # of a row, that the MLP runs at once in prefill; enough that products do not wait for the weights
 
 
 class Attention(nnx.Module):
@@ -114,26 +113,25 @@ class DecoderLayer(nnx.Module):
             out, cache = self.attn(self.input_norm(x), cos, sin, segment_ids, cache, layer, extend)
             x = x + out
         with jax.named_scope("mlp"):
-            return x + mlp_in_parts(lambda x: self.mlp(self.post_norm(x)), x, cache), cache
+            return add_in_parts(lambda x: self.mlp(self.post_norm(x)), x, cache), cache
 
 
-def mlp_in_parts(
+def add_in_parts(
     mlp: Callable[[Array], Array], x: Float[Array, "B T D"], cache: KVCache | None
 ) -> Float[Array, "B T D"]:
-    """Returns `mlp(x)`, with a cache for a part of the tokens at a time: its hidden values are the largest temporaries.
+    """Returns `x + mlp(x)`, with a cache for a part of the tokens at a time: hidden values are the largest temporaries.
 
-    The parts are not the iterations of a loop, into which XLA would copy the weights of the layer.
+    The parts are not the iterations of a loop, into which XLA would copy the weights of the layer. Each replaces its
+    tokens in `x`, so that they run one after the other.
     """
     T = x.shape[1]
     if cache is None or T <= _MLP_TOKENS:
-        return mlp(x)
-    parts = math.gcd(T, 2 ** math.ceil(math.log2(T / _MLP_TOKENS)))
-    outputs = []
-    for part in jnp.split(x, parts, axis=1):
-        if outputs:  # one after the other
-            part, outputs[-1] = jax.lax.optimization_barrier((part, outputs[-1]))
-        outputs.append(mlp(part))
-    return jnp.concatenate(outputs, axis=1)
+        return x + mlp(x)
+    x = jax.lax.optimization_barrier(x)  # otherwise its summands remain in memory until the end of the first part
+    for start in range(0, T, _MLP_TOKENS):
+        part = x[:, start : start + _MLP_TOKENS]
+        x = jax.lax.dynamic_update_slice_in_dim(x, part + mlp(part), start, axis=1)
+    return x
 
 
 class Decoder(nnx.Module):

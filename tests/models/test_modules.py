@@ -136,12 +136,12 @@ def test_the_mlp_runs_in_parts(models: tuple[Any, Tarsier], monkeypatch: pytest.
     """In prefill only, where its hidden values are the largest temporaries."""
     monkeypatch.setattr(decoder, "_MLP_TOKENS", 8)
     ours, sizes = models[1].decoder, []
-    x = random(2, 24, ours.config.text.hidden_size)
+    x = random(2, 21, ours.config.text.hidden_size)
 
     def mlp(x: Any) -> Any:
         sizes.append(x.shape[1])
         return ours.layers[0].mlp(x)
 
-    outputs = [decoder.mlp_in_parts(mlp, jnp.asarray(x), cache) for cache in (ours.empty_cache(2, 24), None)]
-    assert sizes == [6, 6, 6, 6, 24]
+    outputs = [decoder.add_in_parts(mlp, jnp.asarray(x), cache) for cache in (ours.empty_cache(2, 21), None)]
+    assert sizes == [8, 8, 5, 21]
     np.testing.assert_allclose(*outputs, atol=ATOL, rtol=0)
