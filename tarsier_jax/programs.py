@@ -55,7 +55,8 @@ def run(main: Callable[[], int | None], traceback: bool = False) -> int:
         traceback: Raise errors instead of printing their message.
     """
     warnings.formatwarning = _format_warning
-    atexit.register(gc.freeze)  # the last collections would visit all of JAX for half a second
+    gc.freeze()  # collections would visit all of JAX, for half a second at exit
+    atexit.register(gc.freeze)
     try:
         _prepare_streams()
         status = main() or 0
@@ -126,15 +127,15 @@ def _of_a_file(error: OSError) -> str:
 def prepare_process() -> None:
     """Stores compiled programs in JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory.
 
-    Only the first run on a machine compiles. Programs that compile in less than 0.1 seconds are not stored, unless
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS sets another limit. The advice of transformers to install PyTorch is
-    turned off, since the programs do not use it.
+    Only the first run on a machine compiles. Small programs are stored too, since a start runs dozens of them, unless
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS sets a limit. The advice of transformers to install PyTorch is turned
+    off, since the programs do not use it.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (directory := cache_directory("xla")):
         jax.config.update("jax_compilation_cache_dir", str(directory))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX's default is a second
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def check_packages(program: str, extra: str, *packages: str) -> None:

@@ -13,7 +13,7 @@ from tarsier_jax.generation.sampling import Sampling, SamplingOptions, sample_to
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
-from tarsier_jax.typing import Array
+from tarsier_jax.typing import Array, HostOrDeviceArray
 
 _BLOCK = 128  # the capacity for answers is a multiple of this: few values of max_new_tokens compile again
 
@@ -176,22 +176,27 @@ def generate_batch(
             entire answer is one device call.
     """
     rows = batch.input_ids.shape[0]
-    eos = jnp.asarray(sorted(eos_ids), jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(options.seed), jnp.arange(rows))
+    eos, keys = np.asarray(sorted(eos_ids), np.int32), _row_keys(options.seed, rows)
     limit = options.max_new_tokens
     capacity = -(-limit // _BLOCK) * _BLOCK
-    state = prefill(model, batch, Sampling.repeat(options, rows), eos, keys, jnp.int32(limit), max_new=capacity)
+    state = prefill(model, batch, Sampling.repeat(options, rows), eos, keys, np.int32(limit), max_new=capacity)
     if on_tokens is None:
-        state = decode(model, state, eos, jnp.int32(limit), jnp.int32(rows))
+        state = decode(model, state, eos, np.int32(limit), np.int32(rows))
     else:
         state = _decode_streaming(model, state, eos, limit, on_tokens)
     return [trim_at_eos(row, set(eos_ids)) for row in np.asarray(state.tokens)]
 
 
+@functools.partial(jax.jit, static_argnames="rows")
+def _row_keys(seed: Int[Array, ""], rows: int) -> Array:
+    """Returns the random key of each row."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
+
+
 def _decode_streaming(
     model: Tarsier,
     state: DecodeState,
-    eos: Array,
+    eos: HostOrDeviceArray,
     max_new_tokens: int,
     on_tokens: Callable[[Int[np.ndarray, " B"]], None],
 ) -> DecodeState:

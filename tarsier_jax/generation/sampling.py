@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from tarsier_jax.errors import InputError
-from tarsier_jax.typing import Array
+from tarsier_jax.typing import Array, HostOrDeviceArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +74,19 @@ class Sampling:
         repetition_penalty: As in `SamplingOptions`; 1 changes nothing.
     """
 
-    temperature: Float[Array, " B"]
-    top_k: Int[Array, " B"]
-    top_p: Float[Array, " B"]
-    repetition_penalty: Float[Array, " B"]
+    temperature: Float[HostOrDeviceArray, " B"]
+    top_k: Int[HostOrDeviceArray, " B"]
+    top_p: Float[HostOrDeviceArray, " B"]
+    repetition_penalty: Float[HostOrDeviceArray, " B"]
 
     @classmethod
     def repeat(cls, options: SamplingOptions, rows: int) -> "Sampling":
         """Returns the same options for every row."""
         return cls(
-            temperature=jnp.full(rows, options.temperature, jnp.float32),
-            top_k=jnp.full(rows, options.top_k, jnp.int32),
-            top_p=jnp.full(rows, options.top_p, jnp.float32),
-            repetition_penalty=jnp.full(rows, options.repetition_penalty, jnp.float32),
+            temperature=np.full(rows, options.temperature, np.float32),
+            top_k=np.full(rows, options.top_k, np.int32),
+            top_p=np.full(rows, options.top_p, np.float32),
+            repetition_penalty=np.full(rows, options.repetition_penalty, np.float32),
         )
 
 

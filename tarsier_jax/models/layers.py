@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
@@ -127,10 +128,18 @@ def unstack_layers(layers: nnx.Module) -> nnx.List:
     leaves, structure = jax.tree.flatten(state)
     parts = []
     for leaf in leaves:
-        parts.append([_layer_program(leaf, i) for i in range(leaf.shape[0])])
+        parts.append(_split(leaf))
         jax.block_until_ready(parts[-1])
         leaf.delete()
     return nnx.List([nnx.merge(graph, jax.tree.unflatten(structure, layer)) for layer in zip(*parts, strict=True)])
+
+
+def _split(leaf: jax.Array) -> list[jax.Array]:
+    sharding = leaf.sharding
+    is_on_one = isinstance(sharding, jax.sharding.SingleDeviceSharding)
+    if is_on_one and all(device.platform == "cpu" for device in sharding.device_set):
+        return [jax.device_put(x, sharding) for x in np.asarray(leaf)]  # views, and no program
+    return [_layer_program(leaf, i) for i in range(leaf.shape[0])]
 
 
 def first_layers(layers: Any, n: int) -> Any:
