@@ -33,10 +33,9 @@ def test_the_engines_programs_of_the_7b_fit_eight_v5e_chips() -> None:
     programs = memory(output)
     for temporaries, total, _ in programs.values():
         assert 8.5 < total < 15  # a quarter of the weights is 3.5 GiB, of the slots' cache 5.25
-        assert temporaries < 1  # so nothing copies or gathers the cache
+        assert temporaries < 0.5  # so nothing copies or gathers the cache
     for name in ("encode_frames", "prefill_into_slots"):
         assert programs[name][2] == 1  # the scanned layer of each tower
-    assert programs["prefill_into_slots"][0] < 0.5
     (moved,) = re.findall(r"a step moves \S+ GB, (\S+) times the weights and the cache", output)
     assert 1 <= float(moved) < 1.2
     collectives = dict(re.findall(r"^(\w+) .*\n  collectives: (.*)", output, re.M))
