@@ -315,7 +315,6 @@ def _run_rows(
     """Returns the slots with the keys and values of packed prompts, without their lengths."""
     x = model.merge_vision_embeddings(rows, features)
     cache = PackedPrompts(slots.k, slots.v, slots.lengths, slots.num_kv_heads, prompts=prompts)
-
     filled = model.decoder.fill_cache(x, rows.position_ids, cache, rows.segment_ids)[1]
     return dataclasses.replace(slots, k=filled.k, v=filled.v)
 
