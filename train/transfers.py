@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 _COLLECTIVE = re.compile(
-    r"= (?P<shape>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    r"= (?P<shape>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
 )
 # {{0,1},{2,3}}, or [2,2]<=[4] for two groups of two, or mesh['a'=2,'b'=2] {'b'} for the devices along b.
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] ?\{([^}]*)\})")
@@ -94,8 +94,11 @@ def _transfer(line: str, computation: str) -> Iterator[Transfer]:
     if match := _BETWEEN_SLICES.search(line):
         yield Transfer(match["kind"].lower().replace("_", "-"), array_bytes(match["shape"]), between_slices=True)
     if match := _COLLECTIVE.search(line):
-        kind, size = match["kind"], array_bytes(match["shape"])
-        n = _group_size(line)
+        kind, shape, n = match["kind"], match["shape"], _group_size(line)
+        if match["start"] and kind in ("all-gather", "collective-permute"):  # (operands, results, contexts)
+            arrays = [array[0] for array in _ARRAY.finditer(shape) if array["sizes"]]
+            shape = ", ".join(arrays[len(arrays) // 2 :])
+        size = array_bytes(shape)
         if "all-reduce-scatter" in computation:  # a fusion that keeps one part of the sum
             kind, size = "reduce-scatter", size // n
         factors = {"all-gather": 1 / n, "all-reduce": 2 / n, "reduce-scatter": 1.0, "all-to-all": 1 / n}

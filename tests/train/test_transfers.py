@@ -2,8 +2,8 @@
 
 from train.transfers import Transfer, read_transfers
 
-# As libtpu prints it, shortened: a loop of 28 iterations with a gather and a fusion that scatters a sum, and a sum
-# between slices after it.
+# As libtpu prints it, shortened: a loop of 28 iterations with a gather, a transfer to the next chip and a gather that run
+# beside other instructions, and a fusion that scatters a sum; after the loop, a sum between slices.
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
 
@@ -15,6 +15,9 @@ HloModule jit_step, is_scheduled=true
 
 %body.1 (param: (s32[], bf16[16,192])) -> (s32[], bf16[16,192]) {
   %all-gather.1 = bf16[64,192]{1,0:T(8,128)(2,1)} all-gather(%x), replica_groups=[8,4]<=[32], dimensions={0}
+  %permute.1 = (bf16[64,192]{1,0:T(8,128)(2,1)S(1)}, bf16[64,192]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%all-gather.1), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %gather.1 = (bf16[64,192]{1,0}, bf16[256,192]{1,0}) all-gather-start(%x), replica_groups=[8,4]<=[32], dimensions={0}
   %fusion.1 = bf16[16,192]{1,0} fusion(%all-gather.1), kind=kCustom, calls=%all-reduce-scatter.1.clone
 }
 
@@ -36,6 +39,8 @@ def test_transfers_of_a_program() -> None:
     assert read_transfers(PROGRAM) == [
         Transfer("reduce-scatter", 28 * (matrix + norm) * 3 // 4),
         Transfer("all-gather", 28 * matrix * 3 // 4),
+        Transfer("collective-permute", 28 * matrix),
+        Transfer("all-gather", 28 * 4 * matrix * 3 // 4),
         Transfer("all-reduce", matrix // 4, between_slices=True),
         Transfer("all-reduce", 4),
     ]
