@@ -207,6 +207,21 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, fit_spec(x.shape, axes, mesh))
 
 
+def split_tokens(x: jax.Array) -> jax.Array:
+    """Returns an array (B, T, ...) as (B, n, T / n, ...), for n devices on the tensor axis.
+
+    n is 1 if they do not divide T.
+    """
+    mesh = current_mesh()
+    n = 1 if mesh is None or x.shape[1] % mesh.shape[HEADS] else mesh.shape[HEADS]
+    return x.reshape(x.shape[0], n, x.shape[1] // n, *x.shape[2:])
+
+
+def constrain_tokens(x: jax.Array) -> jax.Array:
+    """Shards a result of `split_tokens` so that each device on the tensor axis has one part of the tokens."""
+    return constrain(x, BATCH, HEADS if x.shape[1] > 1 else None, *(None,) * (x.ndim - 2))
+
+
 def bin_padding(groups: int, bins: int) -> int:
     """Returns the number of empty bins per group with which the devices divide the bins, under a tensor axis."""
     mesh = current_mesh()

@@ -13,7 +13,7 @@ from tarsier_jax.models.attention import attend
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.layers import Embedding, Linear, RMSNorm, apply_layers, layer_at, stack_layers
 from tarsier_jax.models.rope import mrope_tables, rotate
-from tarsier_jax.sharding import BATCH, HEADS, constrain
+from tarsier_jax.sharding import BATCH, HEADS, constrain, constrain_tokens, split_tokens
 from tarsier_jax.typing import Array
 
 _MLP_TOKENS = 2048  # of a row, that the MLP runs at once in prefill; enough that products do not wait for the weights
@@ -53,6 +53,7 @@ class Attention(nnx.Module):
             extend: Whether the tokens follow those in the cache.
         """
         B, T, _ = x.shape
+        x = constrain(x, BATCH, None, None)  # all tokens, of which the devices compute different heads
         q = rotate(self._split_heads(self.q(x)), cos, sin)  # [B, T, N, H]
         k, v = self.keys_values(x, cos, sin)
         if cache is not None and extend:
@@ -60,8 +61,10 @@ class Attention(nnx.Module):
             starts = cache.lengths
             out = attend(q, *cache.read(layer), causal=True, query_starts=starts, implementation=self.implementation)
         else:
-            cache = cache.fill(layer, k, v) if cache is not None else None
             out = attend(q, k, v, causal=True, segment_ids=segment_ids, implementation=self.implementation)
+            if cache is not None:
+                out = self.o(split_tokens(out.reshape(B, T, -1)))  # [B, n, T/n, D]
+                return constrain_tokens(out).reshape(B, T, -1), cache.fill(layer, k, v)
         return self.o(out.reshape(B, T, -1)), cache
 
     def keys_values(
@@ -85,7 +88,7 @@ class Mlp(nnx.Module):
         self.up = Linear(D, text.mlp_dim, bias=False, rngs=rngs, **dtypes)
         self.down = Linear(text.mlp_dim, D, bias=False, rngs=rngs, **dtypes)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
@@ -113,25 +116,39 @@ class DecoderLayer(nnx.Module):
             out, cache = self.attn(self.input_norm(x), cos, sin, segment_ids, cache, layer, extend)
             x = x + out
         with jax.named_scope("mlp"):
-            return add_in_parts(lambda x: self.mlp(self.post_norm(x)), x, cache), cache
+            if cache is not None and not extend:
+                return add_in_parts(self.post_norm, self.mlp, x), cache
+            return x + self.mlp(self.post_norm(x)), cache
 
 
 def add_in_parts(
-    mlp: Callable[[Array], Array], x: Float[Array, "B T D"], cache: KVCache | None
+    norm: Callable[[Array], Array], mlp: Callable[[Array], Array], x: Float[Array, "B T D"]
 ) -> Float[Array, "B T D"]:
-    """Returns `x + mlp(x)`, with a cache for a part of the tokens at a time: hidden values are the largest temporaries.
+    """Returns `x + mlp(norm(x))`, for a part of the tokens at a time: hidden values are the largest temporaries.
 
-    The parts are not the iterations of a loop, into which XLA would copy the weights of the layer. Each replaces its
-    tokens in `x`, so that they run one after the other.
+    `x` is split as by `split_residual`, and a part has tokens of each device. The parts are not the iterations of a
+    loop, into which XLA would copy the weights of the layer. Each replaces its tokens in `x`, so that they run one
+    after the other.
     """
-    T = x.shape[1]
-    if cache is None or T <= _MLP_TOKENS:
-        return x + mlp(x)
-    x = jax.lax.optimization_barrier(x)  # otherwise its summands remain in memory until the end of the first part
-    for start in range(0, T, _MLP_TOKENS):
-        part = x[:, start : start + _MLP_TOKENS]
-        x = jax.lax.dynamic_update_slice_in_dim(x, part + mlp(part), start, axis=1)
-    return x
+    B, T, D = x.shape
+    x = constrain_tokens(split_tokens(x))  # [B, n, T/n, D]
+    n = x.shape[1]
+    if T > _MLP_TOKENS:
+        x = jax.lax.optimization_barrier(x)  # otherwise its summands remain in memory until the end of the first part
+    for start in range(0, T // n, _MLP_TOKENS // n):
+        part = x[:, :, start : start + _MLP_TOKENS // n]
+        update = mlp(constrain(norm(part), BATCH, None, None, None))
+        x = jax.lax.dynamic_update_slice_in_dim(x, part + constrain_tokens(update), start, axis=2)
+    return x.reshape(B, T, D)
+
+
+def split_residual(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Splits hidden states along the tokens over the tensor axis, for what devices would compute several times.
+
+    A reduce-scatter and an all-gather replace each all-reduce of the layers. Sequence parallelism, section 4.2.2 of
+    arXiv 2205.05198.
+    """
+    return constrain_tokens(split_tokens(x)).reshape(x.shape)
 
 
 class Decoder(nnx.Module):
@@ -174,7 +191,8 @@ class Decoder(nnx.Module):
         tables, index = self._tables(position_ids), self.config.text.num_layers - 1
         x, cache = self._run_layers(x, tables, segment_ids, cache, num_layers=index)
         layer = layer_at(self.layers, index)
-        return x, cache.fill(index, *layer.attn.keys_values(layer.input_norm(x), *tables))
+        y = constrain(layer.input_norm(x), BATCH, None, None)
+        return x, cache.fill(index, *layer.attn.keys_values(y, *tables))
 
     def finish(
         self, x: Float[Array, "B 1 D"], position_ids: Int[Array, "B 1 3"], cache: KVCache
@@ -215,14 +233,17 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, Any]:
         """Returns the hidden states after the first `num_layers` layers, by default all, and the cache."""
 
+        def place(x: Array) -> Array:
+            return constrain(x, BATCH, None, None) if cache is None or extend else split_residual(x)
+
         # The cache is part of the carry: as a scanned input and output it would be copied at every layer.
         def block(carry: tuple, layer: DecoderLayer) -> tuple:
             x, cache, i = carry
             x, cache = layer(x, *tables, segment_ids, cache, i, extend)
-            return constrain(x, BATCH, None, None), cache, i + 1
+            return place(x), cache, i + 1
 
         # An int: the indices of unstacked layers are constants.
-        carry = (constrain(x, BATCH, None, None), cache, 0)
+        carry = (place(x), cache, 0)
         x, cache, _ = apply_layers(block, carry, self.layers, self.config.remat, num_layers)
         return x, cache
 

@@ -2,8 +2,8 @@
 
 from train.transfers import Transfer, read_transfers
 
-# As libtpu prints it, shortened: a loop of 28 iterations with a gather, a transfer to the next chip and a gather that run
-# beside other instructions, and a fusion that scatters a sum; after the loop, a sum between slices.
+# As libtpu prints it, shortened: a loop of 28 iterations with a gather, a transfer to the next chip and another gather
+# that run beside other instructions, and a fusion that scatters a sum; after the loop, a sum between slices.
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
 
