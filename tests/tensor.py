@@ -1,8 +1,10 @@
-"""Run by test_tensor on eight simulated devices, two along tensor: the head and the vision tower against one device.
+"""Run by test_tensor on eight simulated devices, two along tensor: the head, the vision tower and prefill against one
+device.
 
 Prints, as JSON, the largest relative differences of values and gradients, and the collectives of the forward passes.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tarsier_jax.config import ModelConfig, Qwen2VisionConfig, TextConfig
+from tarsier_jax.models import decoder
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.sharding import BATCH, make_mesh, parameter_shardings
 from train.losses import token_log_probs
@@ -39,7 +42,8 @@ def compare(function: Callable[..., jax.Array], whole: tuple[Any, ...], sharded:
     with jax.set_mesh(MESH):
         ours = jax.jit(gradient)(*sharded)
         program = jax.jit(function).lower(*sharded).compile().as_text()
-    collectives = re.findall(r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", program)
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    collectives = re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", program)
     gradients, values = (largest_difference(*pair) for pair in zip(ours, expected, strict=True))
     return {"values": values, "gradients": gradients, "collectives": [f"{kind} {x}" for x, kind in collectives]}
 
@@ -83,13 +87,32 @@ def compare_tower() -> dict[str, Any]:
     return compare(features, (state, patches), (nnx.from_flat_state(flat), put(patches, BATCH)))
 
 
+def compare_prefill() -> dict[str, Any]:
+    """The sum of hidden states and keys of three layers, of which the MLP runs eight tokens of a row at a time."""
+    decoder._MLP_TOKENS = 8
+    graph, state = nnx.split(
+        Tarsier(dataclasses.replace(CONFIG, text=dataclasses.replace(TEXT, num_layers=3)), nnx.Rngs(0))
+    )
+    shardings = parameter_shardings(state, MESH)
+    flat = [(path, leaf.replace(jax.device_put(leaf[...], shardings[path]))) for path, leaf in nnx.to_flat_state(state)]
+    x = np.random.default_rng(0).normal(size=(4, 22, D)).astype(np.float32)
+    position_ids = np.tile(np.arange(22, dtype=np.int32)[:, None], (4, 1, 3))
+
+    def run(state: nnx.State, x: jax.Array) -> jax.Array:
+        layers = nnx.merge(graph, state).decoder
+        x, cache = layers.fill_cache(x, position_ids, layers.empty_cache(*x.shape[:2]))
+        return x + cache.k[0].sum(axis=0)
+
+    return compare(run, (state, x), (nnx.from_flat_state(flat), put(x, BATCH)))
+
+
 def put(x: np.ndarray, *axes: Any) -> jax.Array:
     return jax.device_put(x, NamedSharding(MESH, P(*axes)))
 
 
 def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
-    print(json.dumps({"head": compare_heads(), "tower": compare_tower()}))
+    print(json.dumps({"head": compare_heads(), "tower": compare_tower(), "prefill": compare_prefill()}))
 
 
 if __name__ == "__main__":

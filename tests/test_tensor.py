@@ -1,4 +1,4 @@
-"""The head and the vision tower over a tensor axis of two devices equal those of one device, with small transfers."""
+"""The head, the vision tower and prefill over a tensor axis of two devices equal those of one, with small transfers."""
 
 import json
 import subprocess
@@ -33,3 +33,12 @@ def test_the_vision_tower_is_split_by_bins(comparisons: dict[str, Any]) -> None:
     assert {x.split()[0] for x in tower["collectives"]} == {"all-gather"}
     features = [x for x in tower["collectives"] if "f32[4,8,48]" in x]
     assert len(features) == 1
+
+
+def test_prefill_is_split_by_tokens(comparisons: dict[str, Any]) -> None:
+    """Before each product, devices gather the tokens of the others: 22 for attention, and 8, 8 and 6 for the MLP."""
+    prefill = comparisons["prefill"]
+    assert max(prefill["values"], prefill["gradients"]) < 1e-6
+    gathered = [x.split()[1] for x in prefill["collectives"] if x.startswith("all-gather f32[1,")]
+    sizes = ["f32[1,22,48]", "f32[1,2,4,48]", "f32[1,2,4,48]", "f32[1,2,3,48]", "f32[1,22,48]"]
+    assert [x.partition("{")[0] for x in gathered] == sizes

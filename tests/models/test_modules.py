@@ -133,15 +133,15 @@ def test_decoder_layer(models: tuple[Any, Tarsier]) -> None:
 
 
 def test_the_mlp_runs_in_parts(models: tuple[Any, Tarsier], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In prefill only, where its hidden values are the largest temporaries."""
+    """In prefill, where its hidden values are the largest temporaries."""
     monkeypatch.setattr(decoder, "_MLP_TOKENS", 8)
-    ours, sizes = models[1].decoder, []
-    x = random(2, 21, ours.config.text.hidden_size)
+    layer, sizes = models[1].decoder.layers[0], []
+    x = random(2, 21, models[1].config.text.hidden_size)
 
     def mlp(x: Any) -> Any:
-        sizes.append(x.shape[1])
-        return ours.layers[0].mlp(x)
+        sizes.append(x.shape[2])
+        return layer.mlp(x)
 
-    outputs = [decoder.add_in_parts(mlp, jnp.asarray(x), cache) for cache in (ours.empty_cache(2, 21), None)]
-    assert sizes == [8, 8, 5, 21]
-    np.testing.assert_allclose(*outputs, atol=ATOL, rtol=0)
+    output = decoder.add_in_parts(layer.post_norm, mlp, jnp.asarray(x))
+    assert sizes == [8, 8, 5]
+    np.testing.assert_allclose(output, x + layer.mlp(layer.post_norm(jnp.asarray(x))), atol=ATOL, rtol=0)
