@@ -1,13 +1,13 @@
 """Compiles the engine's four programs for a TPU slice, without a TPU, and prints the bytes per chip.
 
-    python -m benchmarks.tpu_memory                                                        # Tarsier2-7B, v5e:2x4
+    python -m benchmarks.tpu_memory [--int8 | --w8a8]                                      # Tarsier2-7B, v5e:2x4
     python -m benchmarks.tpu_memory --model tarsier-34b --topology v5e:4x4 --tensor 8 --tokens 5632
 
 The programs are `encode_frames` (the vision tower), `prefill_into_slots` (prefill of a row of prompts into free
 slots), `decode_slots` (decoding) and `extend_slots` (the next turn of a conversation) of
 `tarsier_jax.generation.slots`, in bfloat16, at the shapes of `infer.caption` for clips of 16 frames (the first Tarsier:
-8). The extra `tpu` is necessary (libtpu compiles on any machine). The compiler's flop and time estimates ignore loop
-counts and are not printed.
+8). The extra `tpu` is necessary (libtpu compiles on any machine). The compiler's estimates for a program ignore loop
+counts and are not printed. Those for the instructions of one layer of prefill are.
 """
 
 import argparse
@@ -45,8 +45,9 @@ from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.processing.batch import Batch
 from tarsier_jax.processing.processor import Processor, ProcessorOptions
 from tarsier_jax.processing.square_image import ClipImageProcessor
+from tarsier_jax.programs import add_int8_flags
 from tarsier_jax.sharding import BATCH, make_mesh, parameter_shardings
-from tarsier_jax.weights.quantize import quantized_shape, use_quantized
+from tarsier_jax.weights.quantize import Int8, quantized_shape, use_quantized
 from train.aot import GIB, ROOM, by_kind, bytes_of, hlo_text, topology_devices
 from train.transfers import read_transfers
 
@@ -74,7 +75,7 @@ PROCESSORS = {
 }
 
 
-def abstract_model(config: ModelConfig, mesh: Mesh, int8: bool = False) -> Tarsier:
+def abstract_model(config: ModelConfig, mesh: Mesh, int8: Int8 = False) -> Tarsier:
     """Returns the model as shapes with shardings, without allocating memory; with `int8`, quantized as by `load`."""
     graph, state = nnx.split(nnx.eval_shape(lambda: family_of(config).model(config, nnx.Rngs(0))))
     shardings = parameter_shardings(state, mesh)
@@ -84,7 +85,7 @@ def abstract_model(config: ModelConfig, mesh: Mesh, int8: bool = False) -> Tarsi
         for path, leaf in nnx.to_flat_state(state)
     }
     model = nnx.merge(graph, nnx.from_flat_state(flat))
-    return use_quantized(model) if int8 else model
+    return use_quantized(model, int8) if int8 else model
 
 
 def abstract_slots(model: Tarsier, shape: EngineConfig, mesh: Mesh) -> DecodeState:
@@ -153,14 +154,22 @@ def bytes_to_read(model: Tarsier, state: DecodeState) -> int:
 
 def moved_per_step(hlo: str) -> int:
     """Returns the bytes per chip that an iteration of the loop of `decode_slots` reads and writes."""
-    return max(moved for _, moved in Program(hlo).loops())
+    program = Program(hlo)
+    return max(map(program.traffic, program.loops()))
+
+
+def cycles_per_layer(hlo: str) -> int:
+    """Returns the estimated cycles of an iteration of the loop over the layers of `prefill_into_slots`."""
+    program = Program(hlo)
+    return max(map(program.cycles, program.loops()))
 
 
 def report_memory(name: str, lower: Callable[[], Any], beside: int, limit: int, floor: int) -> int:
     """Compiles one program, prints its bytes per chip and those of the other arrays, and returns the total.
 
     It also prints the bytes that a chip sends, in one iteration of the outer loop of `encode_frames` and
-    `decode_slots`. For `decode_slots`, it prints the bytes that a step moves, and their ratio to `floor`.
+    `decode_slots`. For `decode_slots`, it prints the bytes that a step moves, and their ratio to `floor`; for prefill,
+    the cycles of a layer.
     """
     start = time.perf_counter()
     compiled = lower().compile()
@@ -177,6 +186,8 @@ def report_memory(name: str, lower: Callable[[], Any], beside: int, limit: int, 
     )
     if transfers := read_transfers(hlo):
         print(f"  collectives: {by_kind(transfers)}", flush=True)
+    if name.startswith("prefill") and hlo:
+        print(f"  a layer takes {cycles_per_layer(hlo) / 1e6:.2f} M cycles, without collectives and splash")
     if name == "decode_slots" and hlo:
         moved = moved_per_step(hlo)
         print(f"  a step moves {moved / 1e9:.2f} GB, {moved / floor:.3f} times the weights and the cache", flush=True)
@@ -201,6 +212,7 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=32, help="slots per data-parallel part")
     parser.add_argument("--tokens", type=int, default=12_288, help="tokens per slot, including new ones")
     parser.add_argument("--max_new_tokens", type=int, default=512)
+    add_int8_flags(parser)
     args = parser.parse_args()
     devices = topology_devices(args.topology)
     groups = len(devices) // args.tensor
@@ -210,7 +222,7 @@ def main() -> int:
     config = dataclasses.replace(processor.config, attention="splash", **dtypes)
     sizes = args.slots * groups, args.max_new_tokens, mesh, args.tokens - args.max_new_tokens
     shape = fit_config(processor, *sizes)
-    model = abstract_model(config, mesh)
+    model = abstract_model(config, mesh, args.int8)
     state = abstract_slots(model, shape, mesh)
     print(
         f"{args.model}, {args.topology}, data={groups} tensor={args.tensor}: {args.slots} slots of {args.tokens} "

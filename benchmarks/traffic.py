@@ -1,4 +1,4 @@
-"""The bytes that a compiled program reads from and writes to a chip's memory, read from its text.
+"""The bytes that a compiled program reads from and writes to a chip's memory, and cycles, read from its text.
 
 The compiler's own "bytes accessed" counts a stack of layers as a whole wherever a program reads one layer of it. Here
 an instruction counts its operands and its result, except:
@@ -22,6 +22,7 @@ _INSTRUCTION = re.compile(r" *(?P<root>ROOT )?(?P<name>%[\w.-]+) = (?P<rest>.*)"
 _NAME = re.compile(r"%[\w.-]+")
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%[\w.-]+))")
 _ARRAY = re.compile(r"\w+\[[\d,]*\](?:\{[^}]*\})?")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=(%[\w.-]+)")
 # These move no data.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"}
@@ -108,12 +109,25 @@ class Program:
         instructions = self._computations[computation]
         return sum(self._moved(i, instructions) for i in instructions.values())
 
-    def loops(self) -> Iterator[tuple[str, int]]:
-        """Yields the bodies of the loops of the entry, and the bytes that an iteration moves."""
+    def loops(self) -> Iterator[str]:
+        """Yields the bodies of the loops of the entry."""
         for i in self._computations[self.entry].values():
             if i.opcode == "while":
-                body, _ = loop_count(i.line, self._lines)
-                yield body, self.traffic(body)
+                yield loop_count(i.line, self._lines)[0]
+
+    def cycles(self, computation: str) -> int:
+        """Returns the cycles of a computation, once, as the compiler for TPUs estimates them.
+
+        Collectives and Pallas kernels have no estimate.
+        """
+        total = 0
+        for i in self._computations[computation].values():
+            if i.opcode == "while":
+                body, times = loop_count(i.line, self._lines)
+                total += times * self.cycles(body)
+            elif match := _CYCLES.search(i.line):
+                total += int(match[1])
+        return total
 
     def _moved(self, i: Instruction, others: dict[str, Instruction]) -> int:
         if i.opcode in _FREE or i.opcode.endswith("-done"):

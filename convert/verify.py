@@ -2,11 +2,11 @@
 
     python -m convert.verify HF_DIR            # against transformers, in float32 on the CPU
     python -m convert.verify DIR OTHER_DIR     # ours against ours, e.g. before and after a conversion
-    python -m convert.verify DIR --int8        # with weights in int8 against the same in bfloat16
+    python -m convert.verify DIR --int8        # with weights in int8 against the same in bfloat16; or --w8a8
 
 Prints, for an image, a video and a long text, the largest absolute differences of each tower and of the logits, the
 mean KL divergence, the share of equal most likely tokens, and both greedy answers. The exit status is 1 when the greedy
-answers differ, except with --int8.
+answers differ, except with --int8 or --w8a8.
 """
 
 import argparse
@@ -21,8 +21,9 @@ import tarsier_jax
 from convert.backends import Backend, Ours, load_reference
 from tarsier_jax.files import source_text
 from tarsier_jax.processing.batch import Example
-from tarsier_jax.programs import run
+from tarsier_jax.programs import add_int8_flags, run
 from tarsier_jax.weights import EMBEDDED, resolve
+from tarsier_jax.weights.quantize import Int8
 
 COLUMNS = ("probe", "tokens", "vision", "decoder", "logits", "mean KL", "top-1")
 
@@ -61,7 +62,7 @@ def _difference(a: np.ndarray, b: np.ndarray) -> str:
     return f"{np.abs(a - b).max():.1e}"
 
 
-def verify(directory: str, other: str | None, dtype: str, int8: bool, max_new_tokens: int) -> int:
+def verify(directory: str, other: str | None, dtype: str, int8: Int8, max_new_tokens: int) -> int:
     """Prints the comparison. Returns 1 if greedy answers differ, else 0."""
     model, processor = tarsier_jax.load(directory, dtype=dtype, int8=int8)
     ours = Ours(model, processor)
@@ -70,7 +71,7 @@ def verify(directory: str, other: str | None, dtype: str, int8: bool, max_new_to
         theirs: Backend = load_reference(resolve(directory), processor.config, processor.eos_token_ids)
     else:
         theirs = Ours(*tarsier_jax.load(other, dtype=dtype))
-    weights = "weights in int8, " if int8 else ""
+    weights = {False: "", True: "weights in int8, ", "w8a8": "weights and the inputs of products in int8, "}[int8]
     print(f"{directory} in this project ({weights}{dtype}) against {other or 'Hugging Face (float32)'}")
     print("largest absolute difference of: vision tower, decoder, logits\n")
     print("  ".join(f"{column:>9}" for column in COLUMNS))
@@ -93,8 +94,8 @@ def main() -> int:
     described = f"Hugging Face directory or hub id, or a converted directory (default {EMBEDDED}, the small model here)"
     parser.add_argument("directory", type=source_text, nargs="?", default=EMBEDDED, help=described)
     parser.add_argument("other", type=source_text, nargs="?", help="a second checkpoint (default: Hugging Face)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32, with --int8 bfloat16")
-    parser.add_argument("--int8", action="store_true", help="store the weights of DIR's decoder layers in int8")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32; in int8, bfloat16")
+    add_int8_flags(parser)
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()

@@ -270,7 +270,8 @@ def _load(
 
 def _connect(args: argparse.Namespace, stack: contextlib.ExitStack) -> RemoteModel:
     """Connects to the server of --url."""
-    local = {"--model": args.model != EMBEDDED, "--dtype": args.dtype != "auto", "--int8": args.int8}
+    local = {"--model": args.model != EMBEDDED, "--dtype": args.dtype != "auto"}
+    local |= {"--int8": args.int8 is True, "--w8a8": args.int8 == "w8a8"}
     local["--adapter"] = args.adapter is not None
     local["--prompt_tokens"] = args.prompt_tokens is not None
     if flags := [name for name, is_set in local.items() if is_set]:

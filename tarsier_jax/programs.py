@@ -160,9 +160,22 @@ def add_model_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_precision_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --dtype and --int8."""
+    """Adds --dtype, and those of `add_int8_flags`."""
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--int8", action="store_true", help="store the weights of the decoder's layers in int8")
+    add_int8_flags(parser)
+
+
+def add_int8_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --int8 and --w8a8, whose value `args.int8` is an `Int8` of `weights.quantize`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--int8", action="store_true", help="store the weights of the decoder's layers in int8")
+    group.add_argument(
+        "--w8a8",
+        action="store_const",
+        const="w8a8",
+        dest="int8",
+        help="the same, and round the inputs of their products to int8: faster prefill, less exact",
+    )
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, seed_help: str = "seed of the random draws") -> None:

@@ -28,6 +28,7 @@ from tarsier_jax.programs import (
     resolve_dtype,
 )
 from tarsier_jax.sharding import make_mesh
+from tarsier_jax.weights.quantize import Int8
 
 # The user's own clips may have any size. Only a decoder that hangs or takes all memory is ended.
 _LIMITS = MediaLimits(
@@ -79,7 +80,7 @@ class CaptionConfig:
         model: Checkpoint directory or hub id.
         adapter: Directory of a LoRA adapter, its URL, or None.
         dtype: "auto", "float32" or "bfloat16".
-        int8: Store the decoder's weights in int8.
+        int8: Store the decoder's weights in int8, see `tarsier_jax.load`.
         mesh: Sizes of mesh axes, such as "data=2,tensor=4".
         slots: Number of captions in progress at once, over all devices.
         prompt_tokens: Limit of a prompt, in tokens; None derives it from the processor's options.
@@ -96,7 +97,7 @@ class CaptionConfig:
     model: str
     adapter: str | None
     dtype: str
-    int8: bool
+    int8: Int8
     mesh: str
     slots: int
     prompt_tokens: int | None
@@ -170,7 +171,7 @@ def start_engine(
     model: str,
     *,
     dtype: str,
-    int8: bool,
+    int8: Int8,
     mesh: str,
     slots: int,
     prompt_tokens: int | None,
@@ -184,7 +185,7 @@ def start_engine(
     Args:
         model: Checkpoint directory or hub id.
         dtype: "auto", "float32" or "bfloat16".
-        int8: Store the decoder's weights in int8.
+        int8: Store the decoder's weights in int8, see `tarsier_jax.load`.
         mesh: Sizes of mesh axes, such as "data=2,tensor=4".
         slots: Number of answers in progress at once, over all devices.
         prompt_tokens: Limit of a prompt, in tokens; None derives it from the processor's options.

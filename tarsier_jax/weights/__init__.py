@@ -18,7 +18,7 @@ from tarsier_jax.weights.kinds import check_kind
 from tarsier_jax.weights.load import Change, load_hf
 from tarsier_jax.weights.match import open_checkpoint
 from tarsier_jax.weights.orbax import is_converted, load_checkpoint, open_array, save_checkpoint
-from tarsier_jax.weights.quantize import check_qwix, quantize_parameter, use_quantized
+from tarsier_jax.weights.quantize import Int8, check_qwix, quantize_parameter, use_quantized
 
 __all__ = [
     "EMBEDDED",
@@ -86,13 +86,13 @@ def load_weights(
     directory: Path,
     config: ModelConfig,
     mesh: Mesh | None = None,
-    int8: bool = False,
+    int8: Int8 = False,
     adapter: str | Path | None = None,
 ) -> Tarsier:
     """Loads the model of a Hugging Face or converted directory, with stacked layers.
 
     Args:
-        int8: Quantizes the decoder's layers, see `weights.quantize`.
+        int8: Quantizes the decoder's layers; "w8a8" also the inputs of their products, see `weights.quantize`.
         adapter: Directory of a LoRA adapter that is merged into the weights, before they are quantized.
 
     Raises:
@@ -112,7 +112,7 @@ def load_weights(
         return x
 
     model = (load_checkpoint if is_converted(directory) else load_hf)(directory, config, mesh, change)
-    return use_quantized(model) if int8 else model
+    return use_quantized(model, int8) if int8 else model
 
 
 def stored_dtype(directory: Path, config: ModelConfig) -> str:

@@ -1,4 +1,4 @@
-"""Bytes to and from a chip's memory, read from the text of compiled programs."""
+"""Bytes to and from a chip's memory, and cycles, read from the text of compiled programs."""
 
 from benchmarks.traffic import Program
 
@@ -36,11 +36,11 @@ HloModule jit_decode, is_scheduled=true
   %w.1 = bf16[5,8,64]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p.1), index=2
   %cache.1 = bf16[5,4,100]{2,1,0} get-tuple-element(%p.1), index=3
   %new.1 = bf16[1,4,1]{2,1,0:S(1)} get-tuple-element(%p.1), index=4
-  %fusion.1 = bf16[4,8]{1,0:T(8,128)(2,1)} fusion(%x.1, %w.1, %i.1), kind=kOutput, calls=%product.1
+  %fusion.1 = bf16[4,8]{1,0:T(8,128)(2,1)} fusion(%x.1, %w.1, %i.1), calls=%product.1, backend_config={"estimated_cycles":"70"}
   %fusion.2 = bf16[5,4,100]{2,1,0} fusion(%cache.1, %new.1, %i.1), kind=kLoop, calls=%update.1
   %slice-start.1 = ((bf16[5,8,64]{2,1,0}), bf16[1,8,64]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%w.1), slice={[0:1]}
   %slice-done.1 = bf16[1,8,64]{2,1,0:S(1)} slice-done(%slice-start.1)
-  %copy.1 = bf16[4,8]{0,1} copy(%fusion.1)
+  %copy.1 = bf16[4,8]{0,1} copy(%fusion.1), backend_config={"flag_configs":[],"estimated_cycles":"5"}
   ROOT %tuple.1 = (s32[]{:T(128)}, bf16[4,64]{1,0:T(8,128)S(1)}) tuple(%i.1, %x.1)
 }
 
@@ -81,5 +81,10 @@ def test_bytes_of_a_step() -> None:
     update = 4 * 2  # from on-chip memory
     layer = (weights + index + product) + (index + update) + weights + 2 * product
     program = Program(PROGRAM)
-    assert list(program.loops()) == [("%step.1", 5 * layer)]  # the greedy branch is free
+    assert list(program.loops()) == ["%step.1"]
+    assert program.traffic("%step.1") == 5 * layer  # the greedy branch is free
     assert program.traffic(program.entry) == 5 * layer + 2 * 4 * 64 * 2
+
+
+def test_cycles_of_a_step() -> None:
+    assert Program(PROGRAM).cycles("%step.1") == 5 * (70 + 5)

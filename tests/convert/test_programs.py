@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from convert import verify
+from tarsier_jax.weights.quantize import Int8
 from tests.weights.conftest import bits
 from train.debug_data import TINY
 from train.untrained import write_untrained
@@ -61,13 +62,18 @@ def test_verify_between_two_directories(checkpoint: Path, tmp_path: Path) -> Non
     assert "DIFFERENT" in other.stdout
 
 
-def test_verify_int8(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("int8", "label"), [(True, "weights in int8"), ("w8a8", "weights and the inputs of products in int8")]
+)
+def test_verify_int8(
+    checkpoint: Path, int8: Int8, label: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The divergence from the same weights in bfloat16, here on a short text."""
     text = {"messages": [{"role": "user", "content": "Which comes first?"}]}
     monkeypatch.setattr(verify, "probes", lambda processor: [("text", processor(text))])
-    assert verify.verify(str(checkpoint), None, "bfloat16", int8=True, max_new_tokens=2) == 0
+    assert verify.verify(str(checkpoint), None, "bfloat16", int8=int8, max_new_tokens=2) == 0
     stdout = capsys.readouterr().out
-    assert "weights in int8, bfloat16" in stdout
+    assert f"({label}, bfloat16)" in stdout
     (row,) = (line.split() for line in stdout.splitlines() if line.split()[:1] == ["text"])
     assert 0 < float(row[-2]) < 1e-2
 

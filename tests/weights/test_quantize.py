@@ -84,6 +84,26 @@ def test_products_are_scaled_before_they_are_rounded() -> None:
     np.testing.assert_allclose(np.asarray(pull(g)[0], np.float64), expected, rtol=1.01 * half, atol=1e-4)
 
 
+def test_products_of_integers() -> None:
+    """With "w8a8", each token is rounded with a scale of its own. Sums of integers are exact."""
+    linear = Linear(512, 96, bias=False, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    model = nnx.Dict(decoder=nnx.Dict(layers=nnx.Dict(attn=nnx.Dict(q=linear))))
+    use_quantized(model, "w8a8")  # pyright: ignore[reportArgumentType]
+    weight = qwix.quantize(linear.weight[...], "int8", channelwise_axes=[0])
+    linear.weight = nnx.Param(weight)
+    values, weight_scale = np.asarray(weight.qvalue, np.int64), np.asarray(weight.scale)[:, 0]
+    x = np.random.default_rng(0).normal(size=(2, 32, 512)).astype(np.float32)
+    x[0, 3] *= 1e4  # has no influence on other tokens
+    x[1, 5] = 0
+    scale = np.abs(x).max(axis=-1, keepdims=True) / 127
+    rounded = np.rint(x / np.where(scale == 0, 1, scale))
+    y = np.asarray(jax.jit(linear)(x))
+    np.testing.assert_allclose(y, (rounded.astype(np.int64) @ values.T) * scale * weight_scale, rtol=1e-6)
+    exact = (x @ values.T) * weight_scale
+    error = np.linalg.norm(y - exact, axis=-1) / np.maximum(np.linalg.norm(exact, axis=-1), 1)
+    assert 1e-3 < error.max() < 0.02 and not y[1, 5].any()
+
+
 def test_half_of_bfloat16(checkpoint: Path) -> None:
     plain, quantized = (
         sum(x.nbytes for x in jax.tree.leaves(nnx.state(load(checkpoint, int8, "bfloat16").decoder.layers)))
