@@ -36,7 +36,7 @@ HloModule jit_decode, is_scheduled=true
   %w.1 = bf16[5,8,64]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p.1), index=2
   %cache.1 = bf16[5,4,100]{2,1,0} get-tuple-element(%p.1), index=3
   %new.1 = bf16[1,4,1]{2,1,0:S(1)} get-tuple-element(%p.1), index=4
-  %fusion.1 = bf16[4,8]{1,0:T(8,128)(2,1)} fusion(%x.1, %w.1, %i.1), calls=%product.1, backend_config={"estimated_cycles":"70"}
+  %fusion.1 = bf16[4,8]{1,0} fusion(%x.1, %w.1, %i.1), calls=%product.1, backend_config={"estimated_cycles":"70"}
   %fusion.2 = bf16[5,4,100]{2,1,0} fusion(%cache.1, %new.1, %i.1), kind=kLoop, calls=%update.1
   %slice-start.1 = ((bf16[5,8,64]{2,1,0}), bf16[1,8,64]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%w.1), slice={[0:1]}
   %slice-done.1 = bf16[1,8,64]{2,1,0:S(1)} slice-done(%slice-start.1)
