@@ -208,18 +208,20 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 
 
 def split_tokens(x: jax.Array) -> jax.Array:
-    """Returns an array (B, T, ...) as (B, n, T / n, ...), for n devices on the tensor axis.
-
-    n is 1 if they do not divide T.
-    """
+    """Returns (B, T, D) as (B, n, T / n, D) if the tensor axis has n > 1 devices, which divide T."""
     mesh = current_mesh()
     n = 1 if mesh is None or x.shape[1] % mesh.shape[HEADS] else mesh.shape[HEADS]
-    return x.reshape(x.shape[0], n, x.shape[1] // n, *x.shape[2:])
+    return x if n == 1 else x.reshape(x.shape[0], n, x.shape[1] // n, x.shape[2])
 
 
 def constrain_tokens(x: jax.Array) -> jax.Array:
-    """Shards a result of `split_tokens` so that each device on the tensor axis has one part of the tokens."""
-    return constrain(x, BATCH, HEADS if x.shape[1] > 1 else None, *(None,) * (x.ndim - 2))
+    """Shards a result of `split_tokens`: each device of the tensor axis has one of the n parts."""
+    return constrain(x, BATCH, *(HEADS,) * (x.ndim - 3), None, None)
+
+
+def gather_tokens(x: jax.Array) -> jax.Array:
+    """Replicates (B, ..., D) over the tensor axis."""
+    return constrain(x, BATCH, *(None,) * (x.ndim - 1))
 
 
 def bin_padding(groups: int, bins: int) -> int:

@@ -13,7 +13,7 @@ from tarsier_jax.models.attention import attend
 from tarsier_jax.models.cache import KVCache
 from tarsier_jax.models.layers import Embedding, Linear, RMSNorm, apply_layers, layer_at, stack_layers
 from tarsier_jax.models.rope import mrope_tables, rotate
-from tarsier_jax.sharding import BATCH, HEADS, constrain, constrain_tokens, split_tokens
+from tarsier_jax.sharding import BATCH, HEADS, constrain, constrain_tokens, gather_tokens, split_tokens
 from tarsier_jax.typing import Array
 
 _MLP_TOKENS = 2048  # of a row, that the MLP runs at once in prefill; enough that products do not wait for the weights
@@ -53,7 +53,7 @@ class Attention(nnx.Module):
             extend: Whether the tokens follow those in the cache.
         """
         B, T, _ = x.shape
-        x = constrain(x, BATCH, None, None)  # all tokens, of which the devices compute different heads
+        x = gather_tokens(x)  # of which the devices compute different heads
         q = rotate(self._split_heads(self.q(x)), cos, sin)  # [B, T, N, H]
         k, v = self.keys_values(x, cos, sin)
         if cache is not None and extend:
@@ -61,10 +61,11 @@ class Attention(nnx.Module):
             starts = cache.lengths
             out = attend(q, *cache.read(layer), causal=True, query_starts=starts, implementation=self.implementation)
         else:
+            cache = cache.fill(layer, k, v) if cache is not None else None
             out = attend(q, k, v, causal=True, segment_ids=segment_ids, implementation=self.implementation)
             if cache is not None:
                 out = self.o(split_tokens(out.reshape(B, T, -1)))  # [B, n, T/n, D]
-                return constrain_tokens(out).reshape(B, T, -1), cache.fill(layer, k, v)
+                return constrain_tokens(out).reshape(B, T, -1), cache
         return self.o(out.reshape(B, T, -1)), cache
 
     def keys_values(
@@ -130,16 +131,16 @@ def add_in_parts(
     loop, into which XLA would copy the weights of the layer. Each replaces its tokens in `x`, so that they run one
     after the other.
     """
-    B, T, D = x.shape
+    shape, T = x.shape, x.shape[1]
     x = constrain_tokens(split_tokens(x))  # [B, n, T/n, D]
-    n = x.shape[1]
+    size = _MLP_TOKENS * x.shape[-2] // T
     if T > _MLP_TOKENS:
         x = jax.lax.optimization_barrier(x)  # otherwise its summands remain in memory until the end of the first part
-    for start in range(0, T // n, _MLP_TOKENS // n):
-        part = x[:, :, start : start + _MLP_TOKENS // n]
-        update = mlp(constrain(norm(part), BATCH, None, None, None))
-        x = jax.lax.dynamic_update_slice_in_dim(x, part + constrain_tokens(update), start, axis=2)
-    return x.reshape(B, T, D)
+    for start in range(0, x.shape[-2], size):
+        part = x[..., start : start + size, :]
+        update = constrain_tokens(mlp(gather_tokens(norm(part))))
+        x = jax.lax.dynamic_update_slice_in_dim(x, part + update, start, axis=-2)
+    return x.reshape(shape)
 
 
 def split_residual(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -191,7 +192,7 @@ class Decoder(nnx.Module):
         tables, index = self._tables(position_ids), self.config.text.num_layers - 1
         x, cache = self._run_layers(x, tables, segment_ids, cache, num_layers=index)
         layer = layer_at(self.layers, index)
-        y = constrain(layer.input_norm(x), BATCH, None, None)
+        y = gather_tokens(layer.input_norm(x))
         return x, cache.fill(index, *layer.attn.keys_values(y, *tables))
 
     def finish(
@@ -234,7 +235,7 @@ class Decoder(nnx.Module):
         """Returns the hidden states after the first `num_layers` layers, by default all, and the cache."""
 
         def place(x: Array) -> Array:
-            return constrain(x, BATCH, None, None) if cache is None or extend else split_residual(x)
+            return gather_tokens(x) if cache is None or extend else split_residual(x)
 
         # The cache is part of the carry: as a scanned input and output it would be copied at every layer.
         def block(carry: tuple, layer: DecoderLayer) -> tuple:

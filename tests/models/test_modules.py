@@ -139,7 +139,7 @@ def test_the_mlp_runs_in_parts(models: tuple[Any, Tarsier], monkeypatch: pytest.
     x = random(2, 21, models[1].config.text.hidden_size)
 
     def mlp(x: Any) -> Any:
-        sizes.append(x.shape[2])
+        sizes.append(x.shape[1])
         return layer.mlp(x)
 
     output = decoder.add_in_parts(layer.post_norm, mlp, jnp.asarray(x))
