@@ -181,15 +181,13 @@ class PackedPrompts(KVCache):
 
         Positions after a prompt are overwritten or never read.
         """
-        array, index = self._locate(layer)
-        slots = dataclasses.replace(self, k=(self.k[array],), v=(self.v[array],))
+        slots, index = _layer_of(self, layer, self.prompts.count)
         block = min(_COPIED, self.size)
         rows = tuple((jnp.pad(fold_heads(x, slots.k[0].dtype), ((0, 0), (0, block), (0, 0)))[None],) for x in (k, v))
         prompts = self.prompts
-        where = jnp.full_like(prompts.count, index), prompts.count, prompts.row, prompts.start, prompts.slot
-        copy = functools.partial(_copy_prompts, block=block)
-        (k,), (v,) = _in_groups(copy, (*where, prompts.length), slots, rows)
-        return self._replace(array, k, v)
+        where = index, prompts.count, prompts.row, prompts.start, prompts.slot, prompts.length
+        (k,), (v,) = _in_groups(functools.partial(_copy_prompts, block=block), where, slots, rows)
+        return self._replace(self._locate(layer)[0], k, v)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -251,6 +249,41 @@ class Continuation:
         return cls(*(np.zeros((groups, *shape), np.int32) for shape in shapes))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExtendedSlots(KVCache):
+    """The cache of the slots, of which the layers extend one slot per group.
+
+    A layer passes a slot's keys and values to the slot of the prompt before the next layer runs: those of all layers of
+    a slot would be the largest temporaries.
+
+    Attributes:
+        lengths: Number of tokens that precede the new ones, per group.
+        source: Slot in each group that contains these tokens.
+        prompts: The slot of the prompt in each group, if it has one.
+    """
+
+    lengths: Int[Array, " G"]
+    source: Int[Array, " G"] = dataclasses.field(kw_only=True)
+    prompts: SlotAssignment = dataclasses.field(kw_only=True)
+
+    def append(
+        self, layer: int | Int[Array, ""], k: Float[Array, "G T K H"], v: Float[Array, "G T K H"]
+    ) -> tuple[KVCache, Float[Array, "G S K H"], Float[Array, "G S K H"]]:
+        """Writes the tokens that precede, and T further tokens, to the slots of the prompts.
+
+        Returns:
+            The cache, and all keys and all values of the prompts in the layer.
+        """
+        prompts = self.prompts
+        slots, index = _layer_of(self, layer, prompts.count)
+        taken_k, taken_v = _in_groups(_take_slot, (index, self.source), slots)
+        rows, k, v = KVCache(taken_k, taken_v, self.lengths, self.num_kv_heads).append(0, k, v)
+        where = index, prompts.slot[:, 0], prompts.count
+        (new_k,), (new_v,) = _in_groups(_put_slot, where, slots, (rows.k, rows.v))
+        return self._replace(self._locate(layer)[0], new_k, new_v), k, v
+
+
 @functools.partial(jax.jit, donate_argnames="state")
 def extend_slots(model: Tarsier, state: DecodeState, new: Continuation, prompts: SlotAssignment) -> DecodeState:
     """Runs further tokens of at most one prompt per group into its slot, and starts its answer there.
@@ -259,12 +292,11 @@ def extend_slots(model: Tarsier, state: DecodeState, new: Continuation, prompts:
 
     If a prompt needs several calls, the others must precede the next call of `decode_slots`.
     """
-    k, v = _in_groups(_take_slot, (prompts.count, new.source[:, None]), state.cache)
-    taken = dataclasses.replace(state.cache, k=k, v=v, lengths=new.start)
     x = model.decoder.embed(new.input_ids).astype(model.config.dtype)
-    _, extended = model.extend(x, new.position_ids, taken, new.num_new)
-    k, v = _in_groups(_put_slot, (prompts.count, prompts.slot), state.cache, (extended.k, extended.v))
-    cache = dataclasses.replace(state.cache, k=k, v=v)
+    slots = state.cache
+    extended = ExtendedSlots(slots.k, slots.v, new.start, slots.num_kv_heads, source=new.source, prompts=prompts)
+    _, extended = model.extend(x, new.position_ids, extended, new.num_new)
+    cache = dataclasses.replace(slots, k=extended.k, v=extended.v)
     G, V = new.prompt.shape[0], state.seen_tokens.shape[1]
     valid = jnp.arange(new.prompt.shape[1]) < new.prompt_length[:, None]
     seen_tokens = jnp.zeros((G, V), bool).at[jnp.arange(G)[:, None], new.prompt].max(valid)
@@ -334,6 +366,14 @@ def _prompt_tokens(rows: Batch, prompts: SlotAssignment, vocab_size: int) -> Boo
     return seen_tokens.at[group[..., None], n[:, None], rows.input_ids[row]].max(inside)
 
 
+def _layer_of(
+    slots: KVCache, layer: int | Int[Array, ""], groups: Int[Array, " G"]
+) -> tuple[KVCache, Int[Array, " G"]]:
+    """Returns a cache of the array that contains a layer, and the layer's index in it once per group."""
+    array, index = slots._locate(layer)
+    return dataclasses.replace(slots, k=(slots.k[array],), v=(slots.v[array],)), jnp.full_like(groups, index)
+
+
 def _in_groups(function: Callable[..., Any], where: tuple[Array, ...], slots: KVCache, *others: Any) -> Any:
     """Returns keys and values that `function` computes for each group, on the devices of the group.
 
@@ -380,15 +420,19 @@ def _copy_prompts(
     return lax.fori_loop(0, count[0], copy_prompt, slots)
 
 
-def _take_slot(cache: Any, count: Int[Array, " 1"], slot: Int[Array, "1 1"]) -> Any:
-    """Returns the keys and values of one slot."""
-    return jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, slot[0, 0], 1, axis=1), cache)
+def _take_slot(slots: Any, layer: Int[Array, " 1"], slot: Int[Array, " 1"]) -> Any:
+    """Returns the keys and values of one layer of one slot."""
+
+    def take(array: Float[Array, "layers B S KH"]) -> Float[Array, "1 1 S KH"]:
+        return lax.dynamic_slice(array, (layer[0], slot[0], 0, 0), (1, 1, *array.shape[2:]))
+
+    return jax.tree.map(take, slots)
 
 
-def _put_slot(cache: Any, extended: Any, count: Int[Array, " 1"], slot: Int[Array, "1 1"]) -> Any:
-    """Replaces the keys and values of one slot, unless `count` is 0."""
+def _put_slot(slots: Any, rows: Any, layer: Int[Array, " 1"], slot: Int[Array, " 1"], count: Int[Array, " 1"]) -> Any:
+    """Replaces the keys and values of one layer of one slot, unless `count` is 0."""
 
     def put(array: Array, new: Array, old: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(array, jnp.where(count[0] > 0, new, old), slot[0, 0], axis=1)
+        return lax.dynamic_update_slice(array, jnp.where(count[0] > 0, new, old), (layer[0], slot[0], 0, 0))
 
-    return jax.tree.map(put, cache, extended, _take_slot(cache, count, slot))
+    return jax.tree.map(put, slots, rows, _take_slot(slots, layer, slot))

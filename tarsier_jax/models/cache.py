@@ -60,21 +60,15 @@ class KVCache:
 
         return self._replace(array, write(self.k[array], k), write(self.v[array], v))
 
-    def read(
-        self, layer: int | Int[Array, ""]
-    ) -> tuple[Float[Array, "B read_length K H"], Float[Array, "B read_length K H"]]:
-        """Returns the keys and values of one layer."""
-        array, index = self._locate(layer)
-        _, B, S, width = self.k[array].shape
-        sizes = (1, B, self.read_length or S, width)
-        k, v = (jax.lax.dynamic_slice(x[array], (index, 0, 0, 0), sizes) for x in (self.k, self.v))
-        k, v = (x.reshape(B, sizes[2], self.num_kv_heads, -1) for x in (k, v))
-        return k, v
-
-    def append(self, layer: int | Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "KVCache":
+    def append(
+        self, layer: int | Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    ) -> tuple["KVCache", Float[Array, "B read_length K H"], Float[Array, "B read_length K H"]]:
         """Writes T tokens of one layer after the valid positions of each row. The caller updates `lengths` once.
 
         Tokens beyond the size of the cache are dropped.
+
+        Returns:
+            The cache, and all keys and all values of the layer.
         """
         array, index = self._locate(layer)
         rows = jnp.arange(k.shape[0])[:, None]
@@ -83,7 +77,13 @@ class KVCache:
         def write(old: Array, new: Array) -> Array:
             return old.at[index, rows, positions].set(fold_heads(new, old.dtype))
 
-        return self._replace(array, write(self.k[array], k), write(self.v[array], v))
+        def read(array: Array) -> Array:
+            _, B, S, width = array.shape
+            sizes = (1, B, self.read_length or S, width)
+            return jax.lax.dynamic_slice(array, (index, 0, 0, 0), sizes).reshape(B, sizes[2], self.num_kv_heads, -1)
+
+        k, v = write(self.k[array], k), write(self.v[array], v)
+        return self._replace(array, k, v), read(k), read(v)
 
     def _replace(self, array: int, k: Array, v: Array) -> "KVCache":
         """Returns the cache with one array of the keys and of the values replaced."""

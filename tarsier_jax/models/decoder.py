@@ -57,9 +57,9 @@ class Attention(nnx.Module):
         q = rotate(self._split_heads(self.q(x)), cos, sin)  # [B, T, N, H]
         k, v = self.keys_values(x, cos, sin)
         if cache is not None and extend:
-            cache = cache.append(layer, k, v)
             starts = cache.lengths
-            out = attend(q, *cache.read(layer), causal=True, query_starts=starts, implementation=self.implementation)
+            cache, k, v = cache.append(layer, k, v)
+            out = attend(q, k, v, causal=True, query_starts=starts, implementation=self.implementation)
         else:
             cache = cache.fill(layer, k, v) if cache is not None else None
             out = attend(q, k, v, causal=True, segment_ids=segment_ids, implementation=self.implementation)
