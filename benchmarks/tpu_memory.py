@@ -109,6 +109,8 @@ def programs(
     """
     G, row, config = shape.groups, shape.buckets[-1], model.config
     vision, decoder = (shard_bytes(nnx.state(part)) for part in (model.vision, model.decoder))
+    # Programs that compute no logits have neither as arguments.
+    vision_and_head = vision + (shard_bytes(nnx.state(model.decoder.lm_head)) if model.decoder.lm_head else 0)
 
     def array(*sizes: int, dtype: Any = jnp.int32, axes: tuple[Any, ...] = (BATCH,)) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P(*axes)))
@@ -128,11 +130,11 @@ def programs(
         features = array(G, features, config.text.hidden_size, dtype=jnp.bfloat16)
         prompts = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), SlotAssignment.none(G, row.samples))
         program = functools.partial(prefill_into_slots.lower, model, state, rows, features, prompts)
-        yield "prefill_into_slots", program, vision
+        yield "prefill_into_slots", program, vision_and_head
         if prefers_lengths(config.attention):
             alone = dataclasses.replace(rows, segment_ids=None)
             program = functools.partial(prefill_into_slots.lower, model, state, alone, features, prompts)
-            yield "prefill_into_slots of one prompt", program, vision
+            yield "prefill_into_slots of one prompt", program, vision_and_head
 
         cancelled = array(shape.slots, dtype=bool, axes=())
         program = functools.partial(decode_slots.lower, model, state, cancelled, eos, number, number)
@@ -142,7 +144,7 @@ def programs(
         new, prompt = (
             jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), each) for each in (tokens, SlotAssignment.none(G, 1))
         )
-        yield "extend_slots", functools.partial(extend_slots.lower, model, state, new, prompt), vision
+        yield "extend_slots", functools.partial(extend_slots.lower, model, state, new, prompt), vision_and_head
 
 
 def bytes_to_read(model: Tarsier, state: DecodeState) -> int:

@@ -43,7 +43,7 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint or the adapter is missing, damaged or not supported.
-        InputError: `int8` is set and qwix is not installed.
+        InputError: `int8` is unknown, or set and qwix is not installed.
     """
     directory = resolve(path)
     device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]

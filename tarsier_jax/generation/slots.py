@@ -181,13 +181,14 @@ class PackedPrompts(KVCache):
 
         Positions after a prompt are overwritten or never read.
         """
-        slots, index = _layer_of(self, layer, self.prompts.count)
+        slots, index = self._array_of(layer)
         block = min(_COPIED, self.size)
         rows = tuple((jnp.pad(fold_heads(x, slots.k[0].dtype), ((0, 0), (0, block), (0, 0)))[None],) for x in (k, v))
         prompts = self.prompts
-        where = index, prompts.count, prompts.row, prompts.start, prompts.slot, prompts.length
-        (k,), (v,) = _in_groups(functools.partial(_copy_prompts, block=block), where, slots, rows)
-        return self._replace(self._locate(layer)[0], k, v)
+        where = jnp.full_like(prompts.count, index), prompts.count, prompts.row, prompts.start, prompts.slot
+        copy = functools.partial(_copy_prompts, block=block)
+        (k,), (v,) = _in_groups(copy, (*where, prompts.length), slots, rows)
+        return self._replace(layer, k, v)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -276,12 +277,13 @@ class ExtendedSlots(KVCache):
             The cache, and all keys and all values of the prompts in the layer.
         """
         prompts = self.prompts
-        slots, index = _layer_of(self, layer, prompts.count)
+        slots, index = self._array_of(layer)
+        index = jnp.full_like(self.source, index)
         taken_k, taken_v = _in_groups(_take_slot, (index, self.source), slots)
         rows, k, v = KVCache(taken_k, taken_v, self.lengths, self.num_kv_heads).append(0, k, v)
         where = index, prompts.slot[:, 0], prompts.count
         (new_k,), (new_v,) = _in_groups(_put_slot, where, slots, (rows.k, rows.v))
-        return self._replace(self._locate(layer)[0], new_k, new_v), k, v
+        return self._replace(layer, new_k, new_v), k, v
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -364,14 +366,6 @@ def _prompt_tokens(rows: Batch, prompts: SlotAssignment, vocab_size: int) -> Boo
     group, n = jnp.arange(G)[:, None], jnp.arange(N)
     seen_tokens = jnp.zeros((G, N, vocab_size), bool).at[group, n, prompts.last_token].set(True)
     return seen_tokens.at[group[..., None], n[:, None], rows.input_ids[row]].max(inside)
-
-
-def _layer_of(
-    slots: KVCache, layer: int | Int[Array, ""], groups: Int[Array, " G"]
-) -> tuple[KVCache, Int[Array, " G"]]:
-    """Returns a cache of the array that contains a layer, and the layer's index in it once per group."""
-    array, index = slots._locate(layer)
-    return dataclasses.replace(slots, k=(slots.k[array],), v=(slots.v[array],)), jnp.full_like(groups, index)
 
 
 def _in_groups(function: Callable[..., Any], where: tuple[Array, ...], slots: KVCache, *others: Any) -> Any:

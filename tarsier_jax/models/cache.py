@@ -58,7 +58,7 @@ class KVCache:
         def write(old: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice(old, fold_heads(new, old.dtype)[None], (index, 0, 0, 0))
 
-        return self._replace(array, write(self.k[array], k), write(self.v[array], v))
+        return self._replace(layer, write(self.k[array], k), write(self.v[array], v))
 
     def append(
         self, layer: int | Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
@@ -83,12 +83,18 @@ class KVCache:
             return jax.lax.dynamic_slice(array, (index, 0, 0, 0), sizes).reshape(B, sizes[2], self.num_kv_heads, -1)
 
         k, v = write(self.k[array], k), write(self.v[array], v)
-        return self._replace(array, k, v), read(k), read(v)
+        return self._replace(layer, k, v), read(k), read(v)
 
-    def _replace(self, array: int, k: Array, v: Array) -> "KVCache":
-        """Returns the cache with one array of the keys and of the values replaced."""
+    def _replace(self, layer: int | Array, k: Array, v: Array) -> "KVCache":
+        """Returns the cache with the arrays replaced that contain the keys and the values of a layer."""
+        array, _ = self._locate(layer)
         keys, values = ((*old[:array], new, *old[array + 1 :]) for old, new in ((self.k, k), (self.v, v)))
         return dataclasses.replace(self, k=keys, v=values)
+
+    def _array_of(self, layer: int | Array) -> tuple["KVCache", int | Array]:
+        """Returns a cache of only the arrays that contain a layer, and the layer's index in it."""
+        array, index = self._locate(layer)
+        return dataclasses.replace(self, k=(self.k[array],), v=(self.v[array],)), index
 
     def _locate(self, layer: int | Array) -> tuple[int, int | Array]:
         """Returns the index of the array that contains a layer, and the layer's index in it.

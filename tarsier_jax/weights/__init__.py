@@ -18,7 +18,7 @@ from tarsier_jax.weights.kinds import check_kind
 from tarsier_jax.weights.load import Change, load_hf
 from tarsier_jax.weights.match import open_checkpoint
 from tarsier_jax.weights.orbax import is_converted, load_checkpoint, open_array, save_checkpoint
-from tarsier_jax.weights.quantize import Int8, check_qwix, quantize_parameter, use_quantized
+from tarsier_jax.weights.quantize import Int8, check_int8, quantize_parameter, use_quantized
 
 __all__ = [
     "EMBEDDED",
@@ -97,13 +97,13 @@ def load_weights(
 
     Raises:
         CheckpointError: see `load_hf`, `load_checkpoint` and `read_adapter`.
-        InputError: `int8` is set and qwix is not installed.
+        InputError: `int8` is unknown, or set and qwix is not installed.
     """
     changes: list[Change] = []
     if adapter is not None:
         changes.append(read_adapter(adapter, config).merge)
     if int8:
-        check_qwix()
+        check_int8(int8)
         changes.append(quantize_parameter)
 
     def change(path: tuple[Any, ...], x: jax.Array) -> Any:

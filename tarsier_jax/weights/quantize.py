@@ -32,6 +32,13 @@ Int8 = bool | Literal["w8a8"]  # True: weights in int8; "w8a8": the inputs of th
 _QUANTIZED = re.compile(r"decoder/layers/(attn|mlp)/\w+/weight")
 
 
+def check_int8(int8: Int8) -> None:
+    """Raises InputError if the value is unknown, or qwix is not installed."""
+    if int8 not in (True, "w8a8"):
+        raise InputError(f"int8 is {int8!r}. Pass False, True or 'w8a8'.")
+    check_qwix()
+
+
 def check_qwix() -> None:
     """Raises InputError if qwix is not installed."""
     try:

@@ -18,13 +18,13 @@ from tarsier_jax.models.layers import Linear
 from tarsier_jax.models.tarsier import Tarsier
 from tarsier_jax.sharding import parameter_path
 from tarsier_jax.weights import load_weights
-from tarsier_jax.weights.quantize import use_quantized
+from tarsier_jax.weights.quantize import Int8, use_quantized
 from tarsier_jax.weights.streaming import convert_hf
 from tests import reference
 from tests.devices import simulated_devices
 
 
-def load(directory: Path, int8: bool, dtype: str = "float32") -> Tarsier:
+def load(directory: Path, int8: Int8, dtype: str = "float32") -> Tarsier:
     config = dataclasses.replace(load_config(directory), dtype=dtype, param_dtype=dtype)
     return load_weights(directory, config, int8=int8)
 
@@ -123,6 +123,11 @@ def test_over_eight_devices(checkpoint: Path) -> None:
     command = [sys.executable, "-m", "tests.weights.quantized", str(checkpoint)]
     done = subprocess.run(command, env=simulated_devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_value(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=r"int8 is 'w4a16'\. Pass False, True or 'w8a8'\."):
+        load(checkpoint, int8="w4a16")  # pyright: ignore[reportArgumentType]
 
 
 def test_without_qwix(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
