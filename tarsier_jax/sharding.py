@@ -179,6 +179,12 @@ def current_mesh() -> AbstractMesh | None:
     return None if mesh.empty or mesh.manual_axes else mesh
 
 
+def tensor_size() -> int:
+    """Returns the number of devices of the tensor axis; 1 where `current_mesh` is None."""
+    mesh = current_mesh()
+    return 1 if mesh is None else mesh.shape[HEADS]
+
+
 def fit_spec(shape: Sequence[int], axes: Sequence[Any], mesh: AbstractMesh | Mesh) -> P:
     """Returns `axes` as a spec for an array of `shape`.
 
@@ -209,9 +215,8 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 
 def split_tokens(x: jax.Array) -> jax.Array:
     """Returns (B, T, D) as (B, n, T / n, D) if the tensor axis has n > 1 devices, which divide T."""
-    mesh = current_mesh()
-    n = 1 if mesh is None or x.shape[1] % mesh.shape[HEADS] else mesh.shape[HEADS]
-    return x if n == 1 else x.reshape(x.shape[0], n, x.shape[1] // n, x.shape[2])
+    (B, T, D), n = x.shape, tensor_size()
+    return x if n == 1 or T % n else x.reshape(B, n, T // n, D)
 
 
 def constrain_tokens(x: jax.Array) -> jax.Array:

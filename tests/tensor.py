@@ -73,8 +73,6 @@ def compare_tower() -> dict[str, Any]:
     """Groups of three bins, which two devices do not divide. The last bin of a group contains two frames."""
     groups, bins = 4, 3
     graph, state = nnx.split(Tarsier(CONFIG, nnx.Rngs(0)))
-    shardings = parameter_shardings(state, MESH)
-    flat = [(path, leaf.replace(jax.device_put(leaf[...], shardings[path]))) for path, leaf in nnx.to_flat_state(state)]
     patches = np.random.default_rng(0).normal(size=(groups, bins, 32, CONFIG.vision.patch_dim)).astype(np.float32)
     frame_hw = np.zeros((groups, bins, 2, 2), np.int32)
     frame_hw[:, :, 0], frame_hw[:, -1, 1] = (4, 4), (2, 6)
@@ -84,17 +82,14 @@ def compare_tower() -> dict[str, Any]:
         encoded = nnx.merge(graph, state).encode_frames(patches, jnp.asarray(frame_hw))
         return jnp.where(is_feature.reshape(groups, -1, 1), encoded, 0)
 
-    return compare(features, (state, patches), (nnx.from_flat_state(flat), put(patches, BATCH)))
+    return compare(features, (state, patches), (shard_state(state), put(patches, BATCH)))
 
 
 def compare_prefill() -> dict[str, Any]:
     """The sum of hidden states and keys of three layers, of which the MLP runs eight tokens of a row at a time."""
     decoder._MLP_TOKENS = 8
-    graph, state = nnx.split(
-        Tarsier(dataclasses.replace(CONFIG, text=dataclasses.replace(TEXT, num_layers=3)), nnx.Rngs(0))
-    )
-    shardings = parameter_shardings(state, MESH)
-    flat = [(path, leaf.replace(jax.device_put(leaf[...], shardings[path]))) for path, leaf in nnx.to_flat_state(state)]
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(TEXT, num_layers=3))
+    graph, state = nnx.split(Tarsier(config, nnx.Rngs(0)))
     x = np.random.default_rng(0).normal(size=(4, 22, D)).astype(np.float32)
     position_ids = np.tile(np.arange(22, dtype=np.int32)[:, None], (4, 1, 3))
 
@@ -103,7 +98,13 @@ def compare_prefill() -> dict[str, Any]:
         x, cache = layers.fill_cache(x, position_ids, layers.empty_cache(*x.shape[:2]))
         return x + cache.k[0].sum(axis=0)
 
-    return compare(run, (state, x), (nnx.from_flat_state(flat), put(x, BATCH)))
+    return compare(run, (state, x), (shard_state(state), put(x, BATCH)))
+
+
+def shard_state(state: nnx.State) -> nnx.State:
+    shardings = parameter_shardings(state, MESH)
+    flat = [(path, leaf.replace(jax.device_put(leaf[...], shardings[path]))) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.from_flat_state(flat)
 
 
 def put(x: np.ndarray, *axes: Any) -> jax.Array:

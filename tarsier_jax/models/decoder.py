@@ -63,10 +63,10 @@ class Attention(nnx.Module):
         else:
             cache = cache.fill(layer, k, v) if cache is not None else None
             out = attend(q, k, v, causal=True, segment_ids=segment_ids, implementation=self.implementation)
-            if cache is not None:
-                out = self.o(split_tokens(out.reshape(B, T, -1)))  # [B, n, T/n, D]
-                return constrain_tokens(out).reshape(B, T, -1), cache
-        return self.o(out.reshape(B, T, -1)), cache
+        out = out.reshape(B, T, -1)
+        if cache is None or extend:
+            return self.o(out), cache
+        return constrain_tokens(self.o(split_tokens(out))).reshape(B, T, -1), cache
 
     def keys_values(
         self, x: Float[Array, "B T D"], cos: Array, sin: Array

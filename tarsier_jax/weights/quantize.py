@@ -24,7 +24,7 @@ from jaxtyping import Float
 from tarsier_jax.errors import InputError
 from tarsier_jax.models.layers import Linear
 from tarsier_jax.models.tarsier import Tarsier
-from tarsier_jax.sharding import HEADS, current_mesh, parameter_path, parameter_spec
+from tarsier_jax.sharding import HEADS, parameter_path, parameter_spec, tensor_size
 from tarsier_jax.typing import Array
 
 Int8 = bool | Literal["w8a8"]  # True: weights in int8; "w8a8": the inputs of their products too
@@ -105,8 +105,7 @@ def _multiply(x: Float[Array, "tokens D"], weight: Any, dimensions: Any) -> Floa
 
 def _multiply_split(x: Float[Array, "tokens D"], weight: Any, dimensions: Any) -> Float[Array, "tokens out"]:
     """Returns the same if the tensor axis splits D. Devices exchange their sums in x's dtype, as they do otherwise."""
-    mesh = current_mesh()
-    dtype = jnp.float32 if mesh is None or mesh.shape[HEADS] == 1 else x.dtype
+    dtype = jnp.float32 if tensor_size() == 1 else x.dtype
     return _scaled_product(x, weight.qvalue, weight.scale[:, 0], dtype)
 
 
@@ -120,8 +119,7 @@ def _multiply_int8_split(x: Float[Array, "tokens D"], weight: Any, dimensions: A
 
     Each device has its own scale per token, for its part of D: devices exchange sums, in x's dtype, and no maxima.
     """
-    mesh = current_mesh()
-    n = 1 if mesh is None else mesh.shape[HEADS]
+    n = tensor_size()
     parts, values = (y.reshape(-1, n, y.shape[1] // n) for y in (x, weight.qvalue))
     y = jax.vmap(_integer_product, (1, 1, None))(parts, values, weight.scale[:, 0])  # [n, tokens, out]
     return jax.lax.reduce(y, jnp.zeros((), y.dtype), jax.lax.add, (0,))
