@@ -133,17 +133,18 @@ def make_page(model: LocalModel, n_frames: int, sampling: SamplingOptions) -> "g
             [send.click, text.submit],
             answer_question,
             [text, conversation, count, temperature, top_p],
-            [chat, text, frames],
+            [chat, text, frames, send],
             trigger_mode="once",
             **private,
         )
+        asked.then(_enable, outputs=send, queue=False, **private)  # after an unexpected error, too
         for event in (opened, asked):  # the time to live starts again
             event.then(lambda used: used, conversation, conversation, queue=False, **private)
         stop.click(Conversation.cancel, conversation, queue=False, **private)
         gr.on(
             [restart.click, chat.clear],  # an answer in progress ends in the former conversation
-            lambda: (new_conversation(), None, [], [], _QUESTION),
-            outputs=[conversation, files, frames, chat, text],
+            lambda: (new_conversation(), None, [], [], _QUESTION, _enable()),
+            outputs=[conversation, files, frames, chat, text, send],
             cancels=asked,
             queue=False,
             **private,
@@ -187,28 +188,38 @@ def open_files(paths: list[str] | None, conversation: Conversation, n_frames: in
 
 def answer_question(
     text: str, conversation: Conversation, n_frames: int, temperature: float, top_p: float
-) -> Iterator[tuple[list[dict[str, str]], str, Any]]:
-    """Yields the messages of the page, the content of the field for the next question, and the frames."""
+) -> Iterator[tuple[list[dict[str, str]], Any, Any, Any]]:
+    """Yields the messages of the page, the content of the question field, the frames, and the Ask button.
+
+    The field is cleared once: a question that is typed during an answer remains. The button is disabled until the
+    answer ends, since the page ignores its clicks.
+    """
     import gradio as gr
 
     before, files, media = chat_messages(conversation), conversation.files, conversation.media
     if not text.strip():
-        yield before, text, gr.skip()
+        yield before, text, gr.skip(), gr.skip()
         return
     conversation.options = {"n_frames": int(n_frames)}
     turn = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
-    yield before + turn, "", gr.skip()
+    yield before + turn, "", gr.skip(), gr.Button(interactive=False)
     try:
         conversation.sampling = _with_sliders(conversation.sampling, temperature, top_p)
         for piece in conversation.ask(text):
             turn[1]["content"] += piece
-            yield before + turn, "", gr.skip()
+            yield before + turn, gr.skip(), gr.skip(), gr.skip()
     except InputError as error:
         _show(error, files)
-        yield before, text, pictures(conversation)
+        yield before, text, pictures(conversation), gr.skip()
         return
     frames = gr.skip() if conversation.media is media else pictures(conversation)  # other options, other frames
-    yield chat_messages(conversation), "", frames
+    yield chat_messages(conversation), gr.skip(), frames, gr.skip()
+
+
+def _enable() -> "gradio.Button":
+    import gradio as gr
+
+    return gr.Button(interactive=True)
 
 
 def chat_messages(conversation: Conversation) -> list[dict[str, str]]:

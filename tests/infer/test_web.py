@@ -56,12 +56,13 @@ def test_a_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     assert clip.times is not None
     assert [caption for _, caption in frames] == [f"{clip.times[i]:.2f} s" for i in sample_uniform(clip.length, 4)]
     steps = list(web.answer_question("Describe the video in detail.", conversation, 4, 0.0, 1.0))
-    messages, field, _ = steps[-1]
+    messages = steps[-1][0]
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert messages[0]["content"] == "[clip.mp4]\nDescribe the video in detail."
-    assert messages[1]["content"].startswith("The blue cross") and field == ""
-    streamed = [messages[-1]["content"] for messages, _, _ in steps[1:-1]]
+    assert messages[1]["content"].startswith("The blue cross")
+    streamed = [messages[-1]["content"] for messages, *_ in steps[1:-1]]
     assert len(streamed) > 2 and all(b.startswith(a) for a, b in itertools.pairwise(streamed))
+    assert steps[0][1] == "" and all(field == gradio.skip() for _, field, *_ in steps[1:])  # typed meanwhile
 
 
 def test_a_file_that_cannot_be_used(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,19 +137,22 @@ def _use(page: Any, url: str, tmp_path: Path) -> None:
     page.get_by_text(CAPTION).wait_for()
 
     question.fill("count")
-    ask.click()
+    ask.click()  # waits for the end of the answer, during which the button is disabled
     page.get_by_text("word word word").wait_for()  # while the answer is streamed
+    assert ask.is_disabled()
+    question.fill("Describe the video in detail.")
+    page.wait_for_timeout(1000)
     page.get_by_role("button", name="Stop").click()
     page.wait_for_timeout(1000)
     words = page.get_by_text("word word word").inner_text()
     assert 3 <= len(words.split()) < 5000
 
-    question.fill("Describe the video in detail.")
-    ask.click()
+    ask.click()  # the question that was typed during the answer
     page.get_by_test_id("bot").nth(2).get_by_text("The ").wait_for()  # its content depends on the words before
 
-    page.get_by_role("button", name="Restart").click()
+    page.get_by_role("button", name="Restart").click()  # during the answer
     page.get_by_text(CAPTION).first.wait_for(state="detached")
+    page.wait_for_function("!document.querySelector('button.primary').disabled")
     assert page.locator(".thumbnail-item").count() == 0
 
     broken = tmp_path / "broken.mp4"
