@@ -57,20 +57,28 @@ def test_verify_between_two_directories(checkpoint: Path, tmp_path: Path) -> Non
     same = call("verify", checkpoint, tmp_path / "orbax", "--max_new_tokens", 4)
     assert same.returncode == 0, same.stderr
     assert same.stdout.count("0.0e+00") >= 8
-    other = call("verify", checkpoint, write_untrained(tmp_path / "other", TINY, seed=1), "--max_new_tokens", 12)
-    assert other.returncode == 1
-    assert "DIFFERENT" in other.stdout
+
+
+@pytest.fixture
+def short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One short text in place of the probes."""
+    text = {"messages": [{"role": "user", "content": "Which comes first?"}]}
+    monkeypatch.setattr(verify, "probes", lambda processor: [("text", processor(text))])
+
+
+@pytest.mark.usefixtures("short_probe")
+def test_verify_finds_other_weights(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = write_untrained(tmp_path / "other", TINY, seed=1)
+    assert verify.verify(str(checkpoint), str(other), "float32", int8=False, max_new_tokens=12) == 1
+    assert "DIFFERENT" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("int8", "label"), [(True, "weights in int8"), ("w8a8", "weights and the inputs of products in int8")]
 )
-def test_verify_int8(
-    checkpoint: Path, int8: Int8, label: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The divergence from the same weights in bfloat16, here on a short text."""
-    text = {"messages": [{"role": "user", "content": "Which comes first?"}]}
-    monkeypatch.setattr(verify, "probes", lambda processor: [("text", processor(text))])
+@pytest.mark.usefixtures("short_probe")
+def test_verify_int8(checkpoint: Path, int8: Int8, label: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The divergence from the same weights in bfloat16."""
     assert verify.verify(str(checkpoint), None, "bfloat16", int8=int8, max_new_tokens=2) == 0
     stdout = capsys.readouterr().out
     assert f"({label}, bfloat16)" in stdout

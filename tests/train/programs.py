@@ -14,9 +14,15 @@ import tensorstore as ts
 
 from tests.devices import simulated_devices
 
-# A learning rate that moves the loss, both optimizers, and a checkpoint every third step.
+# A learning rate that moves the loss, both optimizers, a checkpoint every third step, and half of the debug size's rows.
 MUON = "--config.optimizer.muon_params=('decoder/layers/mlp/.*',)"
-SETTINGS = ("--config.optimizer.peak_lr=1e-3", MUON, "--config.save_every=3", "--config.eval_every=0")
+SETTINGS = (
+    "--config.optimizer.peak_lr=1e-3",
+    MUON,
+    "--config.save_every=3",
+    "--config.eval_every=0",
+    "--config.data.seq_len=224",
+)
 
 
 def start(

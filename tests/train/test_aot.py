@@ -12,23 +12,23 @@ from train.transfers import Transfer
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_of_the_7b_fits_a_v5e_pod() -> None:
-    """One sequence of 16,384 tokens per chip, on 256 chips."""
+def test_full_fine_tuning_of_the_7b_fits_half_a_v5e_pod() -> None:
+    """One sequence of 16,384 tokens per chip, on 128 chips."""
     rows = {
-        "global_batch_size": 256,
+        "global_batch_size": 128,
         "seq_len": 16_384,
         "vision_bins": 27,
         "patches_per_bin": 2496,
         "frames_per_bin": 16,
     }
     flags = [f"--config.data.{key}={value}" for key, value in rows.items()]
-    done = tpu.run("train.aot", "--config=configs/recap_7b.py", *flags, "--topology=v5e:16x16")
+    done = tpu.run("train.aot", "--config=configs/recap_7b.py", *flags, "--topology=v5e:8x16")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "FITS"
     arguments, total = (float(re.search(rf"{k} ([\d.]+)", done.stdout)[1]) for k in ("arguments", "total"))
-    # Of 8.3 billion parameters, each with two moments, a chip holds 1/256; the rest is its row.
-    # 15 GiB are free, of which the compiler's default effort takes 0.24 more than this one.
-    assert 0.36 < arguments < 1 and arguments < total < 14.75
+    # Of 8.3 billion parameters, each with two moments, a chip has 1/128; the rest is its row.
+    # 15 GiB are free, of which the compiler's default effort may take 0.24 more than this one.
+    assert 0.72 < arguments < 1.2 and arguments < total < 14.75
     replicated = re.search(r"largest replicated array of the state: \S+ ([\d.]+) MiB", done.stdout)
     assert replicated is not None and float(replicated[1]) < 1
     assert "8 splash kernels" in done.stdout  # two towers: forward, again for the backward pass, and its two kernels

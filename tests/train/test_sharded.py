@@ -31,11 +31,11 @@ def test_eight_devices(tmp_path: Path, on_one_device: np.ndarray) -> None:
 def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of a run on two processes of four devices."""
     workdir = tmp_path_factory.mktemp("two")
-    epochs = "--config.num_epochs=40"  # of 8 lines: 20 steps of 4 rows of 4 samples, which process 0 estimates
+    epochs = "--config.num_epochs=20"  # of 8 lines: 20 steps of 4 rows of 2 samples, which process 0 estimates
     flags = (*MESH, epochs, f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--config.max_to_keep=9")
     other = start(workdir, *flags, "--process_id=1", devices=4)
     printed = finish(start(workdir, *flags, "--process_id=0", devices=4))
-    assert "40 epochs of 8 lines are 20 steps" in printed
+    assert "20 epochs of 8 lines are 20 steps" in printed
     assert "step 20/20" in printed and "step 1/20" not in finish(other)  # only one of them speaks
     return workdir
 

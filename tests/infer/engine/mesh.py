@@ -4,11 +4,12 @@ import dataclasses
 import json
 
 import jax
+from jax.sharding import Mesh
 
 import tarsier_jax
 from eval.shapes.annotations import GROUNDED_PROMPT, VIDEO_PROMPT, user_turn
 from eval.shapes.clips import draw_clips
-from infer.engine import Completion, Engine, Request, fit_config
+from infer.engine import Completion, Engine, EngineConfig, Request, fit_config
 from tarsier_jax.generation.sampling import SamplingOptions
 from tarsier_jax.processing.batch import Example
 from tarsier_jax.processing.processor import Processor
@@ -26,6 +27,11 @@ def examples(processor: Processor) -> list[Example]:
     return [processor({"messages": [message]}) for message in asked]
 
 
+def config(processor: Processor, mesh: Mesh | None = None) -> EngineConfig:
+    config = fit_config(processor, 8, TOKENS, mesh)
+    return dataclasses.replace(config, buckets=config.buckets[::5])  # two kinds of six, as each is compiled
+
+
 def answers(engine: Engine) -> list[list[int]]:
     requests = [Request(i, e, SamplingOptions(8 + i % 17)) for i, e in enumerate(examples(engine.processor))]
     got = {answer.request.key: answer.tokens for answer in engine.run(requests) if isinstance(answer, Completion)}
@@ -36,11 +42,7 @@ def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     model, processor = tarsier_jax.load(EMBEDDED, dtype="float32", mesh=mesh)
-    config = fit_config(processor, 8, TOKENS, mesh)
-    config = dataclasses.replace(
-        config, buckets=config.buckets[::5], reuse_prefixes=True
-    )  # two kinds of six, as each is compiled
-    engine = Engine(model, processor, config)
+    engine = Engine(model, processor, dataclasses.replace(config(processor, mesh), reuse_prefixes=True))
     with Compilations() as compilations:
         told = answers(engine)
         again = answers(engine)

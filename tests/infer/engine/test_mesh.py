@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import tarsier_jax
-from infer.engine import Engine, fit_config
+from infer.engine import Engine
 from tarsier_jax.weights import EMBEDDED
 from tests.devices import simulated_devices
 from tests.infer.engine import mesh
@@ -21,6 +21,6 @@ def test_over_eight_devices() -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     model, processor = tarsier_jax.load(EMBEDDED, dtype="float32")
-    assert told["answers"] == mesh.answers(Engine(model, processor, fit_config(processor, 8, mesh.TOKENS)))
+    assert told["answers"] == mesh.answers(Engine(model, processor, mesh.config(processor)))
     assert told["again"] == told["answers"] and told["reused"] > 0  # the same prompts, in the slots of the first run
     assert told["compilations"] == 0
