@@ -14,7 +14,7 @@ import tensorstore as ts
 
 from tests.devices import simulated_devices
 
-# A learning rate that moves the loss, both optimizers, a checkpoint every third step, and half of the debug size's rows.
+# A learning rate that moves the loss, both optimizers, a checkpoint every third step, rows of half the debug size's.
 MUON = "--config.optimizer.muon_params=('decoder/layers/mlp/.*',)"
 SETTINGS = (
     "--config.optimizer.peak_lr=1e-3",
