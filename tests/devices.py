@@ -7,8 +7,8 @@ QUICK_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensiv
 
 
 def quick_compilation() -> dict[str, str]:
-    """Returns this process's environment without most of XLA's optimizations."""
-    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    """Returns this process's environment with the compiler's options of the tests, so that programs are shared."""
+    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 
 
 def simulated_devices(n: int) -> dict[str, str]:

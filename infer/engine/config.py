@@ -19,6 +19,7 @@ _MAX_FRAMES_PER_BIN = 8
 _LENGTHS = (0.75, 0.9375, 1.0)  # of rows, as fractions of the longest; one large clip rarely fills a row
 _SHORT_LENGTHS = (0.25, 0.5, 0.75, 1.0)  # the same for conversations, whose prompts are often alone in their rows
 _READ_LENGTHS = (0.25, 0.5, 0.75, 1.0)  # of a slot that decoding reads, as fractions of its size
+_READ_STEP = 256  # tokens; reading fewer positions of a small slot saves less time than compiling another program takes
 _CHUNKS = (32, 256)  # tokens: a question, or a text
 _STEPS = 8  # approximate number of calls that run the bins of a row; calls for unused bins at its end are skipped
 
@@ -64,7 +65,7 @@ class EngineConfig:
     @property
     def read_lengths(self) -> tuple[int, ...]:
         """Numbers of cache positions that decoding can read, ascending; it uses the first that all answers fit."""
-        return tuple(sorted({min(_round_up(self.size * share, 64), self.size) for share in _READ_LENGTHS}))
+        return tuple(sorted({min(_round_up(self.size * share, _READ_STEP), self.size) for share in _READ_LENGTHS}))
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -73,7 +73,8 @@ def test_a_recipe_from_start_to_export(tmp_path: Path) -> None:
     """Learns from pairs, captions held-out clips, and exports. The frozen vision tower, with its unused tensors, does
     not change a bit; every other tensor changes.
     """
-    flags = ("--config.num_train_steps=3", "--config.eval_captions=1", "--config.eval_every=3")
+    evaluation = ("--config.eval_captions=1", "--config.eval_every=3")
+    flags = ("--config.num_train_steps=3", "--config.data.seq_len=448", *evaluation)
     output = programs.finish(programs.start(tmp_path / "run", *flags, program="dpo", recipe="tarsier1_stage1"))
     assert len(programs.curve(tmp_path / "run")) == 3, output
     convert_to_hf(tmp_path / "run" / "model", tmp_path / "back")
