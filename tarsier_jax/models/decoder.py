@@ -64,9 +64,9 @@ class Attention(nnx.Module):
             cache = cache.fill(layer, k, v) if cache is not None else None
             out = attend(q, k, v, causal=True, segment_ids=segment_ids, implementation=self.implementation)
         out = out.reshape(B, T, -1)
-        if cache is None or extend:
-            return self.o(out), cache
-        return constrain_tokens(self.o(split_tokens(out))).reshape(B, T, -1), cache
+        if is_prefill(cache, extend):
+            return constrain_tokens(self.o(split_tokens(out))).reshape(B, T, -1), cache
+        return self.o(out), cache
 
     def keys_values(
         self, x: Float[Array, "B T D"], cos: Array, sin: Array
@@ -117,9 +117,14 @@ class DecoderLayer(nnx.Module):
             out, cache = self.attn(self.input_norm(x), cos, sin, segment_ids, cache, layer, extend)
             x = x + out
         with jax.named_scope("mlp"):
-            if cache is not None and not extend:
+            if is_prefill(cache, extend):
                 return add_in_parts(self.post_norm, self.mlp, x), cache
             return x + self.mlp(self.post_norm(x)), cache
+
+
+def is_prefill(cache: KVCache | None, extend: bool) -> bool:
+    """Returns whether the tokens are the first of their rows in a cache, of which prefill has thousands."""
+    return cache is not None and not extend
 
 
 def add_in_parts(
@@ -235,7 +240,7 @@ class Decoder(nnx.Module):
         """Returns the hidden states after the first `num_layers` layers, by default all, and the cache."""
 
         def place(x: Array) -> Array:
-            return gather_tokens(x) if cache is None or extend else split_residual(x)
+            return split_residual(x) if is_prefill(cache, extend) else gather_tokens(x)
 
         # The cache is part of the carry: as a scanned input and output it would be copied at every layer.
         def block(carry: tuple, layer: DecoderLayer) -> tuple:
