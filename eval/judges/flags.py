@@ -83,7 +83,7 @@ def make_judge(name: str, args: argparse.Namespace) -> Judge:
         from eval.judges.endpoint import EndpointJudge, EndpointOptions
     except ImportError as error:
         raise InputError(
-            f"A language model as judge needs the package {error.name}: pip install 'tarsier_jax[eval]'."
+            f"A language model as judge needs the package {error.name}: pip install -e '.[eval]'."
         ) from None
     url, _, model = name.partition("#")
     options = EndpointOptions(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,10 @@ def test_the_default_cache(start_server: ServerFactory, tmp_path: Path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="judge"), pytest.raises(InputError, match="Pass --judge_cache"):
         judge_of(flags)
+
+
+def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "eval.judges.endpoint")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(InputError, match=r"needs the package openai: pip install -e '\.\[eval\]'"):
+        make_judge("http://localhost:1/v1", parse())
