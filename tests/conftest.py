@@ -31,10 +31,14 @@ import tests.typecheck  # noqa: F401  # the hook takes the checker by name and d
 install_import_hook(["tarsier_jax.models", "tarsier_jax.generation"], "tests.typecheck.check")
 
 from tarsier_jax.files import warn
+from tests.devices import QUICK_CODEGEN
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # Tests run a program for moments. The programs that they start as processes compile as users' programs do.
 jax.config.update("jax_disable_most_optimizations", True)
+with pytest.MonkeyPatch.context() as environment:
+    environment.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_CODEGEN}")
+    jax.jit(lambda x: x + 1)(0)  # XLA reads the flags once, when it compiles the first program
 
 
 @pytest.fixture(autouse=True)
