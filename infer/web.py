@@ -107,6 +107,7 @@ def make_page(model: LocalModel, n_frames: int, sampling: SamplingOptions) -> "g
         return Conversation(model, sampling)
 
     private: dict[str, Any] = {"api_visibility": "private"}
+    enabled = gr.update(interactive=True)  # gr.Button would add one to the page
     with gr.Blocks(title="Tarsier", analytics_enabled=False, delete_cache=(_KEPT_S // 4, _KEPT_S)) as page:
         # Gradio copies a value per visitor. It calls a function after the page has loaded, too late for a fast visitor.
         conversation = gr.State(new_conversation(), time_to_live=_KEPT_S)
@@ -137,13 +138,13 @@ def make_page(model: LocalModel, n_frames: int, sampling: SamplingOptions) -> "g
             trigger_mode="once",
             **private,
         )
-        asked.then(_enable, outputs=send, queue=False, **private)  # after an unexpected error, too
+        asked.then(lambda: enabled, outputs=send, queue=False, **private)  # after an unexpected error, too
         for event in (opened, asked):  # the time to live starts again
             event.then(lambda used: used, conversation, conversation, queue=False, **private)
         stop.click(Conversation.cancel, conversation, queue=False, **private)
         gr.on(
             [restart.click, chat.clear],  # an answer in progress ends in the former conversation
-            lambda: (new_conversation(), None, [], [], _QUESTION, _enable()),
+            lambda: (new_conversation(), None, [], [], _QUESTION, enabled),
             outputs=[conversation, files, frames, chat, text, send],
             cancels=asked,
             queue=False,
@@ -202,7 +203,7 @@ def answer_question(
         return
     conversation.options = {"n_frames": int(n_frames)}
     turn = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
-    yield before + turn, "", gr.skip(), gr.Button(interactive=False)
+    yield before + turn, "", gr.skip(), gr.update(interactive=False)
     try:
         conversation.sampling = _with_sliders(conversation.sampling, temperature, top_p)
         for piece in conversation.ask(text):
@@ -214,12 +215,6 @@ def answer_question(
         return
     frames = gr.skip() if conversation.media is media else pictures(conversation)  # other options, other frames
     yield chat_messages(conversation), gr.skip(), frames, gr.skip()
-
-
-def _enable() -> "gradio.Button":
-    import gradio as gr
-
-    return gr.Button(interactive=True)
 
 
 def chat_messages(conversation: Conversation) -> list[dict[str, str]]:

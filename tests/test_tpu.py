@@ -62,9 +62,8 @@ def test_no_program_copies_the_cache_or_the_activations_of_a_row() -> None:
     assert len(figures) == 3
     for case in figures.values():
         assert 0.99 < case["moved"] < 1.05, figures
-        assert max(case["temporaries"].values()) < 0.5, figures
+        assert len(case["temporaries"]) == 4 and max(case["temporaries"].values()) < 0.5, figures
         assert case["temporaries"]["decode_slots"] < 0.1, figures
-    assert [len(case["temporaries"]) for case in figures.values()] == [4, 4, 3]
     # Chips exchange the parameters of the tower, and no activations.
     assert [case["vision"] for case in figures.values()] == [[], ["all-gather"], []]
 

@@ -39,8 +39,6 @@ def measure(topology: str, tensor: int, slots: int, int8: bool) -> dict[str, Any
     state = abstract_slots(model, shape, mesh)
     case: dict[str, Any] = {"temporaries": {}}
     for name, lower, _ in programs(model, state, shape, mesh):
-        if name == "extend_slots" and topology == "v6e:1x1":
-            continue  # the compiler needs more time for it than for the other programs together
         # At the least effort, decoding writes some arrays to the chip's memory which otherwise remain in the cores.
         jax.config.update("jax_exec_time_optimization_effort", 0.0 if name == "decode_slots" else -1.0)
         compiled = lower().compile()

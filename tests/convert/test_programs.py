@@ -67,9 +67,12 @@ def short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_probe")
-def test_verify_finds_other_weights(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_other_weights(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = write_untrained(tmp_path / "other", TINY, seed=1)
-    assert verify.verify(str(checkpoint), str(other), "float32", int8=False, max_new_tokens=12) == 1
+    monkeypatch.setattr(sys, "argv", ["verify", str(checkpoint), str(other), "--max_new_tokens", "12"])
+    assert verify.main() == 1
     assert "DIFFERENT" in capsys.readouterr().out
 
 
